@@ -1,0 +1,28 @@
+//! sprat: private swarms for big files.
+//!
+//! A **tracker** knows who is a member and who holds what. **Peers** keep the bytes and move them straight to one
+//! another, many sources at once, over TLS 1.3 gRPC; each piece is verified before it is written or passed on, and
+//! everybody who downloads also uploads.
+//!
+//! Modules in reading order; each imports only from those of lower levels (a test keeps it so):
+//!
+//! - [`units`]: sizes and durations as people write them
+//! - [`exit`]: exit codes
+//! - [`backoff`]: jittered delays
+//! - [`content`]: [`content::ContentId`], pieces, manifests and their proof: the only way to a [`content::VerifiedPiece`]
+//! - [`safe_path`]: names that may cross the wire, and every file that is created
+//! - [`config`]: settings and their layers
+//! - [`have`]: which pieces somebody holds
+//! - [`telemetry`]: the log
+//!
+//! What never happens: an unverified byte reaches a disk or another peer; a peer id comes from anywhere but a verified
+//! certificate; the tracker sees file bytes; a session is plaintext or unauthenticated; a file is replaced.
+
+pub mod backoff;
+pub mod config;
+pub mod content;
+pub mod exit;
+pub mod have;
+pub mod safe_path;
+pub mod telemetry;
+pub mod units;

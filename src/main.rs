@@ -1,0 +1,3 @@
+//! The binary; commands come with the services.
+
+fn main() {}

@@ -1,0 +1,660 @@
+//! Files beneath an open folder: opened for reading, or downloaded into a `.part` and then published.
+//!
+//! Invariant: every open and rename goes through a descriptor of a folder that was reached from the root without
+//! following a link, and no existing file is ever replaced. Names are resolved by `openat2` with "beneath, no symbolic
+//! links, no magic links"; where that call is missing (kernels before 5.6, old sandboxes) the same is done one component
+//! at a time. A `.part` belongs to one writer, who holds an exclusive lock on it; a `.part` of an earlier run is handed
+//! out again, and its bytes count for nothing until the caller has verified them.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Component, Path, PathBuf},
+    sync::Arc,
+};
+
+use rustix::{
+    fs::{
+        AtFlags, FlockOperation, Mode, OFlags, RenameFlags, ResolveFlags, flock, linkat, mkdirat, openat, openat2,
+        renameat_with, statat, unlinkat,
+    },
+    io::{Errno, retry_on_intr},
+};
+use thiserror::Error;
+
+use super::{MAX_COMPONENT_LEN, PART_SUFFIX, SafeName, absolute, cut, refuse, with_path};
+
+/// How often a `.part` is opened anew when another process publishes or removes it between our open and our lock.
+const PART_ATTEMPTS: u32 = 8;
+const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY);
+/// Never waits for the other end of a FIFO; means nothing to regular files.
+const NO_WAIT: OFlags = OFlags::NONBLOCK;
+
+/// Opens a relative path of plain components beneath a folder, without following any link.
+type OpenBeneath = fn(BorrowedFd<'_>, &Path, OFlags, Mode) -> rustix::io::Result<OwnedFd>;
+
+/// An open folder, and the only way to reach files beneath it. Cheap to clone; keeps to the folder it opened, even if
+/// another one takes its path.
+#[derive(Clone, Debug)]
+pub struct Root {
+    dir: Arc<File>,
+    path: Arc<Path>,
+    open: OpenBeneath,
+}
+
+impl Root {
+    /// Opens an existing folder. The path of the folder itself may lead through symbolic links.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let path = absolute(path)?;
+        let dir = rustix::fs::open(&path, FOLDER | OFlags::CLOEXEC, Mode::empty()).map_err(|e| with_path(&path, e))?;
+        Ok(Self { dir: Arc::new(dir.into()), path: path.into(), open: open_beneath })
+    }
+
+    /// Opens a folder and makes it first if it does not exist, with its parents.
+    pub fn open_or_create(path: &Path) -> io::Result<Self> {
+        fs::create_dir_all(path).map_err(|e| with_path(path, e))?;
+        Self::open(path)
+    }
+
+    /// The folder's absolute path, as it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Opens a regular file beneath the folder for reading, without following links and without ever waiting. Fails for
+    /// anything else: a FIFO, socket, device or folder, and a path that is absolute or has `..` in it.
+    pub fn open_file(&self, relative: &Path) -> io::Result<File> {
+        let path = self.path.join(relative);
+        if relative.as_os_str().is_empty() || relative.components().any(|c| !matches!(c, Component::Normal(_))) {
+            return Err(refuse(io::ErrorKind::InvalidInput, &path, "not a path inside the folder"));
+        }
+        let file: File = (self.open)(self.dir.as_fd(), relative, OFlags::RDONLY | NO_WAIT, Mode::empty())
+            .map_err(|e| with_path(&path, e))?
+            .into();
+        if !file.metadata().map_err(|e| with_path(&path, e))?.is_file() {
+            return Err(refuse(io::ErrorKind::InvalidInput, &path, "not a regular file"));
+        }
+        Ok(file)
+    }
+
+    /// Whether anything has this name, a symbolic link included. Fails if a parent is a link or not a folder.
+    pub fn exists(&self, name: &SafeName) -> io::Result<bool> {
+        let path = self.path.join(name.as_path());
+        let parent = match name.as_path().parent() {
+            Some(parent) if parent != Path::new("") => {
+                match (self.open)(self.dir.as_fd(), parent, FOLDER, Mode::empty()) {
+                    Err(Errno::NOENT) => return Ok(false),
+                    other => other.map_err(|e| with_path(&path, e))?,
+                }
+            }
+            _ => self.dir.try_clone()?.into(),
+        };
+        match statat(&parent, name.file_name(), AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => Ok(false),
+            other => other.map(|_| true).map_err(|e| with_path(&path, e)),
+        }
+    }
+
+    /// Opens or creates the `.part` of a file to be, making its parent folders beneath the root, and locks it.
+    ///
+    /// `WouldBlock` means that another download, of this or another process, is writing it. A `.part` that is a link,
+    /// not a regular file, or known under another name too, is refused. Whether the target exists matters only when
+    /// publishing.
+    pub fn create_part(&self, name: &SafeName) -> io::Result<PartFile> {
+        let dir = self.make_parents(name)?;
+        let part = part_name(name.file_name());
+        let path = self.path.join(name.as_path()).with_file_name(&part);
+        for _ in 0..PART_ATTEMPTS {
+            let (file, existed) = match self.open_or_create_at(&dir, &part) {
+                Err(Errno::EXIST) => continue,
+                other => other.map_err(|e| with_path(&path, e))?,
+            };
+            must_be_ours_alone(&file, &path)?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(Errno::WOULDBLOCK) => {
+                    return Err(refuse(io::ErrorKind::WouldBlock, &path, "another download is writing it"));
+                }
+                other => other.map_err(|e| with_path(&path, e))?,
+            }
+            if is_named(&dir, &part, &file).map_err(|e| with_path(&path, e))? {
+                must_be_ours_alone(&file, &path)?;
+                return Ok(PartFile { root: self.path.clone(), dir, name: name.clone(), part, path, file, existed });
+            }
+        }
+        Err(refuse(io::ErrorKind::WouldBlock, &path, "another process keeps replacing it"))
+    }
+
+    /// Walks to the folder that is to hold `name`, making what is missing, one component at a time.
+    fn make_parents(&self, name: &SafeName) -> io::Result<File> {
+        let mut dir = self.dir.try_clone().map_err(|e| with_path(&self.path, e))?;
+        let mut path = self.path.to_path_buf();
+        for component in name.as_path().parent().into_iter().flat_map(Path::iter) {
+            path.push(component);
+            let mut child = (self.open)(dir.as_fd(), Path::new(component), FOLDER, Mode::empty());
+            if let Err(Errno::NOENT) = child {
+                match mkdirat(&dir, component, Mode::from_raw_mode(0o777)) {
+                    Ok(()) => sync_dir(&dir).map_err(|e| with_path(&path, e))?,
+                    Err(Errno::EXIST) => {}
+                    Err(e) => return Err(with_path(&path, e)),
+                }
+                child = (self.open)(dir.as_fd(), Path::new(component), FOLDER, Mode::empty());
+            }
+            dir = child.map_err(|e| with_path(&path, e))?.into();
+        }
+        Ok(dir)
+    }
+
+    /// The file of this name in `dir`, and whether it was there before. EXIST: somebody was quicker, try again.
+    fn open_or_create_at(&self, dir: &File, name: &str) -> rustix::io::Result<(File, bool)> {
+        let flags = OFlags::RDWR | NO_WAIT;
+        match (self.open)(dir.as_fd(), Path::new(name), flags, Mode::empty()) {
+            Err(Errno::NOENT) => {}
+            other => return other.map(|fd| (fd.into(), true)),
+        }
+        let create = flags | OFlags::CREATE | OFlags::EXCL;
+        (self.open)(dir.as_fd(), Path::new(name), create, Mode::from_raw_mode(0o666)).map(|fd| (fd.into(), false))
+    }
+}
+
+/// Why a finished file did not get its name. The `.part` is still there and still locked.
+#[derive(Debug, Error)]
+pub enum PublishError {
+    /// Something has that name; it was left alone.
+    #[error("{} exists already", super::escape(&.0.to_string_lossy()))]
+    Exists(PathBuf),
+    /// Anything else. After a failed sync the file's content is in doubt and must be read again.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// A file being downloaded: open for positional reads and writes, and locked against other writers until dropped.
+/// Dropping it leaves the `.part` for a later run.
+#[derive(Debug)]
+pub struct PartFile {
+    root: Arc<Path>,
+    dir: File,
+    name: SafeName,
+    part: String,
+    path: PathBuf,
+    file: File,
+    existed: bool,
+}
+
+impl PartFile {
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Where the `.part` lies, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether the `.part` was left by an earlier run, and may hold pieces worth verifying.
+    pub fn existed(&self) -> bool {
+        self.existed
+    }
+
+    /// Makes the content durable and gives the file its final name, which must be free. Returns the absolute path.
+    pub fn publish(&self) -> Result<PathBuf, PublishError> {
+        self.publish_as(&self.name)
+    }
+
+    /// Like [`publish`](Self::publish), under another name in the same folder.
+    pub fn publish_as(&self, name: &SafeName) -> Result<PathBuf, PublishError> {
+        let target = self.root.join(name.as_path());
+        let file_name = name.file_name();
+        if name.as_path().parent() != self.name.as_path().parent() {
+            return Err(refuse(io::ErrorKind::InvalidInput, &target, "not in the folder of its .part").into());
+        }
+        self.file.sync_all().map_err(|e| with_path(&self.path, e))?;
+        if !is_named(&self.dir, &self.part, &self.file).map_err(|e| with_path(&self.path, e))? {
+            return Err(refuse(io::ErrorKind::NotFound, &self.path, "moved or replaced while it was written").into());
+        }
+        match rename_to_free_name(&self.dir, &self.part, file_name) {
+            Err(Errno::EXIST) => return Err(PublishError::Exists(target)),
+            other => other.map_err(|e| with_path(&target, e))?,
+        }
+        sync_dir(&self.dir).map_err(|e| with_path(&target, e))?;
+        Ok(target)
+    }
+
+    /// Removes the `.part`, unless something else has taken its name.
+    pub fn discard(self) -> io::Result<()> {
+        if is_named(&self.dir, &self.part, &self.file).map_err(|e| with_path(&self.path, e))? {
+            unlinkat(&self.dir, &self.part, AtFlags::empty()).map_err(|e| with_path(&self.path, e))?;
+        }
+        Ok(())
+    }
+}
+
+/// Opens through `openat2`, or component by component where that call does not exist. EPERM is what older container
+/// sandboxes answer to calls they do not know; a file that is truly forbidden stays forbidden on the second way.
+fn open_beneath(dir: BorrowedFd<'_>, path: &Path, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    match retry_on_intr(|| openat2(dir, path, flags, mode, resolve)) {
+        Err(Errno::NOSYS | Errno::PERM) => open_stepwise(dir, path, flags, mode),
+        other => other,
+    }
+}
+
+/// What `open_beneath` does, for kernels without `openat2`: no component may be a link, so none leads outside.
+fn open_stepwise(dir: BorrowedFd<'_>, path: &Path, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
+    let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let mut components = path.components().peekable();
+    let mut parent: Option<OwnedFd> = None;
+    while let Some(component) = components.next() {
+        let Component::Normal(name) = component else { return Err(Errno::XDEV) };
+        let at = parent.as_ref().map_or(dir, AsFd::as_fd);
+        if components.peek().is_none() {
+            return retry_on_intr(|| openat(at, name, flags, mode));
+        }
+        let step = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        parent = Some(retry_on_intr(|| openat(at, name, step, Mode::empty()))?);
+    }
+    Err(Errno::NOENT)
+}
+
+/// Renames within a folder; EXIST if the new name is taken by anything. Network file systems that cannot promise this
+/// in a rename can in a link.
+fn rename_to_free_name(dir: &File, from: &str, to: &str) -> rustix::io::Result<()> {
+    match renameat_with(dir, from, dir, to, RenameFlags::NOREPLACE) {
+        Err(Errno::INVAL | Errno::NOSYS) => {
+            linkat(dir, from, dir, to, AtFlags::empty())?;
+            unlinkat(dir, from, AtFlags::empty())
+        }
+        other => other,
+    }
+}
+
+/// Whether `name` in `dir` is still this very file.
+fn is_named(dir: &File, name: &str, file: &File) -> io::Result<bool> {
+    let open = rustix::fs::fstat(file)?;
+    match statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => Ok(false),
+        other => other.map(|found| (found.st_dev, found.st_ino) == (open.st_dev, open.st_ino)).map_err(io::Error::from),
+    }
+}
+
+/// Refuses what must not be written to: a FIFO, a device, a file that has another name elsewhere.
+fn must_be_ours_alone(file: &File, path: &Path) -> io::Result<()> {
+    let metadata = file.metadata().map_err(|e| with_path(path, e))?;
+    if !metadata.is_file() {
+        return Err(refuse(io::ErrorKind::InvalidInput, path, "in the way, and not a regular file"));
+    }
+    if metadata.nlink() > 1 {
+        return Err(refuse(io::ErrorKind::InvalidInput, path, "in the way, and a hard link to another file"));
+    }
+    Ok(())
+}
+
+/// Makes a folder's entries durable. File systems without such a call keep them in order by themselves.
+fn sync_dir(dir: &File) -> io::Result<()> {
+    match dir.sync_all() {
+        Err(e) if Errno::from_io_error(&e) == Some(Errno::INVAL) => Ok(()),
+        other => other,
+    }
+}
+
+/// The name of a file while it is being downloaded: `name.part`. A name too long for that is cut, and told apart from
+/// its like by a fingerprint (FNV-1a; a chance or forged meeting costs a wait or a re-download, never a wrong byte).
+fn part_name(file_name: &str) -> String {
+    if file_name.len() + PART_SUFFIX.len() <= MAX_COMPONENT_LEN {
+        return format!("{file_name}{PART_SUFFIX}");
+    }
+    let fingerprint = file_name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let tail = format!("~{fingerprint:016x}{PART_SUFFIX}");
+    format!("{}{tail}", cut(file_name, MAX_COMPONENT_LEN - tail.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        os::unix::{
+            fs::{FileExt, symlink},
+            net::UnixListener,
+        },
+        sync::atomic::{AtomicBool, AtomicU32, Ordering},
+        thread,
+    };
+
+    use rustix::fs::{CWD, FileType, mknodat};
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// A downloads folder beside a folder that must stay empty.
+    struct World {
+        _temp: TempDir,
+        downloads: PathBuf,
+        outside: PathBuf,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let temp = tempfile::tempdir().unwrap();
+            let (downloads, outside) = (temp.path().join("downloads"), temp.path().join("outside"));
+            fs::create_dir(&downloads).unwrap();
+            fs::create_dir(&outside).unwrap();
+            Self { _temp: temp, downloads, outside }
+        }
+
+        fn assert_nothing_outside(&self) {
+            assert_eq!(fs::read_dir(&self.outside).unwrap().count(), 0);
+        }
+    }
+
+    fn name(text: &str) -> SafeName {
+        SafeName::parse(text).unwrap()
+    }
+
+    fn fifo(path: &Path) {
+        mknodat(CWD, path, FileType::Fifo, 0o600.into(), 0).unwrap();
+    }
+
+    /// Runs a test in a fresh world on both ways of opening: `openat2`, and the one for kernels without it (A-26).
+    fn on_both_ways(test: impl Fn(&World, &Root)) {
+        for open in [open_beneath as OpenBeneath, open_stepwise] {
+            let world = World::new();
+            let root = Root { open, ..Root::open(&world.downloads).unwrap() };
+            test(&world, &root);
+            world.assert_nothing_outside();
+        }
+    }
+
+    fn download(root: &Root, text: &str, bytes: &[u8]) -> Result<PathBuf, PublishError> {
+        let part = root.create_part(&name(text))?;
+        part.file().write_all_at(bytes, 0)?;
+        part.publish()
+    }
+
+    #[test]
+    fn a_file_is_made_locked_and_published_with_its_folders() {
+        on_both_ways(|world, root| {
+            let part = root.create_part(&name("a/b/c.bin")).unwrap();
+            assert!(!part.existed() && !root.exists(&name("a/b/c.bin")).unwrap());
+            assert!(world.downloads.join("a/b/c.bin.part").is_file());
+            let busy = root.create_part(&name("a/b/c.bin")).unwrap_err();
+            assert_eq!(busy.kind(), io::ErrorKind::WouldBlock);
+            part.file().write_all_at(b"bytes", 0).unwrap();
+            let path = part.publish().unwrap();
+            assert_eq!(path, world.downloads.join("a/b/c.bin"));
+            assert_eq!(fs::read(&path).unwrap(), b"bytes");
+            assert!(root.exists(&name("a/b/c.bin")).unwrap());
+            assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no .part is left");
+            assert!(!root.exists(&name("a/no/such")).unwrap());
+        });
+    }
+
+    #[test]
+    fn a_part_of_an_earlier_run_is_handed_out_again_and_can_be_discarded() {
+        on_both_ways(|world, root| {
+            let part = root.create_part(&name("x")).unwrap();
+            part.file().write_all_at(b"half", 0).unwrap();
+            drop(part);
+            let part = root.create_part(&name("x")).unwrap();
+            assert!(part.existed());
+            assert_eq!(part.file().metadata().unwrap().len(), 4);
+            part.discard().unwrap();
+            assert_eq!(fs::read_dir(&world.downloads).unwrap().count(), 0);
+        });
+    }
+
+    #[test]
+    fn a11_a22_nothing_is_ever_replaced() {
+        on_both_ways(|world, root| {
+            let at = |text: &str| world.downloads.join(text);
+            fs::write(at("file"), "old").unwrap();
+            fs::create_dir(at("folder")).unwrap();
+            symlink(world.outside.join("target"), at("link")).unwrap();
+            symlink(at("nowhere"), at("dangling")).unwrap();
+            fifo(&at("fifo"));
+            for taken in ["file", "folder", "link", "dangling", "fifo"] {
+                assert!(root.exists(&name(taken)).unwrap(), "{taken}");
+                let kind = fs::symlink_metadata(at(taken)).unwrap().file_type();
+                let part = root.create_part(&name(taken)).unwrap();
+                part.file().write_all_at(b"new", 0).unwrap();
+                match part.publish() {
+                    Err(PublishError::Exists(path)) => assert_eq!(path, at(taken)),
+                    other => panic!("{taken}: {other:?}"),
+                }
+                assert_eq!(fs::symlink_metadata(at(taken)).unwrap().file_type(), kind);
+                let second = part.publish_as(&name(taken).numbered(2).unwrap()).unwrap();
+                assert_eq!((fs::read(&second).unwrap(), second), (b"new".to_vec(), at(&format!("{taken} (2)"))));
+            }
+            assert_eq!(fs::read(at("file")).unwrap(), b"old");
+            let part = root.create_part(&name("y")).unwrap();
+            assert!(matches!(part.publish_as(&name("folder/y")), Err(PublishError::Io(_))), "another folder");
+        });
+    }
+
+    #[test]
+    fn a22_a23_a_part_that_is_not_a_file_of_ours_is_refused() {
+        on_both_ways(|world, root| {
+            let at = |text: &str| world.downloads.join(text);
+            fs::write(at("other"), "precious").unwrap();
+            fs::hard_link(at("other"), at("hard.part")).unwrap();
+            symlink(at("other"), at("soft.part")).unwrap();
+            symlink(world.outside.join("new"), at("away.part")).unwrap();
+            fs::create_dir(at("folder.part")).unwrap();
+            fifo(&at("fifo.part"));
+            let _socket = UnixListener::bind(at("socket.part")).unwrap();
+            for odd in ["hard", "soft", "away", "folder", "fifo", "socket"] {
+                let error = root.create_part(&name(odd)).unwrap_err().to_string();
+                assert!(error.contains(&format!("{odd}.part")), "{error}");
+            }
+            assert_eq!(fs::read(at("other")).unwrap(), b"precious");
+        });
+    }
+
+    #[test]
+    fn a21_a23_a_parent_that_is_a_link_or_a_file() {
+        on_both_ways(|world, root| {
+            symlink(&world.outside, world.downloads.join("link")).unwrap();
+            symlink(&world.downloads, world.downloads.join("round")).unwrap();
+            fs::write(world.downloads.join("file"), "old").unwrap();
+            for parent in ["link", "round", "file"] {
+                for text in [format!("{parent}/x"), format!("{parent}/new/x")] {
+                    let error = root.create_part(&name(&text)).unwrap_err().to_string();
+                    assert!(error.contains(&format!("downloads/{parent}: ")), "{error}");
+                    assert!(root.exists(&name(&text)).is_err());
+                    assert!(root.open_file(Path::new(&text)).is_err());
+                }
+            }
+            assert_eq!(fs::read(world.downloads.join("file")).unwrap(), b"old");
+            download(root, "other/x", b"goes on").unwrap();
+        });
+    }
+
+    #[test]
+    fn a24_a_parent_swapped_with_a_link_while_writing() {
+        on_both_ways(|world, root| {
+            let (real, link) = (world.downloads.join("a"), world.downloads.join("b"));
+            fs::create_dir_all(real.join("deep")).unwrap();
+            symlink(&world.outside, &link).unwrap();
+            let (stop, n_swaps) = (AtomicBool::new(false), AtomicU32::new(0));
+            let mut n_written = 0;
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        renameat_with(CWD, &real, CWD, &link, RenameFlags::EXCHANGE).unwrap();
+                        n_swaps.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+                let mut n_tried = 0;
+                while n_tried < 400 || n_written == 0 || n_swaps.load(Ordering::Relaxed) < 500 {
+                    n_tried += 1;
+                    for text in [format!("a/f{n_tried}"), format!("a/deep/f{n_tried}"), format!("a/new{n_tried}/f")] {
+                        let Ok(part) = root.create_part(&name(&text)) else { continue };
+                        part.file().write_all_at(b"bytes", 0).unwrap();
+                        n_written += 1;
+                        if n_tried % 16 == 0 {
+                            part.publish().unwrap();
+                        }
+                    }
+                }
+                stop.store(true, Ordering::Relaxed);
+            });
+        });
+    }
+
+    #[test]
+    fn a25_the_downloads_folder_itself_is_replaced() {
+        on_both_ways(|world, root| {
+            let part = root.create_part(&name("a/x")).unwrap();
+            let moved = world.downloads.with_file_name("moved");
+            fs::rename(&world.downloads, &moved).unwrap();
+            symlink(&world.outside, &world.downloads).unwrap();
+            part.file().write_all_at(b"bytes", 0).unwrap();
+            part.publish().unwrap();
+            download(root, "b/y", b"more").unwrap();
+            assert!(moved.join("a/x").is_file() && moved.join("b/y").is_file());
+        });
+    }
+
+    #[test]
+    fn a26_both_ways_agree_on_links_and_dots() {
+        let world = World::new();
+        fs::create_dir_all(world.downloads.join("a/b")).unwrap();
+        fs::write(world.downloads.join("a/b/f"), "x").unwrap();
+        symlink("b", world.downloads.join("a/l")).unwrap();
+        symlink("b/f", world.downloads.join("a/lf")).unwrap();
+        let dir = File::open(&world.downloads).unwrap();
+        for path in
+            ["a/b/f", "a/b", "a", "a/l/f", "a/l", "a/lf", "../outside", "a/../../outside", "/etc/passwd", "a/x", ""]
+        {
+            let open = |way: OpenBeneath| way(dir.as_fd(), Path::new(path), OFlags::RDONLY, Mode::empty());
+            assert_eq!(open(open_beneath).is_ok(), open(open_stepwise).is_ok(), "{path}");
+        }
+    }
+
+    #[test]
+    fn a27_magic_links_are_not_followed() {
+        for open in [open_beneath as OpenBeneath, open_stepwise] {
+            let secret = File::open("/proc/self/exe").unwrap();
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&secret);
+            let root = Root { open, ..Root::open(Path::new("/proc")).unwrap() };
+            for text in
+                [format!("self/fd/{fd}"), format!("{}/fd/{fd}", std::process::id()), "self/root/etc/passwd".into()]
+            {
+                assert!(root.open_file(Path::new(&text)).is_err(), "{text}");
+                assert!(root.create_part(&name(&text)).is_err(), "{text}");
+            }
+            assert!(root.open_file(Path::new("version")).is_ok());
+        }
+    }
+
+    #[test]
+    fn i01_to_i06_only_regular_files_are_read_and_nothing_waits() {
+        on_both_ways(|world, root| {
+            let at = |text: &str| world.downloads.join(text);
+            fs::create_dir_all(at("a/b")).unwrap();
+            fs::write(at("a/b/f"), "x").unwrap();
+            fs::write(world.downloads.with_file_name("secret"), "s").unwrap();
+            assert!(root.open_file(Path::new("a/b/f")).is_ok());
+            symlink(world.downloads.with_file_name("secret"), at("out")).unwrap();
+            symlink("b/f", at("a/in")).unwrap();
+            symlink("self", at("self")).unwrap();
+            fifo(&at("fifo"));
+            let _socket = UnixListener::bind(at("socket")).unwrap();
+            for path in
+                ["out", "a/in", "self", "fifo", "socket", "a", "", ".", "..", "../secret", "a/../../secret", "none"]
+            {
+                assert!(root.open_file(Path::new(path)).is_err(), "{path}");
+            }
+            assert!(root.open_file(&world.downloads.with_file_name("secret")).is_err(), "absolute");
+            let kind = |path: &str| root.open_file(Path::new(path)).unwrap_err().kind();
+            assert_eq!((kind("none"), kind("fifo")), (io::ErrorKind::NotFound, io::ErrorKind::InvalidInput));
+
+            fs::rename(at("a/b"), at("a/c")).unwrap();
+            symlink("c", at("a/b")).unwrap();
+            assert!(root.open_file(Path::new("a/b/f")).is_err(), "I-02, I-04: swapped in after indexing");
+            fs::remove_file(at("a/c/f")).unwrap();
+            fifo(&at("a/c/f"));
+            assert!(root.open_file(Path::new("a/c/f")).is_err(), "I-06");
+        });
+    }
+
+    #[test]
+    fn a_part_that_was_moved_away_is_not_published() {
+        on_both_ways(|world, root| {
+            let part = root.create_part(&name("x")).unwrap();
+            fs::rename(world.downloads.join("x.part"), world.downloads.join("elsewhere")).unwrap();
+            fs::write(world.downloads.join("x.part"), "planted").unwrap();
+            assert!(matches!(part.publish(), Err(PublishError::Io(_))));
+            part.discard().unwrap();
+            assert_eq!(fs::read(world.downloads.join("x.part")).unwrap(), b"planted", "not ours to remove");
+            assert!(!world.downloads.join("x").exists());
+        });
+    }
+
+    #[test]
+    fn of_many_writers_of_one_name_one_publishes() {
+        on_both_ways(|world, root| {
+            let n_published = AtomicU32::new(0);
+            thread::scope(|scope| {
+                for writer in 0..8_u8 {
+                    let n_published = &n_published;
+                    scope.spawn(move || {
+                        for _ in 0..50 {
+                            match download(root, "x", &[writer; 64]) {
+                                Ok(_) => _ = n_published.fetch_add(1, Ordering::Relaxed),
+                                Err(PublishError::Exists(_)) => {}
+                                Err(PublishError::Io(e)) => assert_eq!(e.kind(), io::ErrorKind::WouldBlock, "{e}"),
+                            }
+                        }
+                    });
+                }
+            });
+            let bytes = fs::read(world.downloads.join("x")).unwrap();
+            assert!(n_published.into_inner() == 1 && bytes == [bytes[0]; 64]);
+        });
+    }
+
+    #[test]
+    fn j23_the_rename_for_network_file_systems_replaces_nothing_either() {
+        let world = World::new();
+        let dir = File::open(&world.downloads).unwrap();
+        fs::write(world.downloads.join("from"), "new").unwrap();
+        fs::write(world.downloads.join("taken"), "old").unwrap();
+        assert_eq!(rename_to_free_name(&dir, "from", "taken"), Err(Errno::EXIST));
+        rename_to_free_name(&dir, "from", "free").unwrap();
+        assert_eq!(fs::read(world.downloads.join("taken")).unwrap(), b"old");
+        assert!(!world.downloads.join("from").exists() && world.downloads.join("free").exists());
+    }
+
+    #[test]
+    fn a12_the_longest_names_have_parts_of_their_own() {
+        on_both_ways(|_, root| {
+            let (one, other) = ("x".repeat(254) + "1", "x".repeat(254) + "2");
+            let held = root.create_part(&name(&one)).unwrap();
+            download(root, &other, b"2").unwrap();
+            held.publish().unwrap();
+            let wide = "é".repeat(127);
+            assert!(part_name(&wide).len() <= MAX_COMPONENT_LEN && part_name(&wide).ends_with(PART_SUFFIX));
+            download(root, &wide, b"3").unwrap();
+            download(root, &[wide.as_str(); 4].join("/"), b"4").unwrap_err();
+        });
+    }
+
+    #[test]
+    fn a_root_must_be_a_folder_and_may_be_made() {
+        let world = World::new();
+        let missing = world.downloads.join("new/deeper");
+        let error = Root::open(&missing).unwrap_err();
+        assert!(error.kind() == io::ErrorKind::NotFound && error.to_string().contains("new/deeper"), "{error}");
+        assert_eq!(Root::open_or_create(&missing).unwrap().path(), missing);
+        fs::write(world.downloads.join("file"), "").unwrap();
+        assert!(Root::open(&world.downloads.join("file")).is_err());
+        symlink(&world.outside, world.downloads.join("link")).unwrap();
+        assert!(Root::open(&world.downloads.join("link")).is_ok(), "the root's own path is the user's choice");
+    }
+}
