@@ -13,7 +13,12 @@
 //! - [`safe_path`]: names that may cross the wire, and every file that is created
 //! - [`config`]: settings and their layers
 //! - [`have`]: which pieces somebody holds
+//! - [`identity`]: keys, certificates, [`identity::PeerId`]
+//! - [`token`]: join links
 //! - [`telemetry`]: the log
+//! - [`trust`]: the authority and its signed list
+//! - [`tls`]: who is let in, and whom we believe to be whom
+//! - [`net`]: every socket
 //!
 //! What never happens: an unverified byte reaches a disk or another peer; a peer id comes from anywhere but a verified
 //! certificate; the tracker sees file bytes; a session is plaintext or unauthenticated; a file is replaced.
@@ -23,6 +28,11 @@ pub mod config;
 pub mod content;
 pub mod exit;
 pub mod have;
+pub mod identity;
+pub mod net;
 pub mod safe_path;
 pub mod telemetry;
+pub mod tls;
+pub mod token;
+pub mod trust;
 pub mod units;

@@ -1,0 +1,267 @@
+//! Dialling: a verified connection to one of several addresses, as a service that generated clients call.
+//!
+//! Invariant: a [`Connection`] is one TLS session that was verified before it was handed out; it never redials on its
+//! own, so whoever uses it learns that it ended.
+
+use std::{
+    fmt, io,
+    net::SocketAddr,
+    path::Path,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use http::{Request, Response, Uri};
+use hyper::{body::Incoming, client::conn::http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::{ClientConfig, pki_types::ServerName};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, BufReader},
+    net::{TcpStream, lookup_host},
+    sync::watch,
+    time::timeout,
+};
+use tokio_rustls::TlsConnector;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tonic::{body::Body, service::Routes};
+use tower::Service;
+
+use super::{Caller, Http2, READ_BUFFER, connect_unix, serve::serve_h2};
+
+/// Between two addresses of the same target (RFC 8305, "Connection Attempt Delay").
+const STAGGER: Duration = Duration::from_millis(250);
+const CONNECT: Duration = Duration::from_secs(5);
+const WHY: Duration = Duration::from_millis(300);
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(10));
+
+/// Why nobody could be reached.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// Nothing to dial.
+    #[error("no address to dial")]
+    NoAddress,
+    /// No TCP connection.
+    #[error("cannot reach {0}: {1}")]
+    Unreachable(String, io::Error),
+    /// Somebody answers, but not the one we mean, or not with our protocol.
+    #[error("{0} answers, but {1}")]
+    Refused(String, String),
+}
+
+/// An established connection; clones share it.
+#[derive(Clone)]
+pub struct Connection {
+    requests: http2::SendRequest<Body>,
+    origin: Uri,
+    remote: Option<SocketAddr>,
+    ended: watch::Receiver<Option<String>>,
+    _driver: Arc<AbortOnDropHandle<()>>,
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection").field("remote", &self.remote).finish_non_exhaustive()
+    }
+}
+
+impl Connection {
+    /// What generated clients want as origin.
+    #[must_use]
+    pub fn origin(&self) -> Uri {
+        self.origin.clone()
+    }
+
+    /// The address that answered.
+    #[must_use]
+    pub const fn remote(&self) -> Option<SocketAddr> {
+        self.remote
+    }
+
+    /// Has the other end gone?
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.requests.is_closed()
+    }
+
+    /// Why the connection ended, in words for a person; `None` if it lives, or ended in good order. A server judges our
+    /// certificate only after our side of the handshake is done, so its refusal shows here, after the first call.
+    pub async fn why_ended(&self) -> Option<String> {
+        let mut ended = self.ended.clone();
+        timeout(WHY, ended.wait_for(Option::is_some)).await.ok()?.ok()?.clone()
+    }
+
+    async fn over<I>(stream: I, http2: Http2, remote: Option<SocketAddr>) -> Result<Self, hyper::Error>
+    where
+        I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (requests, driver) = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(http2.stream_window)
+            .initial_connection_window_size(http2.connection_window)
+            .max_frame_size(http2.frame)
+            .max_send_buf_size(http2.send_buffer)
+            .keep_alive_interval(KEEPALIVE.0)
+            .keep_alive_timeout(KEEPALIVE.1)
+            .handshake(TokioIo::new(stream))
+            .await?;
+        let (end, ended) = watch::channel(None);
+        let driver = AbortOnDropHandle::new(tokio::spawn(async move {
+            if let Err(error) = driver.await {
+                tracing::debug!("connection ended: {error}");
+                end.send_replace(Some(explain_any(&error)));
+            }
+        }));
+        let origin = Uri::from_static("https://sprat");
+        Ok(Self { requests, origin, remote, ended, _driver: Arc::new(driver) })
+    }
+}
+
+impl Service<Request<Body>> for Connection {
+    type Response = Response<Incoming>;
+    type Error = hyper::Error;
+    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.requests.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        Box::pin(self.requests.send_request(request))
+    }
+}
+
+/// Dials "HOST:PORT" targets side by side, each 250 ms after the one before; the first that completes the handshake
+/// under `config` wins. `name` is what the TLS library is told; only enrollment sends it.
+///
+/// # Errors
+/// The most telling one: a refusal by somebody who answered, else the last failure to connect.
+pub async fn dial(
+    targets: &[String],
+    config: Arc<ClientConfig>,
+    name: &'static str,
+    http2: Http2,
+) -> Result<Connection, DialError> {
+    let mut attempts: FuturesUnordered<_> = targets
+        .iter()
+        .zip(0_u32..)
+        .map(|(target, i)| {
+            let config = config.clone();
+            async move {
+                tokio::time::sleep(STAGGER * i).await;
+                dial_one(target, config, name, http2).await
+            }
+        })
+        .collect();
+    let mut telling = DialError::NoAddress;
+    while let Some(attempt) = attempts.next().await {
+        match attempt {
+            Ok(connection) => return Ok(connection),
+            Err(error) if matches!(telling, DialError::Refused(..)) => tracing::debug!("{error}"),
+            Err(error) => telling = error,
+        }
+    }
+    Err(telling)
+}
+
+async fn dial_one(
+    target: &str,
+    config: Arc<ClientConfig>,
+    name: &'static str,
+    http2: Http2,
+) -> Result<Connection, DialError> {
+    let unreachable = |error| DialError::Unreachable(target.to_owned(), error);
+    let refused = |reason: String| DialError::Refused(target.to_owned(), reason);
+    let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no answer within 5 s");
+    let stream = timeout(CONNECT, connect(target)).await.map_err(late).and_then(|c| c).map_err(unreachable)?;
+    let remote = stream.peer_addr().ok();
+    stream.set_nodelay(true).map_err(unreachable)?;
+    let stream = BufReader::with_capacity(READ_BUFFER, stream);
+    let name = ServerName::try_from(name).map_err(|e| refused(e.to_string()))?;
+    let tls = timeout(CONNECT, TlsConnector::from(config).connect(name, stream))
+        .await
+        .map_err(late)
+        .and_then(|tls| tls)
+        .map_err(|error| refused(explain(&error)))?;
+    if tls.get_ref().1.alpn_protocol() != Some(b"h2") {
+        return Err(refused("it does not speak HTTP/2: not a sprat".into()));
+    }
+    Connection::over(tls, http2, remote).await.map_err(|error| refused(format!("the connection broke: {error}")))
+}
+
+async fn connect(target: &str) -> io::Result<TcpStream> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in lookup_host(target).await? {
+        match TcpStream::connect(address).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// Finds what TLS said below a broken connection.
+fn explain_any(error: &hyper::Error) -> String {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(this) = cause {
+        if let Some(io) = this.downcast_ref::<io::Error>() {
+            return explain(io);
+        }
+        cause = this.source();
+    }
+    error.to_string()
+}
+
+/// Says what a failed handshake means to a person.
+fn explain(error: &io::Error) -> String {
+    use rustls::{AlertDescription as Alert, CertificateError as Bad, Error};
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
+        Some(Error::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature)) => {
+            "its certificate is of another network (unknown authority)".into()
+        }
+        Some(Error::InvalidCertificate(Bad::Expired | Bad::ExpiredContext { .. })) => {
+            "its certificate has expired, or this machine's clock is ahead".into()
+        }
+        Some(Error::InvalidCertificate(Bad::NotValidYet | Bad::NotValidYetContext { .. })) => {
+            "its certificate is not valid yet: is this machine's clock behind?".into()
+        }
+        Some(Error::InvalidCertificate(Bad::Revoked)) => "it was revoked".into(),
+        Some(Error::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. })) => {
+            "it is somebody else than expected".into()
+        }
+        Some(Error::InvalidMessage(_)) => "it does not speak TLS: not a sprat".into(),
+        Some(Error::AlertReceived(Alert::CertificateRequired | Alert::AccessDenied | Alert::CertificateRevoked)) => {
+            "it does not accept our certificate: not a member any more?".into()
+        }
+        Some(Error::AlertReceived(Alert::CertificateExpired)) => "our certificate has expired".into(),
+        Some(Error::AlertReceived(Alert::UnknownCA | Alert::DecryptError)) => {
+            "it belongs to another network (it does not know our authority)".into()
+        }
+        Some(error) => format!("TLS failed: {error}"),
+        None if error.kind() == io::ErrorKind::UnexpectedEof => "it hangs up: not a sprat, or too busy".into(),
+        None => format!("TLS failed: {error}"),
+    }
+}
+
+/// Connects to a Unix socket in `folder`.
+///
+/// # Errors
+/// As the system answers.
+pub async fn dial_unix(folder: &Path, name: &str, http2: Http2) -> io::Result<Connection> {
+    let stream = connect_unix(folder, name).await?;
+    Connection::over(stream, http2, None).await.map_err(io::Error::other)
+}
+
+/// A connection inside this process: `routes` answer at its other end until it is dropped or cancelled.
+///
+/// # Errors
+/// If the HTTP/2 handshake fails.
+pub async fn pipe(routes: Routes, http2: Http2, cancel: CancellationToken) -> io::Result<Connection> {
+    let (near, far) = tokio::io::duplex(64 << 10);
+    let caller = Caller { subject: None, remote: None };
+    tokio::spawn(async move {
+        let _ = serve_h2(far, routes, caller, http2, cancel).await;
+    });
+    Connection::over(near, http2, None).await.map_err(io::Error::other)
+}
