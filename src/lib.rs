@@ -19,20 +19,26 @@
 //! - [`trust`]: the authority and its signed list
 //! - [`tls`]: who is let in, and whom we believe to be whom
 //! - [`net`]: every socket
+//! - [`catalog`]: what is announced and listed
+//! - [`proto`]: the wire
+//! - [`tracker`]: the tracker
 //!
 //! What never happens: an unverified byte reaches a disk or another peer; a peer id comes from anywhere but a verified
 //! certificate; the tracker sees file bytes; a session is plaintext or unauthenticated; a file is replaced.
 
 pub mod backoff;
+pub mod catalog;
 pub mod config;
 pub mod content;
 pub mod exit;
 pub mod have;
 pub mod identity;
 pub mod net;
+pub mod proto;
 pub mod safe_path;
 pub mod telemetry;
 pub mod tls;
 pub mod token;
+pub mod tracker;
 pub mod trust;
 pub mod units;
