@@ -22,6 +22,7 @@
 //! - [`catalog`]: what is announced and listed
 //! - [`proto`]: the wire
 //! - [`tracker`]: the tracker
+//! - [`peer`]: a peer: library, serving, downloading
 //!
 //! What never happens: an unverified byte reaches a disk or another peer; a peer id comes from anywhere but a verified
 //! certificate; the tracker sees file bytes; a session is plaintext or unauthenticated; a file is replaced.
@@ -34,6 +35,7 @@ pub mod exit;
 pub mod have;
 pub mod identity;
 pub mod net;
+pub mod peer;
 pub mod proto;
 pub mod safe_path;
 pub mod telemetry;

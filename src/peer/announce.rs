@@ -1,0 +1,202 @@
+//! Keeps the tracker's picture of this peer true: registers the library, sends deltas when it changes, heartbeats, and
+//! says goodbye.
+//!
+//! Invariant: a generation names one state of the listing, rises with each announcement, and is told in heartbeats only
+//! after the tracker accepted it.
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::Result;
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::Code;
+
+use super::{
+    library::{Library, Update},
+    membership::Membership,
+    tracker_client::{TrackerClient, batches, status_of},
+};
+use crate::{
+    backoff::Backoff,
+    net,
+    proto::{HeartbeatRequest, RegisterHeader, RegisterRequest, heartbeat_response::State, register_request::Part},
+};
+
+/// Changes within this time travel together.
+const GATHER: Duration = Duration::from_millis(100);
+const GOODBYE: Duration = Duration::from_secs(2);
+const FIRST_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Where this peer can be reached.
+#[derive(Clone, Debug)]
+pub struct Reachable {
+    /// The bound socket.
+    pub bound: SocketAddr,
+    /// What the operator says instead of the interfaces.
+    pub advertise: Vec<String>,
+}
+
+impl Reachable {
+    /// "HOST:PORT" values as of now.
+    #[must_use]
+    pub fn addresses(&self) -> Vec<String> {
+        if !self.advertise.is_empty() {
+            return self.advertise.clone();
+        }
+        let found = net::reachable_at(self.bound).unwrap_or_else(|error| {
+            tracing::warn!("listing this machine's addresses: {error}");
+            vec![]
+        });
+        found.iter().map(ToString::to_string).collect()
+    }
+}
+
+/// The announcing task of a Node.
+pub struct Announcer {
+    /// What is announced.
+    pub library: Library,
+    /// To whom.
+    pub tracker: Arc<TrackerClient>,
+    /// Whose trust list is kept up to date.
+    pub membership: Arc<Membership>,
+    /// From where.
+    pub reachable: Reachable,
+    /// Shown in `status`: "online", or why not.
+    pub state: watch::Sender<String>,
+}
+
+/// What the tracker is known to hold.
+struct Announced {
+    generation: u64,
+    version: u64,
+}
+
+impl Announcer {
+    /// Announces until cancelled, then leaves.
+    pub async fn run(self, cancel: CancellationToken) {
+        let mut announced: Option<Announced> = None;
+        let mut interval = FIRST_INTERVAL;
+        let mut backoff = Backoff::new(Duration::from_millis(500), FIRST_INTERVAL);
+        let mut changed = self.library.changed();
+        let mut due = Instant::now();
+        loop {
+            let wait = async {
+                tokio::select! {
+                    () = sleep_until(due) => {}
+                    // While the tracker is not reached, changes do not hurry the next attempt.
+                    Ok(()) = changed.changed(), if announced.is_some() => tokio::time::sleep(GATHER).await,
+                }
+            };
+            if cancel.run_until_cancelled(wait).await.is_none() {
+                break;
+            }
+            let Some(outcome) = cancel.run_until_cancelled(self.step(&mut announced, &mut interval, due)).await else {
+                break;
+            };
+            match outcome {
+                Ok(()) => {
+                    backoff.reset();
+                    self.state.send_replace("online".into());
+                    if due <= Instant::now() {
+                        due = Instant::now() + interval.mul_f64(0.9 + 0.2 * rand::random::<f64>());
+                    }
+                }
+                Err(error) => {
+                    announced = None;
+                    let text = format!("{error:#}");
+                    if *self.state.borrow() != text {
+                        tracing::warn!("{text}");
+                    }
+                    self.state.send_replace(text);
+                    due = Instant::now() + backoff.delay(rand::random());
+                }
+            }
+        }
+        if let Some(announced) = announced {
+            let request = HeartbeatRequest { generation: announced.generation, leaving: true, ..Default::default() };
+            let _ = timeout(GOODBYE, self.tracker.heartbeat(request)).await;
+        }
+    }
+
+    /// Brings the tracker up to date: a registration if there is news, and a heartbeat when one is due.
+    async fn step(&self, announced: &mut Option<Announced>, interval: &mut Duration, due: Instant) -> Result<()> {
+        if let Some(known) = announced.as_ref()
+            && Instant::now() >= due
+        {
+            let request = HeartbeatRequest {
+                generation: known.generation,
+                trust_epoch: self.membership.trust().list().epoch,
+                ..Default::default()
+            };
+            let answer = self.tracker.heartbeat(request).await?;
+            *interval = Duration::from_millis(answer.heartbeat_interval_ms.max(100).into());
+            if let Some(list) = &answer.trust_list {
+                self.membership.adopt(list)?;
+            }
+            if answer.state() != State::Renewed {
+                tracing::info!("the tracker does not hold our library: registering again");
+                *announced = None;
+            }
+        }
+        let version = *self.library.changed().borrow();
+        match announced {
+            Some(known) if known.version == version => Ok(()),
+            Some(known) => match self.register(Some(known), interval).await {
+                Err(error) if status_of(&error) == Some(Code::FailedPrecondition) => {
+                    *announced = Some(self.register(None, interval).await?);
+                    Ok(())
+                }
+                registered => {
+                    *announced = Some(registered?);
+                    Ok(())
+                }
+            },
+            None => {
+                *announced = Some(self.register(None, interval).await?);
+                Ok(())
+            }
+        }
+    }
+
+    async fn register(&self, base: Option<&Announced>, interval: &mut Duration) -> Result<Announced> {
+        let changes = self.library.changes_since(base.map_or(0, |base| base.version));
+        let (base_generation, added, removed) = match (base, changes.update) {
+            (Some(base), Update::Delta { added, removed }) => (base.generation, added, removed),
+            (None, Update::Delta { .. }) => (0, self.library.files(), vec![]),
+            (_, Update::Full(files)) => (0, files, vec![]),
+        };
+        let generation = next_generation(base.map_or(0, |base| base.generation));
+        let header = RegisterHeader {
+            peer_id: String::new(),
+            generation,
+            base_generation,
+            addresses: self.reachable.addresses(),
+            port: self.reachable.bound.port().into(),
+        };
+        let (n_added, n_removed) = (added.len(), removed.len());
+        let added = added.iter().map(Into::into).collect();
+        let removed = removed.iter().map(Into::into).collect();
+        let header = RegisterRequest { part: Some(Part::Header(header)) };
+        let parts = std::iter::once(header).chain(batches(added, removed)).collect::<Vec<_>>();
+        let answer = self.tracker.register(futures_util::stream::iter(parts)).await?;
+        *interval = Duration::from_millis(answer.heartbeat_interval_ms.max(100).into());
+        if let Some(list) = &answer.trust_list {
+            self.membership.adopt(list)?;
+        }
+        tracing::debug!(generation, base_generation, n_added, n_removed, "registered");
+        Ok(Announced { generation, version: changes.version })
+    }
+}
+
+/// Above the last one, and above those of earlier lives of this peer: milliseconds since the epoch, or one more.
+fn next_generation(last: u64) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+    u64::try_from(now).unwrap_or(u64::MAX - 1).max(last + 1)
+}

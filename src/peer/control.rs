@@ -1,0 +1,267 @@
+//! ControlService: what the menu and the command line ask of this peer, over its Unix socket or a pipe.
+//!
+//! Invariant: a Get lives as long as the stream of whoever asked for it; paths are absolute; an answer names the folder
+//! or file that was the trouble.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use futures_util::Stream;
+use tokio::{
+    sync::{mpsc, watch},
+    time::interval,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+
+use super::{
+    announce::Reachable,
+    download::{Get, Progress},
+    index::Index,
+    library::Library,
+    membership::Membership,
+    report::{self, Speed},
+    serve::Served,
+    shares::{ShareSpec, Shares},
+    targets::{Disk, Existing, Want},
+    tracker_client::TrackerClient,
+};
+use crate::{
+    exit::{Exit, Failed},
+    proto::*,
+    safe_path::{Root, SafeName, with_path},
+};
+
+const QUEUE: usize = 64;
+/// Between two progress events.
+const PROGRESS: Duration = Duration::from_millis(100);
+/// How long a first scan may take before a Share is answered without its counts.
+const SCAN: Duration = Duration::from_secs(10);
+
+/// The parts of a Node that control speaks for.
+pub struct Control {
+    /// Who we are.
+    pub membership: Arc<Membership>,
+    /// The network's tracker.
+    pub tracker: Arc<TrackerClient>,
+    /// What we serve.
+    pub library: Library,
+    /// What was hashed.
+    pub index: Arc<Index>,
+    /// The folders.
+    pub shares: Arc<Shares>,
+    /// Where shares are remembered.
+    pub remember: PathBuf,
+    /// Where downloads land unless told otherwise.
+    pub downloads: Option<PathBuf>,
+    /// What was served.
+    pub served: Arc<Served>,
+    /// Where we listen.
+    pub reachable: Reachable,
+    /// How we stand with the tracker.
+    pub state: watch::Receiver<String>,
+    /// When the Node began.
+    pub started: Instant,
+    /// Ends everything.
+    pub cancel: CancellationToken,
+    /// Gets under way, by number.
+    pub running: Mutex<BTreeMap<u64, Arc<Progress>>>,
+    /// How many requests are attached.
+    pub attached: watch::Sender<usize>,
+    /// Bytes that came over the network.
+    pub downloaded: AtomicU64,
+}
+
+/// A request that keeps a short-lived Node alive.
+struct Attached {
+    control: Arc<Control>,
+    id: u64,
+    progress: Arc<Progress>,
+}
+
+impl Attached {
+    fn begin(control: &Arc<Control>) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let (id, progress) = (NEXT.fetch_add(1, Ordering::Relaxed), Arc::new(Progress::default()));
+        control.running.lock().expect("no panic while the lock is held").insert(id, progress.clone());
+        control.attached.send_modify(|n| *n += 1);
+        Self { control: control.clone(), id, progress }
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        self.control.running.lock().expect("no panic while the lock is held").remove(&self.id);
+        let fetched = report::fetched(&self.progress);
+        self.control.downloaded.fetch_add(fetched, Ordering::Relaxed);
+        self.control.attached.send_modify(|n| *n -= 1);
+    }
+}
+
+/// The service; a newtype, because a Get outlives the call that began it.
+pub struct ControlServer(pub Arc<Control>);
+
+impl Control {
+    /// Where a Get writes, and under which name if the caller named a file.
+    fn output(&self, output: &str) -> Result<(PathBuf, Option<SafeName>)> {
+        if output.is_empty() {
+            let none = || {
+                Failed::new(
+                    Exit::Usage,
+                    "no downloads folder: start the peer with --downloads DIR, or name a target with -o",
+                )
+            };
+            return Ok((self.downloads.clone().ok_or_else(none)?, None));
+        }
+        let path = Path::new(output);
+        anyhow::ensure!(path.is_absolute(), Failed::new(Exit::Usage, format!("{output} is not an absolute path")));
+        if output.ends_with('/') {
+            return Ok((path.to_owned(), None));
+        }
+        let (Some(parent), Some(file)) = (path.parent(), path.file_name()) else {
+            return Err(Failed::new(Exit::Usage, format!("{output} is not the name of a file")).into());
+        };
+        let name = SafeName::from_path(Path::new(file));
+        let name =
+            name.map_err(|e| Failed::new(Exit::Usage, format!("{output} cannot be the name of a download: {e}")))?;
+        Ok((parent.to_owned(), Some(name)))
+    }
+
+    fn open_root(&self, folder: &Path) -> Result<Root> {
+        let unusable = |error: std::io::Error| {
+            let hint = match &self.downloads {
+                Some(downloads) => {
+                    format!("choose another -o, or the running peer's downloads folder {}", downloads.display())
+                }
+                None => "choose another -o".into(),
+            };
+            Failed::new(Exit::NoSpace, format!("cannot write to {}; {hint}", with_path(folder, error)))
+        };
+        Root::open_or_create(folder).map_err(unusable)?;
+        let folder = folder.canonicalize().with_context(|| folder.display().to_string())?;
+        Ok(Root::open(&folder).map_err(unusable)?)
+    }
+
+    fn plan(&self, request: &GetRequest) -> Result<Get> {
+        let (folder, file) = self.output(&request.output)?;
+        let root = self.open_root(&folder)?;
+        let wants = request.wanted.iter().map(|wanted| {
+            let name = name(&wanted.name)?;
+            let target = file.clone().unwrap_or_else(|| name.clone());
+            Ok(Want { target, name, size: wanted.size, id: content_id(&wanted.content_id)? })
+        });
+        let wants = wants.collect::<Result<Vec<_>>>()?;
+        if file.is_some() && wants.len() != 1 {
+            return Err(Failed::new(Exit::Usage, "several files need a folder: end -o with /").into());
+        }
+        let disk = Disk {
+            root,
+            index: self.index.clone(),
+            library: self.library.clone(),
+            shares: self.shares.clone(),
+            cancel: self.cancel.child_token(),
+        };
+        let existing = match request.existing() {
+            get_request::Existing::Rename => Existing::Rename,
+            get_request::Existing::Skip => Existing::Skip,
+            get_request::Existing::Unspecified | get_request::Existing::Refuse => Existing::Refuse,
+        };
+        Ok(Get { membership: self.membership.clone(), tracker: self.tracker.clone(), disk, wants, existing })
+    }
+}
+
+/// Runs one Get and tells its story to `events`.
+async fn tell(attached: Attached, request: GetRequest, events: mpsc::Sender<Result<GetEvent, Status>>) {
+    let began = Instant::now();
+    let progress = attached.progress.clone();
+    let send = |event: get_event::Event| events.send(Ok(GetEvent { event: Some(event) }));
+    let control = attached.control.clone();
+    let planned = tokio::task::spawn_blocking(move || control.plan(&request)).await;
+    let outcome = async {
+        let get = planned??;
+        let bytes_total = get.wants.iter().map(|want| want.size).sum();
+        let started = Started { bytes_total, files_total: get.wants.len() as u64 };
+        let _ = send(get_event::Event::Started(started)).await;
+        let (happenings, mut happened) = mpsc::channel(QUEUE);
+        let mut run = std::pin::pin!(get.run(progress.clone(), happenings));
+        let mut ticks = interval(PROGRESS);
+        let mut speed = Speed::default();
+        let outcome = loop {
+            tokio::select! {
+                outcome = run.as_mut() => break outcome,
+                Some(happening) = happened.recv() => drop(send(report::event(happening)).await),
+                _ = ticks.tick() => drop(send(get_event::Event::Progress(report::progress(&progress, &mut speed))).await),
+                () = events.closed() => return Ok(()),
+            }
+        };
+        while let Ok(happening) = happened.try_recv() {
+            let _ = send(report::event(happening)).await;
+        }
+        outcome
+    }
+    .await;
+    let summary = report::summary(&progress, began.elapsed());
+    let last = match outcome {
+        Ok(()) => get_event::Event::Done(summary),
+        Err(error) => get_event::Event::Failed(report::failure(&error, summary)),
+    };
+    // Detached before the last word, so that a Node that waits for its requests may end when it is heard.
+    drop(attached);
+    let _ = send(last).await;
+}
+
+#[tonic::async_trait]
+impl control_service_server::ControlService for ControlServer {
+    type GetStream = Pin<Box<dyn Stream<Item = Result<GetEvent, Status>> + Send>>;
+
+    async fn get(&self, request: Request<GetRequest>) -> Result<Response<Self::GetStream>, Status> {
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let (attached, cancel) = (Attached::begin(&self.0), self.0.cancel.clone());
+        tokio::spawn(async move { cancel.run_until_cancelled(tell(attached, request.into_inner(), sender)).await });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+        Ok(Response::new(report::status(&self.0)))
+    }
+
+    async fn share(&self, request: Request<ShareRequest>) -> Result<Response<ShareResponse>, Status> {
+        let ShareRequest { path, name } = request.into_inner();
+        let path = PathBuf::from(path);
+        if !path.is_absolute() {
+            return Err(Status::invalid_argument("an absolute path is wanted"));
+        }
+        let spec = ShareSpec { name: (!name.is_empty()).then_some(name), path: path.clone() };
+        let (shares, adding) = (self.0.shares.clone(), spec.clone());
+        let added = tokio::task::spawn_blocking(move || shares.add(adding)).await;
+        let added = added.map_err(|e| Status::internal(e.to_string()))?;
+        added.map_err(|error| Status::failed_precondition(format!("{error:#}")))?;
+        super::remembered::add(&self.0.remember, &spec).map_err(|error| Status::internal(format!("{error:#}")))?;
+        let path = path.canonicalize().unwrap_or(path);
+        let deadline = Instant::now() + SCAN;
+        loop {
+            let state = self.0.shares.status().into_iter().find(|state| state.path == path);
+            match state {
+                Some(state) if state.scanned || Instant::now() > deadline => {
+                    return Ok(Response::new(ShareResponse {
+                        files_to_hash: state.progress.files_to_hash,
+                        bytes_to_hash: state.progress.bytes_to_hash,
+                        share: Some(report::share(&state)),
+                    }));
+                }
+                None => return Err(Status::internal("the share is gone")),
+                Some(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! A Node: a running peer. This file joins its parts and owns its life: lock, load, bind, serve, announce, leave.
+//!
+//! Invariants: one process per state directory; whoever holds the lock serves the control socket; everything runs under
+//! one token and one tracker of tasks, and stop means: leave the network, let streams finish, end.
+
+pub mod announce;
+pub mod control;
+pub mod download;
+pub mod find;
+pub mod hasher;
+pub mod index;
+pub mod join;
+pub mod keeper;
+pub mod library;
+pub mod membership;
+pub mod pace;
+pub mod picker;
+pub mod remembered;
+pub mod report;
+pub mod roster;
+pub mod scan;
+pub mod serve;
+pub mod share;
+pub mod shares;
+pub mod source;
+pub mod storage;
+pub mod swarm;
+pub mod targets;
+pub mod tracker_client;
+pub mod watcher;
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, atomic::AtomicU64},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use tokio::{net::TcpListener, sync::watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::service::Routes;
+
+pub use self::shares::ShareSpec;
+use self::{
+    announce::{Announcer, Reachable},
+    control::{Control, ControlServer},
+    index::Index,
+    library::Library,
+    membership::Membership,
+    serve::{ChunkServer, Served},
+    shares::{Shares, SharesConfig},
+    tracker_client::TrackerClient,
+};
+use crate::{
+    exit::{Exit, Failed},
+    identity::PeerId,
+    net::{self, Connection, Front, Limits, Listener},
+    proto::{self, chunk_service_server::ChunkServiceServer, control_service_server::ControlServiceServer},
+    safe_path::{self, Root},
+    tls,
+};
+
+const LOCK: &str = "lock";
+const SOCKET: &str = "control.sock";
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+const DRAIN: Duration = Duration::from_secs(12);
+/// The port unless told otherwise; the next ones are tried if it is taken.
+pub const DEFAULT_PORT: u16 = 7701;
+const SPREAD: u16 = 32;
+const LIMITS: Limits = Limits { connections: 1024, strangers_per_address: 64, per_member: 8, http2: net::DATA };
+/// Descriptors for connections, shared files and `.part`s.
+const DESCRIPTORS: u64 = 65_536;
+
+/// How a Node runs.
+#[derive(Clone, Debug)]
+pub struct NodeOptions {
+    /// Where identity, index and lock lie.
+    pub state_dir: PathBuf,
+    /// Folders to share.
+    pub shares: Vec<ShareSpec>,
+    /// Where downloads land; shared too.
+    pub downloads: Option<PathBuf>,
+    /// What to bind; none for a short life on any port.
+    pub listen: Option<SocketAddr>,
+    /// "HOST:PORT" to offer instead of the interfaces' addresses.
+    pub advertise: Vec<String>,
+    /// The tracker, instead of the one joined through.
+    pub tracker: Option<String>,
+    /// How often shares are rescanned beside events.
+    pub rescan: Duration,
+}
+
+/// A running peer.
+pub struct Node {
+    control: Arc<Control>,
+    connection: Connection,
+    addresses: Vec<String>,
+    cancel: CancellationToken,
+    tasks: TaskTracker,
+    lock: File,
+}
+
+impl Node {
+    /// Takes the state directory, and serves.
+    ///
+    /// # Errors
+    /// [`Exit::Auth`] if this machine has not joined; another process on the directory; a folder or port that cannot be
+    /// used.
+    pub async fn start(options: NodeOptions) -> Result<Self> {
+        let membership = Membership::load(&options.state_dir, options.tracker.clone())?;
+        let lock = lock(&options.state_dir).await?;
+        if membership.seconds_left() <= 0 {
+            join::renew(&membership).await.context("the certificate has ended")?;
+        }
+        raise_descriptor_limit();
+        let (cancel, tasks) = (CancellationToken::new(), TaskTracker::new());
+        let index = options.state_dir.join("index.redb");
+        let index = Arc::new(Index::open(&index).with_context(|| format!("opening {}", index.display()))?);
+        let library = Library::new();
+        let shares = Arc::new(Shares::new(SharesConfig {
+            index: index.clone(),
+            library: library.clone(),
+            hidden: vec![options.state_dir.clone()],
+            rescan: options.rescan,
+            poll: false,
+            cancel: cancel.clone(),
+            tasks: tasks.clone(),
+        }));
+        let remember = options.state_dir.join("shares.json");
+        let downloads = add_shares(&options, &shares, &remember)?;
+        let listener = listen(options.listen)?;
+        let reachable = Reachable { bound: listener.local_addr()?, advertise: options.advertise.clone() };
+        let tracker = Arc::new(TrackerClient::new(membership.clone()));
+        let (state, state_shown) = watch::channel("connecting".to_owned());
+        let control = Arc::new(Control {
+            membership: membership.clone(),
+            tracker: tracker.clone(),
+            library: library.clone(),
+            index,
+            shares,
+            remember,
+            downloads,
+            served: Arc::default(),
+            reachable: reachable.clone(),
+            state: state_shown,
+            started: Instant::now(),
+            cancel: cancel.clone(),
+            running: Mutex::new(BTreeMap::new()),
+            attached: watch::Sender::new(0),
+            downloaded: AtomicU64::new(0),
+        });
+        let routes = Routes::new(ControlServiceServer::new(ControlServer(control.clone()))).prepare();
+        let connection = net::pipe(routes.clone(), net::CONTROL, cancel.clone()).await?;
+        let addresses = reachable.addresses();
+        let node = Self { control, connection, addresses, cancel, tasks, lock };
+        let socket = net::bind_unix(&options.state_dir, SOCKET).context("binding the control socket")?;
+        node.tasks.spawn(net::serve_unix(socket, routes, node.cancel.clone(), node.tasks.clone()));
+        node.serve(listener, &membership).await?;
+        let announcer = Announcer { library, tracker, membership: membership.clone(), reachable, state };
+        node.tasks.spawn(announcer.run(node.cancel.clone()));
+        node.tasks.spawn(join::keep_renewed(membership, node.cancel.clone()));
+        Ok(node)
+    }
+
+    async fn serve(&self, listener: TcpListener, membership: &Arc<Membership>) -> Result<()> {
+        let chunks = ChunkServer::new(self.control.library.clone(), self.control.served.clone());
+        let chunks = ChunkServiceServer::new(chunks).max_decoding_message_size(proto::MAX_CHUNK_MESSAGE);
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<ChunkServiceServer<ChunkServer>>().await;
+        let routes = proto::with_reflection(Routes::new(chunks).add_service(health_service))?.prepare();
+        let certificate = membership.certificate().clone();
+        let tls = tls::member_server(membership.trust(), certificate.clone(), certificate)?;
+        let listening = Listener {
+            members: Front { tls, routes },
+            joiners: None,
+            limits: LIMITS,
+            trust: membership.trust().clone(),
+            cancel: self.cancel.clone(),
+            tasks: self.tasks.clone(),
+        };
+        self.tasks.spawn(listening.run(listener));
+        Ok(())
+    }
+
+    /// The ControlService, without a socket in between.
+    #[must_use]
+    pub fn control(&self) -> Connection {
+        self.connection.clone()
+    }
+
+    /// Who this is.
+    #[must_use]
+    pub fn peer_id(&self) -> PeerId {
+        self.control.membership.id()
+    }
+
+    /// Where it can be reached.
+    #[must_use]
+    pub fn addresses(&self) -> &[String] {
+        &self.addresses
+    }
+
+    /// What it serves.
+    #[must_use]
+    pub fn served(&self) -> &Served {
+        &self.control.served
+    }
+
+    /// Returns when no attached request runs.
+    pub async fn drained(&self) {
+        let mut attached = self.control.attached.subscribe();
+        // Cannot fail: `self.control` holds the sender.
+        let _ = attached.wait_for(|n| *n == 0).await;
+    }
+
+    /// Leaves the network, lets streams finish for up to ten seconds, and ends.
+    pub async fn stop(self) {
+        self.cancel.cancel();
+        self.tasks.close();
+        let _ = tokio::time::timeout(DRAIN, self.tasks.wait()).await;
+        drop(self.lock);
+    }
+}
+
+/// The control connection of the peer that runs in `state_dir`; `None` if nobody does.
+///
+/// # Errors
+/// If a peer holds the directory but does not answer.
+pub async fn control(state_dir: &Path) -> Result<Option<Connection>> {
+    if !state_dir.exists() {
+        return Ok(None);
+    }
+    let until = Instant::now() + LOCK_WAIT;
+    loop {
+        if safe_path::lock(&state_dir.join(LOCK))?.is_some() {
+            return Ok(None);
+        }
+        // The holder may just be starting, or just ending.
+        match net::dial_unix(state_dir, SOCKET, net::CONTROL).await {
+            Ok(connection) => return Ok(Some(connection)),
+            Err(error) if Instant::now() > until => {
+                let text = format!("a peer runs in {}, but its control socket does not answer", state_dir.display());
+                return Err(anyhow::Error::from(error).context(text));
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
+async fn lock(state_dir: &Path) -> Result<File> {
+    let until = Instant::now() + LOCK_WAIT;
+    loop {
+        if let Some(lock) = safe_path::lock(&state_dir.join(LOCK))? {
+            return Ok(lock);
+        }
+        if Instant::now() > until {
+            let text = format!("a peer already runs in {}; use it, or another --state-dir", state_dir.display());
+            return Err(Failed::new(Exit::Failure, text).into());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Shares what was asked for and what was remembered, and the downloads folder; gives the latter's real path.
+fn add_shares(options: &NodeOptions, shares: &Shares, remember: &Path) -> Result<Option<PathBuf>> {
+    for spec in &options.shares {
+        shares.add(spec.clone()).map_err(|error| Failed::new(Exit::Usage, format!("{error:#}")))?;
+    }
+    let shared = |path: &Path| shares.status().iter().any(|share| path.starts_with(&share.path));
+    // A folder that went away since it was remembered must not keep a peer from starting.
+    for spec in if options.listen.is_some() { remembered::load(remember)? } else { vec![] } {
+        if !spec.path.canonicalize().is_ok_and(|path| shared(&path))
+            && let Err(error) = shares.add(spec)
+        {
+            tracing::warn!("{error:#}");
+        }
+    }
+    let Some(downloads) = &options.downloads else { return Ok(None) };
+    let unusable = |error: std::io::Error| Failed::new(Exit::NoSpace, format!("downloads folder: {error}"));
+    Root::open_or_create(downloads).map_err(unusable)?;
+    let downloads = downloads.canonicalize().with_context(|| downloads.display().to_string())?;
+    writable(&downloads)?;
+    if options.listen.is_some() && !shared(&downloads) {
+        shares.add(ShareSpec { name: None, path: downloads.clone() })?;
+    }
+    Ok(Some(downloads))
+}
+
+fn writable(folder: &Path) -> Result<()> {
+    let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+    rustix::fs::accessat(rustix::fs::CWD, folder, access, rustix::fs::AtFlags::EACCESS).map_err(|error| {
+        let text =
+            format!("downloads folder {}: cannot be written ({error}); choose another --downloads", folder.display());
+        Failed::new(Exit::NoSpace, text).into()
+    })
+}
+
+fn listen(address: Option<SocketAddr>) -> Result<TcpListener> {
+    let address = address.unwrap_or_else(|| SocketAddr::from(([0_u16; 8], 0)));
+    let spread = if address.port() == DEFAULT_PORT { SPREAD } else { 0 };
+    net::bind(address, spread).map_err(|error| Failed::new(Exit::Failure, error.to_string()).into())
+}
+
+/// Best effort: with few descriptors a peer serves fewer at once.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.unwrap_or(DESCRIPTORS).min(DESCRIPTORS);
+    if limit.current.is_some_and(|current| current < wanted) {
+        limit.current = Some(wanted);
+        let _ = setrlimit(Resource::Nofile, limit);
+    }
+}

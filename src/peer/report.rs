@@ -1,0 +1,182 @@
+//! A Node's state in the words of the control protocol.
+
+use std::{
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+use super::{
+    control::Control,
+    download::{Happening, Progress},
+    keeper::ShareState,
+    swarm::{Account, State},
+};
+use crate::{
+    exit::{Exit, Failed},
+    identity::PeerId,
+    proto::{
+        self, DownloadStatus, FileDone, FileProgress, Note, ShareStatus, SourceProgress, StatusResponse,
+        get_event::Event,
+    },
+    safe_path::escape,
+};
+
+/// A smoothed rate over the progress of one Get.
+#[derive(Default)]
+pub struct Speed {
+    last: Option<(Instant, u64)>,
+    rate: f64,
+}
+
+impl Speed {
+    /// Bytes a second, with a time constant of about two seconds.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_precision_loss,
+        reason = "a rate for people"
+    )]
+    fn at(&mut self, bytes: u64, now: Instant) -> u64 {
+        if let Some((before, had)) = self.last {
+            let seconds = now.saturating_duration_since(before).as_secs_f64().max(0.001);
+            let rate = bytes.saturating_sub(had) as f64 / seconds;
+            let weight = if self.rate == 0.0 { 1.0 } else { 1.0 - (-seconds / 2.0).exp() };
+            self.rate += (rate - self.rate) * weight;
+        }
+        self.last = Some((now, bytes));
+        self.rate as u64
+    }
+}
+
+/// What happened, as an event.
+pub fn event(happening: Happening) -> Event {
+    match happening {
+        Happening::FileDone { want, path, already_there } => Event::FileDone(FileDone {
+            name: want.name.to_string(),
+            content_id: want.id.to_string(),
+            size: want.size,
+            path: path.to_string_lossy().into_owned(),
+            already_there,
+        }),
+        Happening::Note(peer, text) => {
+            Event::Note(Note { text, peer_id: peer.map(|peer| peer.to_string()).unwrap_or_default() })
+        }
+    }
+}
+
+fn source((peer, account): (&PeerId, &Account)) -> SourceProgress {
+    let state = match account.state {
+        State::Connecting => "connecting",
+        State::Active => "active",
+        State::Resting => "resting",
+        State::Banned => "banned",
+        State::Gone => "gone",
+    };
+    SourceProgress {
+        peer_id: peer.to_string(),
+        bytes: account.bytes,
+        bytes_per_second: 0,
+        chunk_length: account.sizes.0,
+        claim_pieces: account.sizes.1,
+        state: state.into(),
+        address: account.address.clone(),
+    }
+}
+
+fn sources(progress: &Progress) -> Vec<SourceProgress> {
+    let accounts = progress.accounts.lock().expect("no panic while the lock is held");
+    let mut sources: Vec<_> = accounts.iter().map(source).collect();
+    sources.sort_by(|a, b| b.bytes.cmp(&a.bytes).then_with(|| a.peer_id.cmp(&b.peer_id)));
+    sources
+}
+
+/// Bytes of a Get that came over the network and were good.
+pub fn fetched(progress: &Progress) -> u64 {
+    progress.accounts.lock().expect("no panic while the lock is held").values().map(|account| account.bytes).sum()
+}
+
+/// Where a Get stands.
+pub fn progress(progress: &Progress, speed: &mut Speed) -> proto::Progress {
+    let files = progress.in_work.lock().expect("no panic while the lock is held");
+    let files = files.iter().map(|(name, bytes_done, bytes_total)| FileProgress {
+        name: name.to_string(),
+        bytes_done: *bytes_done,
+        bytes_total: *bytes_total,
+    });
+    let bytes_done = progress.bytes_done.load(Ordering::Relaxed);
+    proto::Progress {
+        bytes_done,
+        bytes_total: progress.bytes_total.load(Ordering::Relaxed),
+        files_done: progress.files_done.load(Ordering::Relaxed),
+        files_total: progress.files_total.load(Ordering::Relaxed),
+        bytes_per_second: speed.at(bytes_done, Instant::now()),
+        sources: sources(progress),
+        files: files.collect(),
+    }
+}
+
+/// How a Get ended.
+pub fn summary(progress: &Progress, duration: Duration) -> proto::Done {
+    let wasted = progress.accounts.lock().expect("no panic while the lock is held").values().map(|a| a.wasted).sum();
+    proto::Done {
+        bytes_total: progress.bytes_total.load(Ordering::Relaxed),
+        bytes_fetched: fetched(progress),
+        bytes_resumed: progress.bytes_resumed.load(Ordering::Relaxed),
+        files: progress.files_done.load(Ordering::Relaxed),
+        duration_ms: u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
+        sources: sources(progress),
+        bytes_wasted: wasted,
+        files_skipped: progress.files_skipped.load(Ordering::Relaxed),
+    }
+}
+
+/// Why a Get failed, with its exit code.
+pub fn failure(error: &anyhow::Error, so_far: proto::Done) -> proto::Failed {
+    let (exit, message) = match error.downcast_ref::<Failed>() {
+        Some(failed) => (failed.exit, failed.message.clone()),
+        None => (Exit::Failure, escape(&format!("{error:#}"))),
+    };
+    proto::Failed { exit_code: exit as u32, message, so_far: Some(so_far) }
+}
+
+/// A share, as `status` shows it.
+pub fn share(state: &ShareState) -> ShareStatus {
+    ShareStatus {
+        name: state.name.clone().unwrap_or_default(),
+        path: state.path.to_string_lossy().into_owned(),
+        mode: state.mode.to_string(),
+        files: state.files,
+    }
+}
+
+/// Everything that `status` shows.
+pub fn status(control: &Control) -> StatusResponse {
+    let (files, bytes) = control.library.totals();
+    let to_do = control.shares.progress();
+    let running = control.running.lock().expect("no panic while the lock is held").clone();
+    let in_flight: u64 = running.values().map(|progress| fetched(progress)).sum();
+    StatusResponse {
+        peer_id: control.membership.id().to_string(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        pid: std::process::id(),
+        addresses: control.reachable.addresses(),
+        tracker: control.tracker.address(),
+        tracker_state: control.state.borrow().clone(),
+        shares: control.shares.status().iter().map(share).collect(),
+        downloads: control.downloads.as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),
+        files,
+        bytes,
+        files_to_hash: to_do.files_to_hash,
+        bytes_to_hash: to_do.bytes_to_hash,
+        files_skipped: to_do.skipped.total(),
+        bytes_uploaded: control.served.bytes.load(Ordering::Relaxed),
+        bytes_downloaded: control.downloaded.load(Ordering::Relaxed) + in_flight,
+        downloads_running: running
+            .iter()
+            .map(|(id, running)| DownloadStatus { id: *id, progress: Some(progress(running, &mut Speed::default())) })
+            .collect(),
+        certificate_seconds_left: control.membership.seconds_left(),
+        uptime_seconds: control.started.elapsed().as_secs(),
+        uploads_running: control.served.streams.load(Ordering::Relaxed),
+    }
+}
