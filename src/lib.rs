@@ -23,17 +23,25 @@
 //! - [`proto`]: the wire
 //! - [`tracker`]: the tracker
 //! - [`peer`]: a peer: library, serving, downloading
+//! - [`client`]: calls to a running peer or tracker of this user
+//! - [`cli`]: commands
+//! - [`menu`]: the menu, which can do nothing that a command cannot
+//! - [`demo`]: a whole network on one machine
 //!
 //! What never happens: an unverified byte reaches a disk or another peer; a peer id comes from anywhere but a verified
 //! certificate; the tracker sees file bytes; a session is plaintext or unauthenticated; a file is replaced.
 
 pub mod backoff;
 pub mod catalog;
+pub mod cli;
+pub mod client;
 pub mod config;
 pub mod content;
+pub mod demo;
 pub mod exit;
 pub mod have;
 pub mod identity;
+pub mod menu;
 pub mod net;
 pub mod peer;
 pub mod proto;

@@ -1,3 +1,31 @@
-//! The binary; commands come with the services.
+//! Parses, starts the log, runs one command or the menu, and ends with its exit code.
 
-fn main() {}
+use std::{process::ExitCode, time::Duration};
+
+use anyhow::Context;
+use sprat::{
+    cli::{self, Args, Command, Session},
+    demo, menu, telemetry,
+};
+
+/// For blocking work that nobody waits for any more.
+const LEFTOVERS: Duration = Duration::from_secs(1);
+
+fn main() -> ExitCode {
+    cli::finish(run(&cli::parse()))
+}
+
+fn run(args: &Args) -> anyhow::Result<()> {
+    let session = Session::load(args, menu::passphrase)?;
+    telemetry::init(&session.config.log, session.log_filter.as_deref())?;
+    let runtime = tokio::runtime::Runtime::new().context("starting threads")?;
+    let result = runtime.block_on(async {
+        match args.wanted() {
+            None => menu::run(session).await,
+            Some(Command::Demo(options)) => demo::run(options).await,
+            Some(Command::Action(action)) => cli::run(&session, &action).await,
+        }
+    });
+    runtime.shutdown_timeout(LEFTOVERS);
+    result
+}

@@ -1,0 +1,350 @@
+//! `sprat get`: finds out at the tracker what is meant, and has the peer of this state directory fetch it: the running
+//! one, or one that lives as long as the command.
+//!
+//! Invariant: what is asked for is settled before anything is fetched: every name stands for one content, nothing is
+//! guessed, and the target is an absolute path. A Node started here is stopped here, whatever happens in between.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    os::unix::ffi::OsStrExt,
+    path::Path,
+};
+
+use anyhow::Result;
+
+use super::{
+    Ended, Session, Stop,
+    commands::GetArgs,
+    exit_code, list, message,
+    peer::{one_shot, utf8},
+    progress::Report,
+};
+use crate::{
+    catalog::{FileKey, MIN_PREFIX_LEN, Row},
+    client::Control,
+    config::Service,
+    exit::{Exit, Failed},
+    peer::{self, Node, tracker_client::TrackerClient},
+    proto::{GetRequest, ListFilesRequest, Wanted, get_event::Event, get_request::Existing},
+    safe_path::SafeName,
+    units::human_size,
+};
+
+/// Most contents or names that an error lists.
+const SHOWN: usize = 5;
+
+pub(super) async fn run(session: &Session, args: &GetArgs) -> Result<()> {
+    let mut report = Report::new(session.json, session.quiet);
+    let result = fetch(session, args, &mut report).await;
+    report.clear();
+    if let Err(error) = &result {
+        report.failed(exit_code(error), &message(error))?;
+    }
+    result.map_err(|error| match error.downcast::<Ended>() {
+        Ok(Ended { code, message }) if !message.is_empty() => {
+            Ended { code, message: format!("{message}; run the same command again to continue") }.into()
+        }
+        Ok(ended) => ended.into(),
+        Err(error) => error,
+    })
+}
+
+async fn fetch(session: &Session, args: &GetArgs, report: &mut Report) -> Result<()> {
+    let stop = Stop::listen()?;
+    let rows = stop.unless(resolve(session, args)).await?;
+    let mut holder = stop.unless(Holder::attach(session)).await?;
+    let done = stop.unless(holder.fetch(session, args, &rows, report)).await;
+    holder.leave(done.is_ok()).await;
+    done
+}
+
+/// Who does the work.
+struct Holder {
+    control: Control,
+    /// Ours, if no peer was running.
+    node: Option<Node>,
+}
+
+impl Holder {
+    async fn attach(session: &Session) -> Result<Self> {
+        let state_dir = session.state_dir(Service::Peer)?;
+        if let Some(connection) = peer::control(&state_dir).await? {
+            return Ok(Self { control: Control::new(connection), node: None });
+        }
+        match Node::start(one_shot(session)?).await {
+            Ok(node) => Ok(Self { control: Control::new(node.control()), node: Some(node) }),
+            // Another command may have been first.
+            Err(error) => match peer::control(&state_dir).await {
+                Ok(Some(connection)) => Ok(Self { control: Control::new(connection), node: None }),
+                _ => Err(error),
+            },
+        }
+    }
+
+    async fn fetch(&mut self, session: &Session, args: &GetArgs, rows: &[Row], report: &mut Report) -> Result<()> {
+        let output = match &args.output {
+            Some(path) => output(path, &session.cwd, rows.len())?,
+            None => self.downloads(session).await?,
+        };
+        let to = if output.is_empty() { "the downloads folder" } else { &output };
+        report.note(&format!("{} → {to}", list::total(rows)));
+        let existing = match (args.rename, args.skip) {
+            (true, _) => Existing::Rename,
+            (_, true) => Existing::Skip,
+            _ => Existing::Refuse,
+        };
+        let wanted = rows.iter().map(|row| Wanted {
+            name: row.name.to_string(),
+            size: row.size,
+            content_id: row.content_id.to_string(),
+        });
+        let request = GetRequest { wanted: wanted.collect(), output, existing: existing.into() };
+        let mut events = self.control.get(request).await?;
+        loop {
+            let event = events.next().await?;
+            report.event(&event)?;
+            match event {
+                Event::Done(_) => return Ok(()),
+                Event::Failed(failed) => {
+                    return Err(Failed::new(Exit::from_code(failed.exit_code), failed.message).into());
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Where files go without `-o`: empty, or a folder.
+    async fn downloads(&mut self, session: &Session) -> Result<String> {
+        let has_folder = match &self.node {
+            Some(_) => session.config.peer.downloads.is_some(),
+            None => !self.control.status().await?.downloads.is_empty(),
+        };
+        if has_folder { Ok(String::new()) } else { output(Path::new("./"), &session.cwd, 1) }
+    }
+
+    /// A Node of ours stays while other commands use it, unless we were told to stop.
+    async fn leave(self, complete: bool) {
+        if let Some(node) = self.node {
+            if complete {
+                node.drained().await;
+            }
+            node.stop().await;
+        }
+    }
+}
+
+/// The target as the peer is told it: absolute, and with a `/` at the end if it is a folder.
+fn output(given: &Path, cwd: &Path, n_files: usize) -> Result<String> {
+    let path = cwd.join(given);
+    let is_folder = given.as_os_str().as_bytes().ends_with(b"/") || path.is_dir();
+    if n_files > 1 && !is_folder && path.exists() {
+        let text = format!("{} is a file, but {n_files} files match: name a folder with -o", path.display());
+        return Err(Failed::new(Exit::Exists, text).into());
+    }
+    let mut text = utf8(&path)?;
+    if (is_folder || n_files > 1) && !text.ends_with('/') {
+        text.push('/');
+    }
+    Ok(text)
+}
+
+async fn resolve(session: &Session, args: &GetArgs) -> Result<Vec<Row>> {
+    let tracker = session.config.peer.tracker.clone();
+    let client = TrackerClient::open(&session.state_dir(Service::Peer)?, tracker).await?;
+    settle(&async |request| client.list(request).await, &args.what, args.rename).await
+}
+
+/// The rows that all the words mean together, each once.
+async fn settle<L>(list: &L, what: &[String], rename: bool) -> Result<Vec<Row>>
+where
+    L: AsyncFn(ListFilesRequest) -> Result<Vec<Row>>,
+{
+    let mut found: BTreeMap<FileKey, Row> = BTreeMap::new();
+    for text in what {
+        found.extend(find(list, text).await?.into_iter().map(|row| (row.key(), row)));
+    }
+    let rows: Vec<Row> = found.into_values().collect();
+    match rows.windows(2).find(|pair| pair[0].name == pair[1].name) {
+        Some(pair) if !rename => {
+            let same: Vec<Row> = rows.iter().filter(|row| row.name == pair[0].name).cloned().collect();
+            Err(ambiguous(pair[0].name.as_str(), &same))
+        }
+        _ => Ok(rows),
+    }
+}
+
+/// A name, else a glob, else a content id.
+async fn find<L>(list: &L, text: &str) -> Result<Vec<Row>>
+where
+    L: AsyncFn(ListFilesRequest) -> Result<Vec<Row>>,
+{
+    if let Ok(name) = SafeName::parse(text) {
+        let rows = list(ListFilesRequest { name: name.to_string(), ..Default::default() }).await?;
+        match rows.len() {
+            0 => {}
+            1 => return Ok(rows),
+            _ => return Err(ambiguous(text, &rows)),
+        }
+    }
+    if list::is_pattern(text) {
+        let rows = list(ListFilesRequest { glob: text.into(), ..Default::default() }).await?;
+        if !rows.is_empty() {
+            return Ok(rows);
+        }
+    }
+    if (MIN_PREFIX_LEN..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        let content_id = text.to_ascii_lowercase();
+        let mut rows = list(ListFilesRequest { content_id, ..Default::default() }).await?;
+        let contents: BTreeSet<_> = rows.iter().map(|row| row.content_id).collect();
+        match contents.len() {
+            0 => {}
+            // One content, whatever its names: one file.
+            1 => {
+                rows.truncate(1);
+                return Ok(rows);
+            }
+            _ => return Err(ambiguous(text, &rows)),
+        }
+    }
+    Err(nothing(list, text).await)
+}
+
+fn ambiguous(text: &str, rows: &[Row]) -> anyhow::Error {
+    let one = |row: &Row| {
+        let id = row.content_id.to_string();
+        format!("{} ({}, {} sources)", &id[..list::SHORT_ID], human_size(row.size), row.source_count)
+    };
+    let mut shown: Vec<String> = rows.iter().take(SHOWN).map(one).collect();
+    if rows.len() > SHOWN {
+        shown.push("…".into());
+    }
+    let text = format!("{text} stands for {} different files; ask by content id: {}", rows.len(), shown.join(", "));
+    Failed::new(Exit::NotFound, text).into()
+}
+
+async fn nothing<L>(list: &L, text: &str) -> anyhow::Error
+where
+    L: AsyncFn(ListFilesRequest) -> Result<Vec<Row>>,
+{
+    let next = match nearest(list, text).await.as_slice() {
+        [] => "`sprat ls` shows what there is".into(),
+        names => format!("did you mean {}?", names.join(" or ")),
+    };
+    Failed::new(Exit::NotFound, format!("no file {text} is listed; {next}")).into()
+}
+
+/// Names that were perhaps meant. A failing question here is no news.
+async fn nearest<L>(list: &L, text: &str) -> Vec<String>
+where
+    L: AsyncFn(ListFilesRequest) -> Result<Vec<Row>>,
+{
+    let folder = ListFilesRequest { glob: format!("{text}/"), ..Default::default() };
+    if !list::is_pattern(text) && list(folder).await.is_ok_and(|rows| !rows.is_empty()) {
+        return vec![format!("{text}/")];
+    }
+    let last = text.trim_end_matches('/').rsplit('/').next().unwrap_or(text);
+    let stem = last.split('.').next().unwrap_or(last);
+    let beginning: String = stem.chars().take(3).collect();
+    for part in [stem, &beginning] {
+        if part.chars().count() < 3 || list::is_pattern(part) {
+            continue;
+        }
+        let request = ListFilesRequest { text: part.into(), ..Default::default() };
+        let mut rows = list(request).await.unwrap_or_default();
+        rows.sort_by_key(|row| row.name.as_str().len().abs_diff(text.len()));
+        rows.dedup_by(|a, b| a.name == b.name);
+        if !rows.is_empty() {
+            return rows.iter().take(3).map(|row| row.name.to_string()).collect();
+        }
+    }
+    Vec::new()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{catalog::Query, content::ContentId};
+
+    fn row(name: &str, content: u8) -> Row {
+        let content_id = ContentId::from_bytes([content; 32]);
+        Row { name: SafeName::parse(name).unwrap(), size: 1 << 20, content_id, sources: vec![], source_count: 2 }
+    }
+
+    /// A tracker that lists these rows and reads questions as the real one does.
+    async fn ask(what: &[&str], rename: bool) -> Result<Vec<String>> {
+        let rows = [
+            row("movies/alien.mkv", 1),
+            row("movies/brazil.mkv", 2),
+            row("movies/copy of alien.mkv", 1),
+            row("notes [old].txt", 3),
+            row("same.bin", 4),
+            row("same.bin", 5),
+            row("shots/1/a.exr", 6),
+            row("shots/2/a.exr", 7),
+        ];
+        let list = async |request: ListFilesRequest| {
+            let matcher = Query::try_from(&request)?.compile()?;
+            Ok(rows.iter().filter(|row| matcher.matches_key(&row.key())).cloned().collect())
+        };
+        let what: Vec<String> = what.iter().map(ToString::to_string).collect();
+        Ok(settle(&list, &what, rename).await?.iter().map(|row| row.name.to_string()).collect())
+    }
+
+    #[tokio::test]
+    async fn words_find_what_they_mean() {
+        for (what, names) in [
+            (&["movies/alien.mkv"][..], &["movies/alien.mkv"][..]),
+            (&["movies/?r*.mkv"], &["movies/brazil.mkv"]),
+            (&["notes [old].txt"], &["notes [old].txt"]),
+            (&["shots/"], &["shots/1/a.exr", "shots/2/a.exr"]),
+            (&["shots/**"], &["shots/1/a.exr", "shots/2/a.exr"]),
+            (&["0202020202"], &["movies/brazil.mkv"]),
+            (&["0101010101010101"], &["movies/alien.mkv"]),
+            (&["movies/alien.mkv", "movies/al*", "shots/2/a.exr"], &["movies/alien.mkv", "shots/2/a.exr"]),
+        ] {
+            assert_eq!(ask(what, false).await.unwrap(), names, "{what:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_is_guessed() {
+        for (what, text) in [
+            (
+                "same.bin",
+                "same.bin stands for 2 different files; ask by content id: 0404040404040404 (1.0 MiB, 2 sources)",
+            ),
+            ("same*", "same.bin stands for 2 different files"),
+            ("shots", "did you mean shots/?"),
+            ("alien.mkv", "did you mean movies/alien.mkv or"),
+            ("movies/aliens.mkv", "no file movies/aliens.mkv is listed; did you mean movies/alien.mkv"),
+            ("zzzzz", "`sprat ls` shows what there is"),
+            ("ffffffffff", "no file ffffffffff is listed"),
+        ] {
+            let error = ask(&[what], false).await.unwrap_err();
+            assert!(error.to_string().contains(text), "{what}: {error}");
+            assert_eq!(exit_code(&error), 3);
+        }
+        assert_eq!(ask(&["same*"], true).await.unwrap().len(), 2);
+    }
+
+    #[test]
+    fn output_is_a_folder_or_a_file() {
+        let cwd = tempfile::tempdir().unwrap();
+        std::fs::create_dir(cwd.path().join("folder")).unwrap();
+        std::fs::write(cwd.path().join("file"), "").unwrap();
+        let at = cwd.path().to_str().unwrap();
+        for (given, n_files, expected) in [
+            ("new.mkv", 1, "/new.mkv"),
+            ("new/", 1, "/new/"),
+            ("new", 2, "/new/"),
+            ("folder", 1, "/folder/"),
+            ("folder/", 2, "/folder/"),
+            ("file", 1, "/file"),
+            ("./", 1, "/./"),
+        ] {
+            assert_eq!(output(Path::new(given), cwd.path(), n_files).unwrap(), format!("{at}{expected}"), "{given}");
+        }
+        assert_eq!(output(Path::new("/elsewhere/x"), cwd.path(), 1).unwrap(), "/elsewhere/x");
+        assert_eq!(exit_code(&output(Path::new("file"), cwd.path(), 2).unwrap_err()), 9);
+    }
+}
