@@ -130,11 +130,11 @@ impl fmt::Debug for Manifest {
 }
 
 impl Manifest {
-    /// Takes a manifest of several pieces from a stranger.
+    /// Takes a manifest from a stranger.
     ///
-    /// `last_chunk` and `right_edge` (left to right) are the proof of `size`, see the head of this file. Fails if any
-    /// part has not exactly the length that `size` calls for, the proof does not hold, the hashes do not fold to `id`,
-    /// or the file has no more than one piece: such a file has no hashes, see [`Manifest::single`].
+    /// `last_chunk` and `right_edge` (left to right) are the proof of `size`, see the head of this file; a file of at
+    /// most one piece has no `hashes`, and its proof is not kept. Fails if any part has not exactly the length that `size`
+    /// calls for, the proof does not hold, or the hashes do not fold to `id`.
     pub fn accept(
         id: ContentId,
         size: u64,
@@ -150,7 +150,7 @@ impl Manifest {
             right_edge: right_edge.to_vec(),
         };
         parts.prove()?;
-        Ok(Self(Arc::new(parts)))
+        if parts.layout.is_single() { Self::single(id, size) } else { Ok(Self(Arc::new(parts))) }
     }
 
     /// The manifest of a file of at most [`MIN_PIECE_LEN`] bytes. Its size is only a claim until they are verified.
@@ -241,15 +241,22 @@ impl Parts {
     /// The proof at the head of this file. Lengths are checked before anything is hashed.
     fn prove(&self) -> Result<(), VerifyError> {
         let layout = self.layout;
-        if layout.is_single() {
-            return Err(VerifyError::Malformed);
+        if layout.size() == 0 {
+            let bare = self.hashes.is_empty() && self.last_chunk.is_empty() && self.right_edge.is_empty();
+            return if bare { Ok(()) } else { Err(VerifyError::Malformed) };
         }
         let (left, chunk_len) = layout.right_edge();
-        let claimed = [layout.n_pieces(), chunk_len, left.count_ones()].map(|n| n as usize);
+        let n_hashes = if layout.is_single() { 0 } else { layout.n_pieces() };
+        let claimed = [n_hashes, chunk_len, left.count_ones()].map(|n| n as usize);
         if [self.hashes.len(), self.last_chunk.len(), self.right_edge.len()] != claimed {
             return Err(VerifyError::Malformed);
         }
-        let last_chunk = subtree(layout.size() - u64::from(chunk_len), &self.last_chunk);
+        let last_offset = layout.size() - u64::from(chunk_len);
+        if layout.is_single() {
+            let root = merge_edge_to_root(&self.right_edge, last_offset, &self.last_chunk);
+            return if root == self.id { Ok(()) } else { Err(VerifyError::SizeNotProven) };
+        }
+        let last_chunk = subtree(last_offset, &self.last_chunk);
         if self.hashes.last() != Some(&merge_edge(&self.right_edge, last_chunk)) {
             return Err(VerifyError::SizeNotProven);
         }
@@ -313,18 +320,33 @@ pub fn hash_piece(layout: Layout, piece: PieceIndex, bytes: &[u8]) -> Result<Pie
     } else if !layout.is_last(piece) {
         hash.value = subtree(offset, bytes);
     } else {
-        let (mut left, _) = layout.right_edge();
-        let mut rest = bytes;
-        while left != 0 {
-            let len = 1 << left.ilog2();
-            let (complete, right) = rest.split_at(len as usize);
-            hash.right_edge.push(subtree(offset, complete));
-            (rest, offset, left) = (right, offset + u64::from(len), left - len);
-        }
-        hash.last_chunk = rest.to_vec();
-        hash.value = merge_edge(&hash.right_edge, subtree(offset, rest));
+        let (right_edge, last_chunk) = split_edge(layout, offset, bytes);
+        offset += (bytes.len() - last_chunk.len()) as u64;
+        (hash.right_edge, hash.last_chunk) = (right_edge, last_chunk.to_vec());
+        hash.value = merge_edge(&hash.right_edge, subtree(offset, last_chunk));
     }
     Ok(hash)
+}
+
+/// The proof of the size of a file of one piece, whose bytes these are: last chunk and right edge, for
+/// [`Manifest::accept`]. It is not part of a [`Manifest`], which it would make longer than some files. `None` unless
+/// there is exactly one piece.
+pub fn prove_single(bytes: &[u8]) -> Option<(&[u8], Vec<Hash32>)> {
+    let layout = Layout::new(bytes.len() as u64).ok().filter(|layout| layout.is_single() && layout.n_pieces() == 1)?;
+    let (right_edge, last_chunk) = split_edge(layout, 0, bytes);
+    Some((last_chunk, right_edge))
+}
+
+/// Splits the last piece, which begins at `offset`, into the values of its complete subtrees and its last chunk.
+fn split_edge(layout: Layout, mut offset: u64, bytes: &[u8]) -> (Vec<Hash32>, &[u8]) {
+    let ((mut left, _), mut rest, mut edge) = (layout.right_edge(), bytes, vec![]);
+    while left != 0 {
+        let len = 1 << left.ilog2();
+        let (complete, right) = rest.split_at(len as usize);
+        edge.push(subtree(offset, complete));
+        (rest, offset, left) = (right, offset + u64::from(len), left - len);
+    }
+    (edge, rest)
 }
 
 /// The manifest of a local file from the hashes of all its pieces in order (none for a file of zero bytes).
@@ -352,6 +374,17 @@ fn subtree(offset: u64, bytes: &[u8]) -> Hash32 {
 /// The value of the last piece from its complete subtrees, left to right, and its last chunk's value.
 fn merge_edge(right_edge: &[Hash32], last_chunk: Hash32) -> Hash32 {
     right_edge.iter().rev().fold(last_chunk, |right, left| merge_subtrees_non_root(left, &right, Mode::Hash))
+}
+
+/// The id of a content of one piece from its complete subtrees, left to right, and its last chunk at `offset`.
+fn merge_edge_to_root(right_edge: &[Hash32], offset: u64, last_chunk: &[u8]) -> ContentId {
+    let root = match right_edge.split_first() {
+        None => blake3::hash(last_chunk),
+        Some((first, others)) => {
+            merge_subtrees_root(first, &merge_edge(others, subtree(offset, last_chunk)), Mode::Hash)
+        }
+    };
+    ContentId(*root.as_bytes())
 }
 
 /// The id of the content whose piece hashes these are. A sole hash is the root already.
@@ -442,6 +475,27 @@ mod tests {
     }
 
     #[test]
+    fn the_size_of_a_single_piece_is_proven_too() {
+        let bytes: Vec<u8> = (0..PIECE).map(|i| (i % 251) as u8).collect();
+        for size in [1, 2, 1023, 1024, 1025, 2048, 3000, 4096, 5000, 65_536, PIECE - 1, PIECE] {
+            let bytes = &bytes[..size as usize];
+            let id = ContentId(*blake3::hash(bytes).as_bytes());
+            let (last_chunk, right_edge) = prove_single(bytes).unwrap();
+            let claim = |size| Manifest::accept(id, size, vec![], last_chunk, &right_edge).map(|m| m.layout().size());
+            assert_eq!(claim(size), Ok(size));
+            for lie in [0, 1, size - 1, size + 1, size * 2, size / 2, size + 1024, PIECE, PIECE + 1, PIECE * 2] {
+                assert!(lie == size || claim(lie).is_err(), "{size} passed for {lie}");
+            }
+            let mut bent = last_chunk.to_vec();
+            bent[0] ^= 1;
+            assert!(Manifest::accept(id, size, vec![], &bent, &right_edge).is_err());
+            assert!(Manifest::accept(id, size, vec![[0; 32]], last_chunk, &right_edge).is_err());
+        }
+        assert!(prove_single(&[]).is_none() && prove_single(&vec![0; PIECE as usize + 1]).is_none());
+        assert!(Manifest::accept(ContentId::EMPTY, 0, vec![], &[], &[]).is_ok());
+    }
+
+    #[test]
     fn the_id_is_plain_blake3_and_every_piece_verifies() {
         for &size in AWKWARD_SIZES {
             let bytes = content(size);
@@ -465,7 +519,8 @@ mod tests {
                 assert!(accept(&manifest, size).is_ok());
             } else {
                 assert_eq!(stored.len(), 40);
-                assert_eq!(accept(&manifest, size).map(|_| ()), Err(VerifyError::Malformed));
+                // A single piece's manifest keeps no proof, so it proves nothing to others; zero bytes need none.
+                assert_eq!(accept(&manifest, size).is_ok(), size == 0);
             }
         }
     }

@@ -21,7 +21,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Runtime::new().context("starting threads")?;
     let result = runtime.block_on(async {
         match args.wanted() {
-            None => menu::run(session).await,
+            None => Box::pin(menu::run(session)).await,
             Some(Command::Demo(options)) => demo::run(options).await,
             Some(Command::Action(action)) => cli::run(&session, &action).await,
         }

@@ -47,15 +47,17 @@ pub const MAX_ADDRESSES: usize = 16;
 /// Host name and port.
 const MAX_ADDRESS_LEN: usize = 262;
 
-/// Adds reflection, v1 and v1alpha, of everything in [`DESCRIPTORS`].
+/// Adds reflection, v1 and v1alpha, that lists `service`, health and itself; all of [`DESCRIPTORS`] can be described.
 ///
 /// # Errors
 /// Never, unless the build wrote unreadable descriptors.
-pub fn with_reflection(routes: Routes) -> Result<Routes, tonic_reflection::server::Error> {
+pub fn with_reflection(routes: Routes, service: &str) -> Result<Routes, tonic_reflection::server::Error> {
     let builder = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name(service)
+            .with_service_name("grpc.health.v1.Health")
     };
     Ok(routes.add_service(builder().build_v1()?).add_service(builder().build_v1alpha()?))
 }

@@ -235,7 +235,7 @@ fn refuse(reason: impl std::fmt::Display) -> Error {
 fn member(end_entity: &CertificateDer<'_>, trust: &Trust, roles: &[Role]) -> Result<Subject, Error> {
     let subject = CertificateFacts::read(end_entity).and_then(|facts| facts.subject()).map_err(refuse)?;
     if !roles.contains(&subject.role) {
-        return Err(refuse(format!("a {} certificate may not do this", subject.role.label())));
+        return Err(refuse(format!("this is not for {} certificates", subject.role.label())));
     }
     if trust.list().denied.contains(&subject.id) {
         return Err(Error::InvalidCertificate(CertificateError::Revoked));

@@ -106,7 +106,7 @@ pub enum TrackerCommand {
 /// `sprat tracker run`
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct TrackerRunArgs {
-    /// Address to listen on [default: [::]:7700]
+    /// Address to listen on [default: every address, port 7700]
     #[arg(long, value_name = "HOST:PORT")]
     pub(super) listen: Option<String>,
     /// Address that join links name; may be repeated [default: this machine's]
@@ -182,7 +182,7 @@ pub(super) struct NodeArgs {
     /// Folder for downloads that name no other
     #[arg(long, value_name = "DIR")]
     pub(super) downloads: Option<String>,
-    /// Address to listen on [default: [::]:7701]
+    /// Address to listen on [default: every address, port 7701 or the next free one]
     #[arg(long, value_name = "HOST:PORT")]
     pub(super) listen: Option<String>,
     /// Address offered to the others; may be repeated [default: all of this machine]

@@ -242,22 +242,32 @@ where
     if !list::is_pattern(text) && list(folder).await.is_ok_and(|rows| !rows.is_empty()) {
         return vec![format!("{text}/")];
     }
-    let last = text.trim_end_matches('/').rsplit('/').next().unwrap_or(text);
+    let (parent, last) = text.trim_end_matches('/').rsplit_once('/').unwrap_or(("", text));
     let stem = last.split('.').next().unwrap_or(last);
-    let beginning: String = stem.chars().take(3).collect();
-    for part in [stem, &beginning] {
-        if part.chars().count() < 3 || list::is_pattern(part) {
-            continue;
-        }
-        let request = ListFilesRequest { text: part.into(), ..Default::default() };
-        let mut rows = list(request).await.unwrap_or_default();
-        rows.sort_by_key(|row| row.name.as_str().len().abs_diff(text.len()));
-        rows.dedup_by(|a, b| a.name == b.name);
-        if !rows.is_empty() {
-            return rows.iter().take(3).map(|row| row.name.to_string()).collect();
-        }
+    let beginning: String = stem.chars().take(1).collect();
+    let beside = if parent.is_empty() { format!("{beginning}*") } else { format!("{parent}/{beginning}*") };
+    let beside = ListFilesRequest { glob: beside, ..Default::default() };
+    let elsewhere = ListFilesRequest { text: stem.into(), ..Default::default() };
+    let mut found: Vec<(usize, String)> = Vec::new();
+    for request in [beside, elsewhere].into_iter().filter(|request| request.text.len() != 1) {
+        let rows = list(request).await.unwrap_or_default();
+        found.extend(rows.iter().filter_map(|row| Some((likeness(text, &row.name)?, row.name.to_string()))));
     }
-    Vec::new()
+    found.sort();
+    found.dedup();
+    found.into_iter().rev().take(3).map(|(_, name)| name).collect()
+}
+
+/// Percent of a name that begins and ends like the text; `None` if it is not alike. The folder may be left out.
+fn likeness(text: &str, name: &SafeName) -> Option<usize> {
+    let alike = |name: &str| {
+        let same = |(a, b): &(u8, u8)| a.eq_ignore_ascii_case(b);
+        let begins = text.bytes().zip(name.bytes()).take_while(same).count();
+        let ends = text.bytes().rev().zip(name.bytes().rev()).take_while(same).count();
+        let length = text.len().max(name.len());
+        (begins + ends).min(length) * 100 / length
+    };
+    Some(alike(name.as_str()).max(alike(name.file_name()))).filter(|percent| *percent >= 60)
 }
 
 #[cfg(test)]
@@ -315,7 +325,8 @@ mod tests {
             ),
             ("same*", "same.bin stands for 2 different files"),
             ("shots", "did you mean shots/?"),
-            ("alien.mkv", "did you mean movies/alien.mkv or"),
+            ("alien.mkv", "did you mean movies/alien.mkv"),
+            ("movies/a.mkv", "did you mean movies/alien.mkv?"),
             ("movies/aliens.mkv", "no file movies/aliens.mkv is listed; did you mean movies/alien.mkv"),
             ("zzzzz", "`sprat ls` shows what there is"),
             ("ffffffffff", "no file ffffffffff is listed"),

@@ -101,10 +101,11 @@ impl Session {
         options.config.clone_from(&args.global.config);
         options.overrides = args.overrides();
         let mut loaded = config::load(&options)?;
-        let untold = loaded.origins.get("log.level").is_some_and(|(_, origin)| origin == "default");
-        if untold && !args.command.as_ref().is_some_and(Command::serves) {
+        let by_variable = loaded.origins.get("log.level").is_some_and(|(_, origin)| origin.starts_with("SPRAT_"));
+        let by_hand = by_variable || args.global.verbose > 0 || args.global.quiet;
+        if !by_hand && !args.command.as_ref().is_some_and(Command::serves) {
             // Beside a prompt, a table or a bar, only what needs attention.
-            loaded.config.log.level = LogLevel::Warn;
+            loaded.config.log.level = loaded.config.log.level.min(LogLevel::Warn);
         }
         let notes = if args.global.verbose > 0 { loaded.notes } else { Vec::new() };
         notes.iter().chain(&loaded.warnings).for_each(|text| note(&format!("sprat: {text}")));

@@ -22,9 +22,8 @@ use crate::{
     config::{Service, Share},
     exit::{Exit, Failed},
     peer::{
-        self, Node, NodeOptions,
+        self, Node, NodeOptions, ShareSpec,
         join::{Joined, join as redeem, join_identity_only},
-        shares::ShareSpec,
     },
     safe_path::escape,
     token::JoinToken,

@@ -148,7 +148,7 @@ struct Bars {
 impl Bars {
     fn new() -> Self {
         let all = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
-        let total = all.add(bar("{bar:30} {wide_msg}"));
+        let total = all.add(bar("{bar:20} {wide_msg}"));
         Self { all, total, files: Vec::new() }
     }
 
@@ -162,7 +162,7 @@ impl Bars {
             self.all.remove(&gone);
         }
         while self.files.len() < n_bars {
-            self.files.push(self.all.add(bar("  {bar:20} {wide_msg}")));
+            self.files.push(self.all.add(bar("  {bar:18} {wide_msg}")));
         }
         for (bar, file) in self.files.iter().zip(files) {
             set(bar, file.bytes_done, file.bytes_total);
@@ -217,7 +217,8 @@ fn farewell(done: &Done) -> Vec<String> {
     let seconds = done.duration_ms.max(1) as f64 / 1000.0;
     let (files, size) = (count(done.files, "file"), human_size(done.bytes_total));
     let mut first = format!("{files}, {size} in {seconds:.1} s");
-    if done.bytes_fetched > 0 {
+    // Less says nothing about speed.
+    if done.bytes_fetched >= 1 << 20 {
         let speed = u128::from(done.bytes_fetched) * 1000 / u128::from(done.duration_ms.max(1));
         first += &format!(", {}/s", human_size(u64::try_from(speed).unwrap_or(u64::MAX)));
     }

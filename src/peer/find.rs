@@ -165,6 +165,9 @@ pub async fn learn(
     accounts: &Accounts,
 ) -> Result<(HashMap<ContentId, Manifest>, HashMap<PeerId, Source>)> {
     let mut manifests = HashMap::new();
+    if contents.contains(&ContentId::EMPTY) {
+        manifests.insert(ContentId::EMPTY, Manifest::single(ContentId::EMPTY, 0)?);
+    }
     let mut connected = HashMap::new();
     let mut waiting: Vec<PeerId> = found.peers().collect();
     // Not everybody asks the same one first.
@@ -173,6 +176,9 @@ pub async fn learn(
     let mut asked = FuturesUnordered::new();
     let mut trouble = Vec::new();
     loop {
+        if manifests.len() == contents.len() {
+            return Ok((manifests, connected));
+        }
         while asked.len() < ASKED
             && let Some(peer) = waiting.pop()
         {
@@ -199,9 +205,6 @@ pub async fn learn(
                 }
                 trouble.push((peer, error));
             }
-        }
-        if manifests.len() == contents.len() {
-            return Ok((manifests, connected));
         }
     }
     Err(nobody(contents.len() - manifests.len(), &trouble))

@@ -170,7 +170,8 @@ impl Node {
         let chunks = ChunkServiceServer::new(chunks).max_decoding_message_size(proto::MAX_CHUNK_MESSAGE);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<ChunkServiceServer<ChunkServer>>().await;
-        let routes = proto::with_reflection(Routes::new(chunks).add_service(health_service))?.prepare();
+        let routes =
+            proto::with_reflection(Routes::new(chunks).add_service(health_service), "sprat.v1.ChunkService")?.prepare();
         let certificate = membership.certificate().clone();
         let tls = tls::member_server(membership.trust(), certificate.clone(), certificate)?;
         let listening = Listener {

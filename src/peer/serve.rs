@@ -20,7 +20,7 @@ use tonic::{Request, Response, Status};
 
 use super::library::{Library, Reader, ServeError};
 use crate::{
-    content::{ContentId, Layout},
+    content::{ContentId, Layout, prove_single},
     identity::Role,
     net::Caller,
     proto::{
@@ -114,7 +114,11 @@ impl proto::chunk_service_server::ChunkService for ChunkServer {
         tokio::spawn(async move {
             let _permit = permit;
             for (index, id) in (0..).zip(ids) {
-                for part in manifest_parts(&library, &id) {
+                let asked = library.clone();
+                let parts = blocking(move || manifest_parts(&asked, &id)).await;
+                for part in
+                    parts.unwrap_or_else(|error| vec![get_manifest_response::Part::Error(content_error(&error))])
+                {
                     let message = GetManifestResponse { index, part: Some(part) };
                     if sender.send_timeout(Ok(message), NO_PROGRESS).await.is_err() {
                         return;
@@ -152,18 +156,22 @@ impl proto::chunk_service_server::ChunkService for ChunkServer {
     }
 }
 
-fn manifest_parts(library: &Library, id: &ContentId) -> Vec<get_manifest_response::Part> {
-    let Some(manifest) = library.manifest(id) else {
-        return vec![get_manifest_response::Part::Error(content_error(&ServeError::NotFound))];
+fn manifest_parts(library: &Library, id: &ContentId) -> Result<Vec<get_manifest_response::Part>, ServeError> {
+    let manifest = library.manifest(id).ok_or(ServeError::NotFound)?;
+    let size = manifest.layout().size();
+    let (last_chunk, right_edge) = if manifest.layout().n_pieces() == 1 {
+        // Kept proofs would take more memory than the names of small files; made anew they cost one short read.
+        let len = u32::try_from(size).map_err(|_| ServeError::OutOfRange)?;
+        let bytes = library.open(id)?.read(0, len)?;
+        let (last_chunk, right_edge) = prove_single(&bytes).ok_or(ServeError::Changed)?;
+        (Bytes::copy_from_slice(last_chunk), right_edge)
+    } else {
+        (Bytes::copy_from_slice(manifest.last_chunk()), manifest.right_edge().to_vec())
     };
-    let header = ManifestHeader {
-        size: manifest.layout().size(),
-        last_chunk: Bytes::copy_from_slice(manifest.last_chunk()),
-        right_edge: manifest.right_edge().concat().into(),
-    };
+    let header = ManifestHeader { size, last_chunk, right_edge: right_edge.concat().into() };
     let hashes = manifest.hashes().chunks(HASHES_PER_MESSAGE);
     let hashes = hashes.map(|run| get_manifest_response::Part::PieceHashes(run.concat().into()));
-    std::iter::once(get_manifest_response::Part::Header(header)).chain(hashes).collect()
+    Ok(std::iter::once(get_manifest_response::Part::Header(header)).chain(hashes).collect())
 }
 
 /// A checked range: bytes `from..to` of a content whose size the caller believes to be `size`.

@@ -17,7 +17,7 @@ use super::{
     pace::{Flight, Pace},
 };
 use crate::{
-    content::{ContentId, Hash32, MIN_PIECE_LEN, Manifest, PieceIndex, VerifiedPiece},
+    content::{ContentId, Hash32, Manifest, PieceIndex, VerifiedPiece},
     identity::PeerId,
     net::{self, Connection, DialError},
     proto::{
@@ -272,14 +272,10 @@ impl Draft {
 
     fn prove(self, id: ContentId) -> Result<Manifest, SourceError> {
         let (edge, rest) = self.header.right_edge.as_chunks::<32>();
-        let size = self.header.size;
-        let proved = if size <= MIN_PIECE_LEN.into() && self.hashes.is_empty() {
-            Manifest::single(id, size)
-        } else if rest.is_empty() {
-            Manifest::accept(id, size, self.hashes, &self.header.last_chunk, edge)
-        } else {
+        if !rest.is_empty() {
             return Err(SourceError::Lied("a malformed manifest".into()));
-        };
+        }
+        let proved = Manifest::accept(id, self.header.size, self.hashes, &self.header.last_chunk, edge);
         proved.map_err(|e| SourceError::Lied(e.to_string()))
     }
 }

@@ -168,7 +168,8 @@ impl Tracker {
         let service = TrackerServiceServer::new(service).max_decoding_message_size(proto::MAX_TRACKER_MESSAGE);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<TrackerServiceServer<Service>>().await;
-        let members = proto::with_reflection(Routes::new(service).add_service(health_service))?;
+        let members =
+            proto::with_reflection(Routes::new(service).add_service(health_service), "sprat.v1.TrackerService")?;
         let enrollment = EnrollmentServiceServer::new(enrollment).max_decoding_message_size(proto::MAX_JOIN_MESSAGE);
         let listening = Listener {
             members: Front {

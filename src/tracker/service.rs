@@ -133,7 +133,7 @@ fn require(caller: &Caller, roles: &[Role]) -> Result<PeerId, Status> {
         Some(subject) if roles.contains(&subject.role) => Ok(subject.id),
         Some(subject) => {
             tracing::warn!(id = %subject.id, role = subject.role.label(), "call refused: wrong role");
-            Err(Status::permission_denied(format!("a {} certificate may not call this", subject.role.label())))
+            Err(Status::permission_denied(format!("this is not for {} certificates", subject.role.label())))
         }
         None => Err(Status::unauthenticated("a client certificate of this network is required")),
     }
