@@ -6,27 +6,27 @@
 //!
 //! Modules in reading order; each imports only from those of lower levels (a test keeps it so):
 //!
-//! - [`units`]: sizes and durations as people write them
-//! - [`exit`]: exit codes
-//! - [`backoff`]: jittered delays
-//! - [`content`]: [`content::ContentId`], pieces, manifests and their proof: the only way to a [`content::VerifiedPiece`]
-//! - [`safe_path`]: names that may cross the wire, and every file that is created
-//! - [`config`]: settings and their layers
-//! - [`have`]: which pieces somebody holds
-//! - [`identity`]: keys, certificates, [`identity::PeerId`]
-//! - [`token`]: join links
-//! - [`telemetry`]: the log
-//! - [`trust`]: the authority and its signed list
-//! - [`tls`]: who is let in, and whom we believe to be whom
-//! - [`net`]: every socket
-//! - [`catalog`]: what is announced and listed
-//! - [`proto`]: the wire
-//! - [`tracker`]: the tracker
-//! - [`peer`]: a peer: library, serving, downloading
-//! - [`client`]: calls to a running peer or tracker of this user
-//! - [`cli`]: commands
-//! - [`menu`]: the menu, which can do nothing that a command cannot
-//! - [`demo`]: a whole network on one machine
+//! - [`units`][]: sizes and durations as people write them
+//! - [`exit`][]: exit codes
+//! - [`backoff`][]: jittered delays
+//! - [`content`][]: [`content::ContentId`], pieces, manifests and their proof: the only way to a [`content::VerifiedPiece`]
+//! - [`safe_path`][]: names that may cross the wire, and every file that is created
+//! - [`config`][]: settings and their layers
+//! - [`have`][]: which pieces somebody holds
+//! - [`identity`][]: keys, certificates, [`identity::PeerId`]
+//! - [`token`][]: join links
+//! - [`telemetry`][]: the log
+//! - [`trust`][]: the authority and its signed list
+//! - [`tls`][]: who is let in, and whom we believe to be whom
+//! - [`net`][]: every socket
+//! - [`catalog`][]: what is announced and listed
+//! - [`proto`][]: the wire
+//! - [`tracker`][]: the tracker
+//! - [`peer`][]: a peer: library, serving, downloading
+//! - [`client`][]: calls to a running peer or tracker of this user
+//! - [`cli`][]: commands
+//! - [`menu`][]: the menu, which can do nothing that a command cannot
+//! - [`demo`][]: a whole network on one machine
 //!
 //! What never happens: an unverified byte reaches a disk or another peer; a peer id comes from anywhere but a verified
 //! certificate; the tracker sees file bytes; a session is plaintext or unauthenticated; a file is replaced.

@@ -1,6 +1,7 @@
 //! `sprat status`: what runs on these state directories.
 //!
 //! Invariant: it starts nothing and takes no lock; `--check` succeeds only if something runs and all of it is healthy.
+//! A member whose peer does not run is told how it stands with the network all the same.
 
 use std::path::Path;
 
@@ -15,22 +16,26 @@ use super::{
 use crate::{
     client::{Admin, Control},
     config::Service,
+    content::ContentId,
     exit::{Exit, Failed},
-    net, peer,
-    proto::StatusResponse,
+    net,
+    peer::{self, membership::Membership, tracker_client::TrackerClient},
+    proto::{ListFilesRequest, StatusResponse},
     safe_path::escape,
+    tracker,
     units::human_size,
 };
 
 const ONLINE: &str = "online";
-/// In the tracker's state directory.
-const TRACKER_SOCKET: &str = "admin.sock";
 
 pub(super) async fn run(session: &Session, args: &StatusArgs) -> Result<()> {
     let (peer_dir, tracker_dir) = (session.state_dir(Service::Peer)?, session.state_dir(Service::Tracker)?);
     let stop = Stop::listen()?;
     let peer = stop.unless(peer_status(&peer_dir)).await?;
     let tracker = stop.unless(tracker_status(&tracker_dir)).await?;
+    if peer.is_none() && tracker.is_none() && !args.check && Membership::is_in(&peer_dir) {
+        return stop.unless(idle(session, &peer_dir)).await;
+    }
     if peer.is_none() && tracker.is_none() {
         let mut dirs = vec![peer_dir.display().to_string(), tracker_dir.display().to_string()];
         dirs.dedup();
@@ -56,6 +61,30 @@ pub(super) async fn run(session: &Session, args: &StatusArgs) -> Result<()> {
     }
 }
 
+/// A member that does not run: who it is, and whether the tracker answers it.
+async fn idle(session: &Session, state_dir: &Path) -> Result<()> {
+    let asked = session.config.peer.tracker.clone();
+    let membership = Membership::load(state_dir, asked.clone())?;
+    let client = TrackerClient::open(state_dir, asked).await?;
+    let question = ListFilesRequest { content_id: ContentId::EMPTY.to_string(), ..Default::default() };
+    let state = client.list(question).await.map_or_else(|error| format!("{error:#}"), |_| "reachable".into());
+    let (peer_id, left) = (membership.id().to_string(), membership.seconds_left());
+    if session.json {
+        return json(&IdleLine {
+            service: "peer",
+            running: false,
+            peer_id,
+            tracker: client.address(),
+            tracker_state: state,
+            certificate_seconds_left: left,
+        });
+    }
+    line(&format!("peer         {peer_id}"))?;
+    line("running      no; start it with `sprat peer`")?;
+    line(&format!("tracker      {}, {}", escape(&client.address()), escape(&state)))?;
+    line(&format!("certificate  good for {}", span(u64::try_from(left).unwrap_or_default())))
+}
+
 async fn peer_status(state_dir: &Path) -> Result<Option<StatusResponse>> {
     match peer::control(state_dir).await? {
         Some(connection) => Ok(Some(Control::new(connection).status().await?)),
@@ -64,7 +93,7 @@ async fn peer_status(state_dir: &Path) -> Result<Option<StatusResponse>> {
 }
 
 pub(super) async fn tracker_status(state_dir: &Path) -> Result<Option<TrackerLine>> {
-    let Ok(connection) = net::dial_unix(state_dir, TRACKER_SOCKET, net::CONTROL).await else { return Ok(None) };
+    let Ok(connection) = net::dial_unix(state_dir, tracker::SOCKET, net::CONTROL).await else { return Ok(None) };
     let members = Admin::new(connection).members().await?;
     let n = |keep: fn(&crate::proto::MemberRow) -> bool| members.iter().filter(|member| keep(member)).count() as u64;
     Ok(Some(TrackerLine {
@@ -135,8 +164,19 @@ pub(super) struct TrackerLine {
 }
 
 #[derive(Serialize)]
+struct IdleLine {
+    service: &'static str,
+    running: bool,
+    peer_id: String,
+    tracker: String,
+    tracker_state: String,
+    certificate_seconds_left: i64,
+}
+
+#[derive(Serialize)]
 struct PeerLine<'a> {
     service: &'static str,
+    running: bool,
     peer_id: &'a str,
     version: &'a str,
     pid: u32,
@@ -193,6 +233,7 @@ impl<'a> From<&'a StatusResponse> for PeerLine<'a> {
         });
         Self {
             service: "peer",
+            running: true,
             peer_id: &status.peer_id,
             version: &status.version,
             pid: status.pid,

@@ -306,22 +306,20 @@ where
         .keep_alive_timeout(KEEPALIVE.1)
         .serve_connection(io, service);
     let mut connection = pin!(connection);
-    let mut silent = pin!(sleep(PREFACE));
-    let mut leaving = pin!(async {
-        cancel.cancelled().await;
-    });
-    loop {
-        tokio::select! {
-            ended = connection.as_mut() => return ended.map_err(io::Error::other),
-            () = silent.as_mut(), if !spoke.load(Ordering::Relaxed) => {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "no HTTP/2 preface within 5 s"));
-            }
-            () = leaving.as_mut() => {
-                connection.as_mut().graceful_shutdown();
-                return timeout(DRAIN, connection).await.unwrap_or(Ok(())).map_err(io::Error::other);
-            }
+    // Whether anything was said must be asked when the time is up, not before.
+    let silent = async {
+        sleep(PREFACE).await;
+        if spoke.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
         }
+    };
+    tokio::select! {
+        ended = connection.as_mut() => return ended.map_err(io::Error::other),
+        () = silent => return Err(io::Error::new(io::ErrorKind::TimedOut, "no HTTP/2 preface within 5 s")),
+        () = cancel.cancelled() => {}
     }
+    connection.as_mut().graceful_shutdown();
+    timeout(DRAIN, connection).await.unwrap_or(Ok(())).map_err(io::Error::other)
 }
 
 async fn answer(mut routes: Routes, request: Request<Incoming>) -> Result<Response<tonic::body::Body>, io::Error> {

@@ -208,8 +208,16 @@ impl Run {
     async fn batch(&self, jobs: Vec<Job>, sources: &mut Found) -> Result<()> {
         let contents: Vec<_> = jobs.iter().map(|(want, _)| want.id).collect::<BTreeSet<_>>().into_iter().collect();
         let mut finder = Finder::start(self.get.tracker.clone(), self.get.membership.id(), contents.clone());
-        finder.current(sources).await?;
-        let (manifests, connected) = learn(&self.get.membership, &contents, sources, &self.progress.accounts).await?;
+        let held = contents.iter().filter_map(|id| Some((*id, self.get.disk.library.manifest(id)?)));
+        let mut manifests: HashMap<_, _> = held.collect();
+        let unknown: Vec<_> = contents.into_iter().filter(|id| !manifests.contains_key(id)).collect();
+        let mut connected = HashMap::new();
+        if !unknown.is_empty() {
+            finder.current(sources).await?;
+            let learnt = learn(&self.get.membership, &unknown, sources, &self.progress.accounts).await?;
+            manifests.extend(learnt.0);
+            connected = learnt.1;
+        }
         let files = self.open(jobs, &manifests).await?;
         let (reports, mut received) = mpsc::channel(64);
         let swarm = Swarm::new(self.get.membership.clone(), files, self.progress.accounts.clone(), reports);

@@ -82,6 +82,12 @@ impl Membership {
         Ok(Arc::new(Self { state_dir: state_dir.to_owned(), subject, key: identity.key, certificate, trust, trackers }))
     }
 
+    /// Has this machine joined a network from this directory?
+    #[must_use]
+    pub fn is_in(state_dir: &Path) -> bool {
+        state_dir.join(IDENTITY).join(PEER_FILES[1]).exists()
+    }
+
     /// Writes what a join brought.
     ///
     /// # Errors

@@ -71,6 +71,8 @@ const DRAIN: Duration = Duration::from_secs(12);
 pub const DEFAULT_PORT: u16 = 7701;
 const SPREAD: u16 = 32;
 const LIMITS: Limits = Limits { connections: 1024, strangers_per_address: 64, per_member: 8, http2: net::DATA };
+/// Longest request of this user's own commands, bytes: a Get of some hundred thousand files.
+const MAX_CONTROL_MESSAGE: usize = 64 << 20;
 /// Descriptors for connections, shared files and `.part`s.
 const DESCRIPTORS: u64 = 65_536;
 
@@ -152,7 +154,9 @@ impl Node {
             attached: watch::Sender::new(0),
             downloaded: AtomicU64::new(0),
         });
-        let routes = Routes::new(ControlServiceServer::new(ControlServer(control.clone()))).prepare();
+        let service =
+            ControlServiceServer::new(ControlServer(control.clone())).max_decoding_message_size(MAX_CONTROL_MESSAGE);
+        let routes = Routes::new(service).prepare();
         let connection = net::pipe(routes.clone(), net::CONTROL, cancel.clone()).await?;
         let addresses = reachable.addresses();
         let node = Self { control, connection, addresses, cancel, tasks, lock };

@@ -115,11 +115,8 @@ impl Disk {
     }
 
     fn is_identical(&self, want: &Want) -> Result<bool> {
-        let file = match self.root.open_file(want.target.as_path()) {
-            Ok(file) => file,
-            // A folder, a link, a device: whatever it is, it is not this content.
-            Err(_) => return Ok(false),
-        };
+        // A folder, a link, a device: whatever it is, it is not this content.
+        let Ok(file) = self.root.open_file(want.target.as_path()) else { return Ok(false) };
         let stamp = Stamp::of(&file)?;
         if stamp.size != want.size {
             return Ok(false);

@@ -50,7 +50,8 @@ use crate::{
 const AUTHORITY: &str = "authority";
 const DATABASE: &str = "tracker.redb";
 const LOCK: &str = "lock";
-const SOCKET: &str = "admin.sock";
+/// The admin socket in the state directory.
+pub const SOCKET: &str = "admin.sock";
 const DRAIN: Duration = Duration::from_secs(12);
 const LIMITS: Limits = Limits { connections: 20_000, strangers_per_address: 128, per_member: 8, http2: net::CONTROL };
 
