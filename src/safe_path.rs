@@ -21,7 +21,7 @@ use unicode_normalization::{UnicodeNormalization, is_nfc};
 mod private;
 mod root;
 
-pub use private::{create_private, lock, private_dir, read_private, write_private};
+pub use private::{create_private, lock, private_dir, read_private, set_aside, write_private};
 pub use root::{PartFile, PublishError, Root};
 
 /// Longest name in bytes, in NFC.

@@ -401,7 +401,7 @@ mod tests {
         let Config { tracker, peer, log } = loaded.config;
         assert_eq!((tracker.heartbeat_seconds, tracker.memory_budget), (7, 1 << 30));
         assert_eq!(tracker.advertise, ["a:1", "b:2"]);
-        assert_eq!(peer.shares.into_iter().map(String::from).collect::<Vec<_>>(), ["/work/x,y", "n=/work/z"]);
+        assert_eq!(peer.shares.into_iter().map(String::from).collect::<Vec<_>>(), ["/home/me/x,y", "n=/home/me/z"]);
         assert_eq!((log.json, log.level), (true, LogLevel::Trace));
         assert!(loaded.warnings.is_empty());
         for (name, value, message) in [
@@ -445,7 +445,7 @@ mod tests {
         );
         assert_eq!(
             flag("tracker.state_dir", json!("a/../b")).unwrap().config.tracker.state_dir,
-            Some("/work/a/../b".into())
+            Some("/home/me/a/../b".into())
         );
     }
 

@@ -178,6 +178,41 @@ impl Control {
         };
         Ok(Get { membership: self.membership.clone(), tracker: self.tracker.clone(), disk, wants, existing })
     }
+
+    /// Everything that `status` shows.
+    fn status(&self) -> StatusResponse {
+        let (files, bytes) = self.library.totals();
+        let to_do = self.shares.progress();
+        let running = self.running.lock().expect("no panic while the lock is held").clone();
+        let in_flight: u64 = running.values().map(|progress| report::fetched(progress)).sum();
+        StatusResponse {
+            peer_id: self.membership.id().to_string(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            addresses: self.reachable.addresses(),
+            tracker: self.tracker.address(),
+            tracker_state: self.state.borrow().clone(),
+            shares: self.shares.status().iter().map(report::share).collect(),
+            downloads: self.downloads.as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),
+            files,
+            bytes,
+            files_to_hash: to_do.files_to_hash,
+            bytes_to_hash: to_do.bytes_to_hash,
+            files_skipped: to_do.skipped.total(),
+            bytes_uploaded: self.served.bytes.load(Ordering::Relaxed),
+            bytes_downloaded: self.downloaded.load(Ordering::Relaxed) + in_flight,
+            downloads_running: running
+                .iter()
+                .map(|(id, running)| DownloadStatus {
+                    id: *id,
+                    progress: Some(report::progress(running, &mut Speed::default())),
+                })
+                .collect(),
+            certificate_seconds_left: self.membership.seconds_left(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            uploads_running: self.served.streams.load(Ordering::Relaxed),
+        }
+    }
 }
 
 /// Runs one Get and tells its story to `events`.
@@ -232,7 +267,7 @@ impl control_service_server::ControlService for ControlServer {
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        Ok(Response::new(report::status(&self.0)))
+        Ok(Response::new(self.0.status()))
     }
 
     async fn share(&self, request: Request<ShareRequest>) -> Result<Response<ShareResponse>, Status> {

@@ -19,7 +19,7 @@ use anyhow::Result;
 use tokio::{
     sync::mpsc,
     task::{JoinSet, spawn_blocking},
-    time::{interval, sleep},
+    time::interval,
 };
 
 use super::{
@@ -411,9 +411,4 @@ fn nobody(accounts: &HashMap<PeerId, Account>, wants: &[Want]) -> anyhow::Error 
     let text =
         format!("{what}: no source is left to fetch from{why}; what arrived is kept, run the same command to continue");
     Failed::new(Exit::NoSource, text).into()
-}
-
-/// Waits between two questions to a tracker that does not answer.
-pub(super) async fn pause() {
-    sleep(Duration::from_secs(1)).await;
 }

@@ -32,6 +32,8 @@ const ASKED: usize = 3;
 /// How long the tracker has to tell the current sources.
 const CURRENT: Duration = Duration::from_secs(10);
 const QUEUE: usize = 256;
+/// Between two questions to a tracker that does not answer.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// All sources that are known, with what they hold.
 #[derive(Default)]
@@ -90,7 +92,7 @@ impl Finder {
                         return;
                     }
                 }
-                super::download::pause().await;
+                tokio::time::sleep(PAUSE).await;
             }
         });
         Self { rows, me, _task: AbortOnDropHandle::new(task) }

@@ -7,7 +7,7 @@
 //! some entry names it (`uses` counts them), in the same transaction. Manifests prove themselves again when read.
 
 use std::{
-    fs, io,
+    io,
     os::unix::ffi::{OsStrExt, OsStringExt},
     path::{Path, PathBuf},
 };
@@ -19,7 +19,7 @@ use redb::{
 use crate::{
     content::{ContentId, Manifest},
     peer::hasher::{Hashed, Stamp},
-    safe_path::create_private,
+    safe_path::{create_private, set_aside},
 };
 
 /// Rises when the tables change their meaning; another number makes a file a stranger.
@@ -55,7 +55,7 @@ impl Index {
                     %error, moved_to = %aside.display(),
                     "the index of hashed files is unusable: begun anew, files will be hashed again"
                 );
-                fs::rename(path, aside).map_err(io_error)?;
+                set_aside(path, &aside).map_err(io_error)?;
                 Self::try_open(path)
             }
             done => done,

@@ -6,7 +6,6 @@ use std::{
 };
 
 use super::{
-    control::Control,
     download::{Happening, Progress},
     keeper::ShareState,
     swarm::{Account, State},
@@ -14,10 +13,7 @@ use super::{
 use crate::{
     exit::{Exit, Failed},
     identity::PeerId,
-    proto::{
-        self, DownloadStatus, FileDone, FileProgress, Note, ShareStatus, SourceProgress, StatusResponse,
-        get_event::Event,
-    },
+    proto::{self, FileDone, FileProgress, Note, ShareStatus, SourceProgress, get_event::Event},
     safe_path::escape,
 };
 
@@ -146,37 +142,5 @@ pub fn share(state: &ShareState) -> ShareStatus {
         path: state.path.to_string_lossy().into_owned(),
         mode: state.mode.to_string(),
         files: state.files,
-    }
-}
-
-/// Everything that `status` shows.
-pub fn status(control: &Control) -> StatusResponse {
-    let (files, bytes) = control.library.totals();
-    let to_do = control.shares.progress();
-    let running = control.running.lock().expect("no panic while the lock is held").clone();
-    let in_flight: u64 = running.values().map(|progress| fetched(progress)).sum();
-    StatusResponse {
-        peer_id: control.membership.id().to_string(),
-        version: env!("CARGO_PKG_VERSION").into(),
-        pid: std::process::id(),
-        addresses: control.reachable.addresses(),
-        tracker: control.tracker.address(),
-        tracker_state: control.state.borrow().clone(),
-        shares: control.shares.status().iter().map(share).collect(),
-        downloads: control.downloads.as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),
-        files,
-        bytes,
-        files_to_hash: to_do.files_to_hash,
-        bytes_to_hash: to_do.bytes_to_hash,
-        files_skipped: to_do.skipped.total(),
-        bytes_uploaded: control.served.bytes.load(Ordering::Relaxed),
-        bytes_downloaded: control.downloaded.load(Ordering::Relaxed) + in_flight,
-        downloads_running: running
-            .iter()
-            .map(|(id, running)| DownloadStatus { id: *id, progress: Some(progress(running, &mut Speed::default())) })
-            .collect(),
-        certificate_seconds_left: control.membership.seconds_left(),
-        uptime_seconds: control.started.elapsed().as_secs(),
-        uploads_running: control.served.streams.load(Ordering::Relaxed),
     }
 }

@@ -118,6 +118,15 @@ fn must_be_private(metadata: &fs::Metadata, path: &Path, mode: &str) -> io::Resu
     Ok(())
 }
 
+/// Renames a file of ours that is of no use any more, so that a new one can take its place; an older one that was set
+/// aside is replaced.
+///
+/// # Errors
+/// As the file system answers, with the path.
+pub fn set_aside(path: &Path, aside: &Path) -> io::Result<()> {
+    fs::rename(path, aside).map_err(|error| with_path(path, error))
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
