@@ -215,7 +215,7 @@ fn explain_any(error: &hyper::Error) -> String {
 
 /// Says what a failed handshake means to a person.
 fn explain(error: &io::Error) -> String {
-    use rustls::{AlertDescription as Alert, CertificateError as Bad, Error};
+    use rustls::{CertificateError as Bad, Error};
     match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
         Some(Error::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature)) => {
             "its certificate is of another network (unknown authority)".into()
@@ -231,16 +231,21 @@ fn explain(error: &io::Error) -> String {
             "it is somebody else than expected".into()
         }
         Some(Error::InvalidMessage(_)) => "it does not speak TLS: not a sprat".into(),
-        Some(Error::AlertReceived(Alert::CertificateRequired | Alert::AccessDenied | Alert::CertificateRevoked)) => {
+        Some(error) => explain_alert(&error.to_string()),
+        None if error.kind() == io::ErrorKind::UnexpectedEof => "it hangs up: not a sprat, or too busy".into(),
+        None => explain_alert(&error.to_string()),
+    }
+}
+
+/// By its text: HTTP/2 passes on no more of what TLS said.
+fn explain_alert(text: &str) -> String {
+    match text.rsplit_once("received fatal alert: ").map(|(_, alert)| alert) {
+        Some("CertificateRequired" | "AccessDenied" | "CertificateRevoked") => {
             "it does not accept our certificate: not a member any more?".into()
         }
-        Some(Error::AlertReceived(Alert::CertificateExpired)) => "our certificate has expired".into(),
-        Some(Error::AlertReceived(Alert::UnknownCA | Alert::DecryptError)) => {
-            "it belongs to another network (it does not know our authority)".into()
-        }
-        Some(error) => format!("TLS failed: {error}"),
-        None if error.kind() == io::ErrorKind::UnexpectedEof => "it hangs up: not a sprat, or too busy".into(),
-        None => format!("TLS failed: {error}"),
+        Some("CertificateExpired") => "our certificate has expired".into(),
+        Some("UnknownCA" | "DecryptError") => "it belongs to another network (it does not know our authority)".into(),
+        _ => format!("TLS failed: {text}"),
     }
 }
 

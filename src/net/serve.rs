@@ -24,7 +24,7 @@ use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ServerConfig;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, BufReader, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener},
     sync::Semaphore,
     time::{sleep, timeout},
@@ -226,13 +226,23 @@ impl Listener {
     ) -> io::Result<(TlsStream<BufReader<TcpStream>>, Routes)> {
         let stream = BufReader::with_capacity(READ_BUFFER, stream);
         let start = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await?;
-        let _busy = handshakes.acquire().await.map_err(io::Error::other)?;
+        let busy = handshakes.acquire().await.map_err(io::Error::other)?;
         let wants_to_join = start.client_hello().server_name() == Some(JOIN_NAME);
         let front = match &self.joiners {
             Some(joiners) if wants_to_join => joiners,
             _ => &self.members,
         };
-        Ok((start.into_stream(front.tls.clone()).await?, front.routes.clone()))
+        let shaken = start.into_stream(front.tls.clone()).into_fallible().await;
+        drop(busy);
+        match shaken {
+            Ok(tls) => Ok((tls, front.routes.clone())),
+            Err((error, mut stream)) => {
+                // Closing with bytes unread would reset the connection, and the caller would never read why.
+                stream.shutdown().await?;
+                tokio::io::copy(&mut stream.take(64 << 10), &mut tokio::io::sink()).await?;
+                Err(error)
+            }
+        }
     }
 
     async fn denied(&self, subject: Option<Subject>) {

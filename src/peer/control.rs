@@ -280,7 +280,7 @@ impl control_service_server::ControlService for ControlServer {
         let (shares, adding) = (self.0.shares.clone(), spec.clone());
         let added = tokio::task::spawn_blocking(move || shares.add(adding)).await;
         let added = added.map_err(|e| Status::internal(e.to_string()))?;
-        added.map_err(|error| Status::failed_precondition(format!("{error:#}")))?;
+        added.map_err(|error| Status::invalid_argument(format!("{error:#}")))?;
         super::remembered::add(&self.0.remember, &spec).map_err(|error| Status::internal(format!("{error:#}")))?;
         let path = path.canonicalize().unwrap_or(path);
         let deadline = Instant::now() + SCAN;

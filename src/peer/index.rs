@@ -254,7 +254,7 @@ impl Entry {
 mod tests {
     use std::{
         collections::HashMap,
-        fs::File,
+        fs::{self, File},
         io::Write,
         os::unix::fs::{FileExt, MetadataExt},
     };

@@ -65,12 +65,23 @@ pub enum StorageError {
     Io(#[from] io::Error),
 }
 
-/// The `.part` of one content. Dropping it keeps the `.part` for a later run.
+/// The `.part` of one content. Dropping it keeps the `.part` for a later run, unless it is new and holds nothing.
 #[derive(Debug)]
 pub struct Storage {
     part: PartFile,
     manifest: Manifest,
     have: Mutex<HaveMap>,
+}
+
+impl Drop for Storage {
+    fn drop(&mut self) {
+        if !self.part.existed()
+            && self.lock_have().is_empty()
+            && let Err(error) = self.part.discard()
+        {
+            tracing::warn!("removing an empty download: {error}");
+        }
+    }
 }
 
 impl Storage {

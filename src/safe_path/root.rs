@@ -225,7 +225,7 @@ impl PartFile {
     }
 
     /// Removes the `.part`, unless something else has taken its name.
-    pub fn discard(self) -> io::Result<()> {
+    pub fn discard(&self) -> io::Result<()> {
         if is_named(&self.dir, &self.part, &self.file).map_err(|e| with_path(&self.path, e))? {
             unlinkat(&self.dir, &self.part, AtFlags::empty()).map_err(|e| with_path(&self.path, e))?;
         }

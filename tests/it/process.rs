@@ -1,0 +1,146 @@
+//! Processes and what they say.
+//!
+//! Invariant: a process that was started here is dead when its [`Process`] is gone; what it said is in two files, so that
+//! nobody waits for a full pipe.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+/// Longer than any command here should take, on a slow and busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+
+/// Asks again and again until there is an answer; the only place where a test waits.
+pub fn wait_until<T>(what: &str, within: Duration, mut probe: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + within;
+    loop {
+        if let Some(found) = probe() {
+            return found;
+        }
+        assert!(Instant::now() < end, "not within {within:?}: {what}");
+        thread::park_timeout(Duration::from_millis(15));
+    }
+}
+
+/// A started program.
+pub struct Process {
+    child: Child,
+    what: String,
+    stdout: PathBuf,
+    stderr: PathBuf,
+}
+
+impl Process {
+    /// Starts `command`; its output goes to files in `folder`, its standard input is empty unless the caller set `stdin`.
+    pub fn spawn(command: &mut Command, folder: &Path, stdin: Option<Stdio>) -> Self {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let file = folder.join(COUNT.fetch_add(1, Ordering::Relaxed).to_string());
+        let (stdout, stderr) = (file.with_extension("out"), file.with_extension("err"));
+        let what = command.get_args().map(|arg| arg.to_string_lossy()).collect::<Vec<_>>().join(" ");
+        command.stdin(stdin.unwrap_or_else(Stdio::null));
+        command.stdout(File::create(&stdout).unwrap()).stderr(File::create(&stderr).unwrap());
+        let child = command.spawn().unwrap_or_else(|error| panic!("{:?}: {error}", command.get_program()));
+        Self { child, what, stdout, stderr }
+    }
+
+    pub fn stdout(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.stdout).unwrap()).into_owned()
+    }
+
+    pub fn stderr(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.stderr).unwrap()).into_owned()
+    }
+
+    pub fn child(&mut self) -> &mut Child {
+        &mut self.child
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Ends it as a power cut would.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Waits for its end.
+    pub fn finish(mut self, within: Duration) -> Outcome {
+        let what = format!("`sprat {}` ends\n{}", self.what, self.said());
+        let end = wait_until(&what, within, || self.child.try_wait().unwrap());
+        Outcome { what: self.what.clone(), code: end.code(), stdout: self.stdout(), stderr: self.stderr() }
+    }
+
+    /// Everything it said so far, for a person.
+    pub fn said(&self) -> String {
+        format!("--- sprat {}\n{}{}", self.what, self.stdout(), self.stderr())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// How a command ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The arguments.
+    #[expect(dead_code, reason = "read by Debug, when a test fails")]
+    pub what: String,
+    /// None: by a signal.
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Outcome {
+    /// Demands success.
+    #[track_caller]
+    pub fn ok(self) -> Self {
+        assert_eq!(self.code, Some(0), "{self:#?}");
+        self
+    }
+
+    /// Demands this exit code, and one clear line as the last word on stderr; `words` are said there.
+    #[track_caller]
+    pub fn fails(self, code: i32, words: &[&str]) -> Self {
+        assert_eq!(self.code, Some(code), "{self:#?}");
+        let last = self.stderr.trim_end().lines().next_back().unwrap_or_default();
+        // Wrong flags are explained at more length.
+        assert!((last.starts_with("sprat: ") || code == 2) && !self.stderr.contains("panicked"), "{self:#?}");
+        for word in words {
+            assert!(self.stderr.contains(word), "{word:?} is not in {self:#?}");
+        }
+        self
+    }
+
+    /// The JSON objects of stdout, a line each.
+    #[track_caller]
+    pub fn json(&self) -> Vec<Value> {
+        let read = |line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}\n{self:#?}"));
+        self.stdout.lines().map(read).collect()
+    }
+
+    /// The summary that ends `get --json`.
+    #[track_caller]
+    pub fn summary(&self) -> Value {
+        let last = self.json().pop().unwrap_or_default();
+        assert_eq!(last["event"], "done", "{self:#?}");
+        last
+    }
+}
