@@ -225,7 +225,10 @@ async fn download(stage: &mut Stage, owl: &Node, id: ContentId, size: u64) -> Re
             Event::Failed(failed) => anyhow::bail!("the download failed: {}", failed.message),
             _ => {}
         }
-        report.event(&event)?;
+        // The path of a file that is about to go away helps nobody.
+        if !matches!(event, Event::FileDone(_)) {
+            report.event(&event)?;
+        }
     }
 }
 
@@ -247,13 +250,10 @@ fn verify(stage: &Stage, liar: &Liar, id: ContentId, ids: &[(String, &str)], don
     };
     ensure!(["ant", "bee", "fox"].into_iter().all(gave), "a source gave nothing");
     ensure!(liar.lies() > 0, "fox never came to lie");
-    let seconds = Duration::from_millis(done.duration_ms.max(1)).as_secs_f64();
-    #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
-    let rate = done.bytes_fetched as f64 / seconds / 1e6;
-    say(
-        "survived  a killed source, and a liar that was banned at its first wrong piece; nothing wrong reached the disk",
-    )?;
-    say(format!("speed     {rate:.0} MB/s in {seconds:.1} s, encrypted, every piece verified"))?;
+    let rate = human_size(done.bytes_fetched * 1000 / done.duration_ms.max(1));
+    let lost = "survived  a killed source, and a liar that was banned at its first wrong piece; nothing wrong reached the disk";
+    say(lost)?;
+    say(format!("speed     {rate}/s, encrypted, every piece verified"))?;
     say(format!("equal     b3sum {received}"))
 }
 

@@ -6,6 +6,7 @@
 //! only; data never shares a connection with control.
 
 mod dial;
+mod first_byte;
 mod serve;
 
 use std::{

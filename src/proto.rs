@@ -75,7 +75,7 @@ pub enum WireError {
     #[error("{0} is not a content id (64 lower-case hex digits, or 32 bytes)")]
     ContentId(String),
     /// Not an id.
-    #[error("{0} is not a peer id")]
+    #[error("{0} is not a peer id: give all 52 characters, as `sprat tracker members` prints them")]
     PeerId(String),
     /// Beyond what a file may have.
     #[error("size {0} is above 1 TiB")]

@@ -68,13 +68,13 @@ struct Holder {
 impl Holder {
     async fn attach(session: &Session) -> Result<Self> {
         let state_dir = session.state_dir(Service::Peer)?;
-        if let Some(connection) = peer::control(&state_dir).await? {
+        if let Some(connection) = peer::attach(&state_dir).await? {
             return Ok(Self { control: Control::new(connection), node: None });
         }
         match Node::start(one_shot(session)?).await {
             Ok(node) => Ok(Self { control: Control::new(node.control()), node: Some(node) }),
             // Another command may have been first.
-            Err(error) => match peer::control(&state_dir).await {
+            Err(error) => match peer::attach(&state_dir).await {
                 Ok(Some(connection)) => Ok(Self { control: Control::new(connection), node: None }),
                 _ => Err(error),
             },
@@ -230,7 +230,7 @@ where
         [] => "`sprat ls` shows what there is".into(),
         names => format!("did you mean {}?", names.join(" or ")),
     };
-    Failed::new(Exit::NotFound, format!("no file {text} is listed; {next}")).into()
+    Failed::new(Exit::NotFound, format!("no file `{text}` is listed; {next}")).into()
 }
 
 /// Names that were perhaps meant. A failing question here is no news.
@@ -327,9 +327,9 @@ mod tests {
             ("shots", "did you mean shots/?"),
             ("alien.mkv", "did you mean movies/alien.mkv"),
             ("movies/a.mkv", "did you mean movies/alien.mkv?"),
-            ("movies/aliens.mkv", "no file movies/aliens.mkv is listed; did you mean movies/alien.mkv"),
+            ("movies/aliens.mkv", "no file `movies/aliens.mkv` is listed; did you mean movies/alien.mkv"),
             ("zzzzz", "`sprat ls` shows what there is"),
-            ("ffffffffff", "no file ffffffffff is listed"),
+            ("ffffffffff", "no file `ffffffffff` is listed"),
         ] {
             let error = ask(&[what], false).await.unwrap_err();
             assert!(error.to_string().contains(text), "{what}: {error}");

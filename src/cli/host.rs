@@ -78,7 +78,7 @@ impl Host {
     /// # Errors
     /// As that command.
     pub async fn start_peer(&mut self, session: &Session) -> Result<()> {
-        if self.node.is_none() && peer::control(&session.state_dir(Service::Peer)?).await?.is_none() {
+        if self.node.is_none() && peer::attach(&session.state_dir(Service::Peer)?).await?.is_none() {
             self.node = Some(own_peer::start(session, &session.config.peer.shares).await?);
         }
         Ok(())

@@ -79,7 +79,7 @@ fn show(session: &Session, filters: &Filters, mut rows: Vec<Row>) -> Result<()> 
         return rows.iter().try_for_each(|row| json(&FileLine::from(row)));
     }
     if rows.is_empty() {
-        session.hint("no such file is listed; `sprat share DIR` offers a folder");
+        session.hint("nothing is listed that fits; `sprat share DIR` offers a folder");
         return Ok(());
     }
     let cells: Vec<_> = rows.iter().map(cells).collect();

@@ -85,7 +85,7 @@ pub(super) async fn run(session: &Session) -> Result<()> {
 
 pub(super) async fn share(session: &Session, args: &ShareArgs) -> Result<()> {
     let dir = absolute(session.cwd.join(&args.dir))?;
-    match peer::control(&session.state_dir(Service::Peer)?).await? {
+    match peer::attach(&session.state_dir(Service::Peer)?).await? {
         Some(connection) => {
             let path = utf8(&dir)?;
             let name = args.name.clone().unwrap_or_default();

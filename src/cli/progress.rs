@@ -222,13 +222,15 @@ fn farewell(done: &Done) -> Vec<String> {
         let speed = u128::from(done.bytes_fetched) * 1000 / u128::from(done.duration_ms.max(1));
         first += &format!(", {}/s", human_size(u64::try_from(speed).unwrap_or(u64::MAX)));
     }
-    for (bytes, what) in [(done.bytes_resumed, "were here already"), (done.bytes_wasted, "did not verify")] {
+    for (bytes, what) in
+        [(done.bytes_resumed, "were here already"), (done.bytes_wasted, "came twice or did not verify")]
+    {
         if bytes > 0 {
             first += &format!(", {} {what}", human_size(bytes));
         }
     }
     if done.files_skipped > 0 {
-        first += &format!(", {} left as it was", count(done.files_skipped, "file"));
+        first += &format!(", {} left alone", count(done.files_skipped, "file"));
     }
     let sources = done.sources.iter().filter(|source| source.bytes > 0);
     let short = |peer: &str| peer.chars().take(8).collect::<String>();
@@ -442,7 +444,7 @@ mod tests {
         assert_eq!(
             farewell(&done()),
             [
-                "2 files, 3.0 MiB in 0.5 s, 4.0 MiB/s, 1.0 MiB were here already, 1 file left as it was",
+                "2 files, 3.0 MiB in 0.5 s, 4.0 MiB/s, 1.0 MiB were here already, 1 file left alone",
                 "     2.0 MiB from abababab"
             ]
         );

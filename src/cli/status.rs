@@ -81,12 +81,12 @@ async fn idle(session: &Session, state_dir: &Path) -> Result<()> {
     }
     line(&format!("peer         {peer_id}"))?;
     line("running      no; start it with `sprat peer`")?;
-    line(&format!("tracker      {}, {}", escape(&client.address()), escape(&state)))?;
+    line(&format!("tracker      {}", escape(&tracker_line(&client.address(), &state))))?;
     line(&format!("certificate  good for {}", span(u64::try_from(left).unwrap_or_default())))
 }
 
 async fn peer_status(state_dir: &Path) -> Result<Option<StatusResponse>> {
-    match peer::control(state_dir).await? {
+    match peer::attach(state_dir).await? {
         Some(connection) => Ok(Some(Control::new(connection).status().await?)),
         None => Ok(None),
     }
@@ -108,7 +108,13 @@ fn ailment(status: &StatusResponse) -> Option<String> {
     if status.certificate_seconds_left <= 0 {
         return Some("the certificate of this peer has ended".into());
     }
-    (status.tracker_state != ONLINE).then(|| format!("tracker {}: {}", status.tracker, status.tracker_state))
+    (status.tracker_state != ONLINE)
+        .then(|| format!("tracker {}", tracker_line(&status.tracker, &status.tracker_state)))
+}
+
+/// Address and state; an error names the address itself.
+fn tracker_line(tracker: &str, state: &str) -> String {
+    if state.contains(tracker) { state.to_owned() } else { format!("{tracker}, {state}") }
 }
 
 fn describe(status: &StatusResponse) -> Vec<String> {
@@ -126,7 +132,7 @@ fn describe(status: &StatusResponse) -> Vec<String> {
             shown(&status.version),
             status.pid
         ),
-        format!("tracker      {}, {}", shown(&status.tracker), shown(&status.tracker_state)),
+        format!("tracker      {}", shown(&tracker_line(&status.tracker, &status.tracker_state))),
         format!("addresses    {}", shown(&status.addresses.join(", "))),
         format!("certificate  good for {}", span(left)),
         format!("offers       {}, {}{hashing}", count(status.files, "file"), human_size(status.bytes)),
@@ -138,7 +144,7 @@ fn describe(status: &StatusResponse) -> Vec<String> {
     }
     if status.files_skipped > 0 {
         lines.push(format!(
-            "  {} skipped: links, devices, unreadable or odd names",
+            "  {} skipped: links, devices, unreadable or odd names, names taken already",
             count(status.files_skipped, "file")
         ));
     }
@@ -280,7 +286,7 @@ mod tests {
     fn health_is_a_tracker_and_a_certificate() {
         assert_eq!(ailment(&status()), None);
         let offline = StatusResponse { tracker_state: "cannot reach t:7700".into(), ..status() };
-        assert_eq!(ailment(&offline).unwrap(), "tracker t:7700: cannot reach t:7700");
+        assert_eq!(ailment(&offline).unwrap(), "tracker cannot reach t:7700");
         let expired = StatusResponse { certificate_seconds_left: 0, ..status() };
         assert!(ailment(&expired).unwrap().contains("certificate"));
     }

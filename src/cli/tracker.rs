@@ -43,21 +43,21 @@ pub(super) async fn run(session: &Session, command: &TrackerCommand) -> Result<(
         }
         TrackerCommand::Run(_) => serve(session).await,
         TrackerCommand::Token(TokenCommand::Create { uses, ttl }) => {
-            let token = Admin::new(tracker::admin(&state_dir).await?).create_token(*uses, *ttl).await?;
+            let token = Admin::new(tracker::attach(&state_dir).await?).create_token(*uses, *ttl).await?;
             let made = Token { link: &token.link, token_id: &token.token_id, uses: *uses, ttl_seconds: ttl.as_secs() };
             if session.json { json(&made) } else { line(&token.link) }
         }
         TrackerCommand::Token(TokenCommand::List) => {
-            tokens(session, &Admin::new(tracker::admin(&state_dir).await?).tokens().await?)
+            tokens(session, &Admin::new(tracker::attach(&state_dir).await?).tokens().await?)
         }
-        TrackerCommand::Members => members(session, &Admin::new(tracker::admin(&state_dir).await?).members().await?),
+        TrackerCommand::Members => members(session, &Admin::new(tracker::attach(&state_dir).await?).members().await?),
         TrackerCommand::Approve { peer } => {
-            Admin::new(tracker::admin(&state_dir).await?).approve(peer.clone()).await?;
+            Admin::new(tracker::attach(&state_dir).await?).approve(peer.clone()).await?;
             session.hint(&format!("{peer} may come in again"));
             Ok(())
         }
         TrackerCommand::Revoke { peer } => {
-            Admin::new(tracker::admin(&state_dir).await?).revoke(peer.clone()).await?;
+            Admin::new(tracker::attach(&state_dir).await?).revoke(peer.clone()).await?;
             session.hint(&format!("{peer} is out; `sprat tracker approve` undoes it"));
             Ok(())
         }
@@ -191,7 +191,7 @@ pub(super) async fn operator(session: &Session, command: &OperatorCommand) -> Re
         let text = format!("{} exists; nothing is overwritten: name another folder", there.display());
         return Err(Failed::new(Exit::Exists, text).into());
     }
-    let mut admin = Admin::new(tracker::admin(&session.state_dir(Service::Tracker)?).await?);
+    let mut admin = Admin::new(tracker::attach(&session.state_dir(Service::Tracker)?).await?);
     let key = Key::generate()?;
     let issued = admin.issue_operator(key.request()?, *ttl).await?;
     let identity =

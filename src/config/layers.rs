@@ -321,7 +321,7 @@ mod tests {
 
     fn options(variables: &[(&str, &str)]) -> Options {
         let environment = variables.iter().map(|(name, value)| (name.into(), value.into())).collect();
-        Options { environment, cwd: "/work".into(), ..Options::default() }
+        Options { environment, cwd: "/home/me".into(), ..Options::default() }
     }
 
     #[test]

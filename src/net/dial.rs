@@ -230,6 +230,10 @@ fn explain(error: &io::Error) -> String {
         Some(Error::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. })) => {
             "it is somebody else than expected".into()
         }
+        Some(Error::InvalidCertificate(_)) => {
+            "its certificate is not one of this network's; if the tracker got a new one, join again with a new link"
+                .into()
+        }
         Some(Error::InvalidMessage(_)) => "it does not speak TLS: not a sprat".into(),
         Some(error) => explain_alert(&error.to_string()),
         None if error.kind() == io::ErrorKind::UnexpectedEof => "it hangs up: not a sprat, or too busy".into(),

@@ -26,10 +26,11 @@ use tonic::{Request, Response, Status};
 
 use super::{
     announce::Reachable,
-    download::{Get, Progress},
+    download::Get,
     index::Index,
     library::Library,
     membership::Membership,
+    progress::Progress,
     report::{self, Speed},
     serve::Served,
     shares::{ShareSpec, Shares},
@@ -205,7 +206,7 @@ impl Control {
                 .iter()
                 .map(|(id, running)| DownloadStatus {
                     id: *id,
-                    progress: Some(report::progress(running, &mut Speed::default())),
+                    progress: Some(report::running(running, running.rate.load(Ordering::Relaxed))),
                 })
                 .collect(),
             certificate_seconds_left: self.membership.seconds_left(),

@@ -8,10 +8,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -23,11 +20,13 @@ use tokio::{
 };
 
 use super::{
+    account::{Account, State},
     find::{Finder, Found, learn},
     membership::Membership,
+    progress::{Happening, Progress},
     source::Source,
     storage::Storage,
-    swarm::{Account, Accounts, Report, State, Swarm},
+    swarm::{Report, Swarm},
     targets::{Disk, Existing, Target, Want, explain},
     tracker_client::TrackerClient,
 };
@@ -60,53 +59,6 @@ pub struct Get {
     pub wants: Vec<Want>,
     /// What to do with targets that exist.
     pub existing: Existing,
-}
-
-/// Something that happened, for whoever asked for the Get.
-#[derive(Clone, Debug)]
-pub enum Happening {
-    /// A file has its name.
-    FileDone {
-        /// Which.
-        want: Want,
-        /// Where it is.
-        path: PathBuf,
-        /// It was there before, or was left alone.
-        already_there: bool,
-    },
-    /// Worth a line.
-    Note(Option<PeerId>, String),
-}
-
-/// Where a Get stands; shared with whoever watches it.
-#[derive(Default)]
-pub struct Progress {
-    /// All sources so far.
-    pub accounts: Accounts,
-    /// Bytes of all files.
-    pub bytes_total: AtomicU64,
-    /// Verified bytes that are on the disk.
-    pub bytes_done: AtomicU64,
-    /// Of these, bytes that did not come over the network.
-    pub bytes_resumed: AtomicU64,
-    /// Files.
-    pub files_total: AtomicU64,
-    /// Files that have their names.
-    pub files_done: AtomicU64,
-    /// Of these, files that were there before.
-    pub files_skipped: AtomicU64,
-    /// Files in work: name, done, total.
-    pub in_work: std::sync::Mutex<Vec<(SafeName, u64, u64)>>,
-}
-
-impl Progress {
-    fn add(counter: &AtomicU64, n: u64) {
-        counter.fetch_add(n, Ordering::Relaxed);
-    }
-
-    fn accounts(&self) -> HashMap<PeerId, Account> {
-        self.accounts.lock().expect("no panic while the lock is held").clone()
-    }
 }
 
 /// A content whose target is free.
@@ -189,11 +141,17 @@ impl Run {
                     );
                     return Err(Failed::new(Exit::Exists, text).into());
                 }
-                Target::Identical(path) | Target::Skipped(path) => {
+                Target::Identical(path) => {
                     Progress::add(&self.progress.bytes_done, want.size);
                     Progress::add(&self.progress.bytes_resumed, want.size);
-                    Progress::add(&self.progress.files_skipped, 1);
                     self.done(want, path, true).await;
+                }
+                Target::Skipped(path) => {
+                    self.progress.bytes_total.fetch_sub(want.size, Ordering::Relaxed);
+                    self.progress.files_total.fetch_sub(1, Ordering::Relaxed);
+                    Progress::add(&self.progress.files_skipped, 1);
+                    let path = crate::safe_path::escape(&path.display().to_string());
+                    self.tell(Happening::Note(None, format!("{path} exists and differs: left alone"))).await;
                 }
             }
         }

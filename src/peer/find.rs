@@ -14,9 +14,9 @@ use tokio::{sync::mpsc, time::timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
+    account::{Accounts, State},
     membership::Membership,
     source::{Source, SourceError},
-    swarm::{Accounts, State},
     tracker_client::TrackerClient,
 };
 use crate::{

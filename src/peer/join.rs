@@ -33,31 +33,47 @@ pub struct Joined {
     pub trackers: Vec<String>,
 }
 
-/// Redeems `token` and keeps the identity in `state_dir`. A valid certificate of the same network is kept as it is.
+/// Redeems `token` and keeps the identity in `state_dir`. A member of the same network keeps its certificate and learns
+/// the tracker's address from the link.
 ///
 /// # Errors
 /// [`Exit::Tracker`] if the tracker cannot be reached, [`Exit::Auth`] if it is another one than the token means or
 /// refuses; [`Exit::Exists`] if `state_dir` belongs to another network.
 pub async fn join(token: &JoinToken, state_dir: &Path) -> Result<Joined> {
-    if let Ok(membership) = Membership::load(state_dir, None) {
-        let same = match token.pin {
-            Pin::Authority(pin) => CertificateFacts::read(membership.trust().authority())?.pin() == pin,
-            Pin::Tracker(pin) => membership.trust().list().tracker_pins.contains(&pin),
+    let before = Membership::load(state_dir, None).ok();
+    let another = || {
+        let text = format!("{} belongs to another network: choose another --state-dir", state_dir.display());
+        anyhow::Error::from(Failed::new(Exit::Exists, text))
+    };
+    if let Some(member) = &before {
+        let known = match token.pin {
+            Pin::Authority(pin) if CertificateFacts::read(member.trust().authority())?.pin() != pin => {
+                return Err(another());
+            }
+            Pin::Authority(_) => true,
+            Pin::Tracker(pin) => member.trust().list().tracker_pins.contains(&pin),
         };
-        if !same {
-            let text = format!("{} belongs to another network: choose another --state-dir", state_dir.display());
-            return Err(Failed::new(Exit::Exists, text).into());
-        }
-        if membership.seconds_left() > 0 {
-            return Ok(Joined { peer_id: membership.id(), trackers: membership.trackers().to_vec() });
+        if known && member.seconds_left() > 0 {
+            let trackers = first(&token.address, member.trackers());
+            Membership::save_trackers(state_dir, &trackers)?;
+            return Ok(Joined { peer_id: member.id(), trackers });
         }
     }
     let folder = Membership::identity_folder(state_dir);
     let (identity, answer) = redeem(token, &folder).await?;
-    let mut trackers = vec![token.address.clone()];
-    trackers.extend(answer.tracker_addresses.into_iter().filter(|address| *address != token.address));
+    // A tracker with a new certificate of its own is told from another network by the authority behind it.
+    if before.is_some_and(|member| *member.trust().authority() != identity.authority) {
+        return Err(another());
+    }
+    let trackers = first(&token.address, &answer.tracker_addresses);
     Membership::save(state_dir, &identity, &trackers, &answer.trust_list.unwrap_or_default())?;
     Ok(Joined { peer_id: identity.subject()?.id, trackers })
+}
+
+/// The address that was just named, before the others.
+fn first(address: &str, others: &[String]) -> Vec<String> {
+    let others = others.iter().filter(|other| *other != address).cloned();
+    std::iter::once(address.to_owned()).chain(others).collect()
 }
 
 /// Redeems `token` for a client of another kind: just `ca.crt`, `peer.crt` and `peer.key` in `folder`.

@@ -94,11 +94,19 @@ impl Membership {
     /// As the file system answers.
     pub fn save(state_dir: &Path, identity: &Identity, trackers: &[String], list: &SignedTrustList) -> Result<()> {
         safe_path::private_dir(state_dir)?;
-        let network = Network { trackers: trackers.to_vec() };
-        safe_path::write_private(&state_dir.join(NETWORK), &serde_json::to_vec_pretty(&network)?)?;
+        Self::save_trackers(state_dir, trackers)?;
         safe_path::write_private(&state_dir.join(TRUST), &list.encode_to_vec())?;
         identity.save(&state_dir.join(IDENTITY), PEER_FILES)?;
         Ok(())
+    }
+
+    /// Remembers where trackers are.
+    ///
+    /// # Errors
+    /// As the file system answers.
+    pub fn save_trackers(state_dir: &Path, trackers: &[String]) -> Result<()> {
+        let network = Network { trackers: trackers.to_vec() };
+        Ok(safe_path::write_private(&state_dir.join(NETWORK), &serde_json::to_vec_pretty(&network)?)?)
     }
 
     /// The key that an earlier, unfinished join left, or a new one, written before it is used.

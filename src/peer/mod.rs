@@ -3,6 +3,7 @@
 //! Invariants: one process per state directory; whoever holds the lock serves the control socket; everything runs under
 //! one token and one tracker of tasks, and stop means: leave the network, let streams finish, end.
 
+pub mod account;
 pub mod announce;
 pub mod control;
 pub mod download;
@@ -15,6 +16,7 @@ pub mod library;
 pub mod membership;
 pub mod pace;
 pub mod picker;
+pub mod progress;
 pub mod remembered;
 pub mod report;
 pub mod roster;
@@ -234,7 +236,7 @@ impl Node {
 ///
 /// # Errors
 /// If a peer holds the directory but does not answer.
-pub async fn control(state_dir: &Path) -> Result<Option<Connection>> {
+pub async fn attach(state_dir: &Path) -> Result<Option<Connection>> {
     if !state_dir.exists() {
         return Ok(None);
     }

@@ -6,9 +6,9 @@ use std::{
 };
 
 use super::{
-    download::{Happening, Progress},
+    account::{Account, State},
     keeper::ShareState,
-    swarm::{Account, State},
+    progress::{Happening, Progress},
 };
 use crate::{
     exit::{Exit, Failed},
@@ -71,7 +71,7 @@ fn source((peer, account): (&PeerId, &Account)) -> SourceProgress {
     SourceProgress {
         peer_id: peer.to_string(),
         bytes: account.bytes,
-        bytes_per_second: 0,
+        bytes_per_second: account.goodput,
         chunk_length: account.sizes.0,
         claim_pieces: account.sizes.1,
         state: state.into(),
@@ -93,19 +93,25 @@ pub fn fetched(progress: &Progress) -> u64 {
 
 /// Where a Get stands.
 pub fn progress(progress: &Progress, speed: &mut Speed) -> proto::Progress {
+    let bytes_per_second = speed.at(fetched(progress), Instant::now());
+    progress.rate.store(bytes_per_second, Ordering::Relaxed);
+    running(progress, bytes_per_second)
+}
+
+/// Where a Get stands, for somebody who looks once.
+pub fn running(progress: &Progress, bytes_per_second: u64) -> proto::Progress {
     let files = progress.in_work.lock().expect("no panic while the lock is held");
     let files = files.iter().map(|(name, bytes_done, bytes_total)| FileProgress {
         name: name.to_string(),
         bytes_done: *bytes_done,
         bytes_total: *bytes_total,
     });
-    let bytes_done = progress.bytes_done.load(Ordering::Relaxed);
     proto::Progress {
-        bytes_done,
+        bytes_done: progress.bytes_done.load(Ordering::Relaxed),
         bytes_total: progress.bytes_total.load(Ordering::Relaxed),
         files_done: progress.files_done.load(Ordering::Relaxed),
         files_total: progress.files_total.load(Ordering::Relaxed),
-        bytes_per_second: speed.at(bytes_done, Instant::now()),
+        bytes_per_second,
         sources: sources(progress),
         files: files.collect(),
     }

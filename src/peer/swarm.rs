@@ -8,7 +8,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -18,7 +18,11 @@ use tokio::{
     time::sleep,
 };
 
+mod work;
+
+pub use self::work::Work;
 use super::{
+    account::{Account, Accounts, State},
     membership::Membership,
     pace::Pace,
     picker::{Next, Picker, Received, SourceKey},
@@ -31,7 +35,6 @@ use crate::{
     content::{ContentId, VerifiedPiece},
     have::HaveMap,
     identity::PeerId,
-    proto,
     safe_path::SafeName,
 };
 
@@ -41,84 +44,6 @@ const LANES: usize = 2;
 const MAX_FAILURES: u32 = 4;
 /// Wrong answers after which a source is given up for this download.
 const MAX_LIES: u32 = 3;
-
-/// How a source stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
-    /// Being dialled.
-    Connecting,
-    /// Connected.
-    Active,
-    /// To be tried again later.
-    Resting,
-    /// Sent wrong bytes.
-    Banned,
-    /// Given up.
-    Gone,
-}
-
-/// What a source did for the whole Get, for people.
-#[derive(Clone, Debug)]
-pub struct Account {
-    /// Verified bytes that were new.
-    pub bytes: u64,
-    /// Bytes of no use: wrong, or brought by another source first.
-    pub wasted: u64,
-    /// How it stands.
-    pub state: State,
-    /// The address in use.
-    pub address: String,
-    /// Chunk length in bytes and claim length in pieces.
-    pub sizes: (u32, u32),
-    /// Wrong answers so far.
-    pub lies: u32,
-    /// Why it was last given up or rested.
-    pub trouble: String,
-}
-
-impl Default for Account {
-    fn default() -> Self {
-        Self {
-            bytes: 0,
-            wasted: 0,
-            state: State::Connecting,
-            address: String::new(),
-            sizes: (0, 0),
-            lies: 0,
-            trouble: String::new(),
-        }
-    }
-}
-
-/// The accounts of all sources, over all batches.
-pub type Accounts = Arc<Mutex<HashMap<PeerId, Account>>>;
-
-/// One content of a batch.
-pub struct Work {
-    /// What it is.
-    pub want: Want,
-    /// What it will be called.
-    pub target: SafeName,
-    /// Its `.part`.
-    pub storage: Arc<Storage>,
-    /// Number of its first piece in the batch.
-    pub first: u32,
-    left: AtomicU32,
-    named: AtomicBool,
-}
-
-impl Work {
-    /// The file has its name.
-    pub fn name(&self) {
-        self.named.store(true, Ordering::Release);
-    }
-
-    /// Has it?
-    #[must_use]
-    pub fn is_named(&self) -> bool {
-        self.named.load(Ordering::Acquire)
-    }
-}
 
 /// Something that the batch's owner acts on.
 pub enum Report {
@@ -153,25 +78,11 @@ impl Swarm {
         accounts: Accounts,
         reports: mpsc::Sender<Report>,
     ) -> Self {
-        let mut work = Vec::with_capacity(files.len());
-        let mut first = 0;
-        for (want, target, storage) in files {
-            let n_pieces = storage.manifest().layout().n_pieces();
-            work.push(Work {
-                want,
-                target,
-                storage,
-                first,
-                left: AtomicU32::new(n_pieces),
-                named: AtomicBool::new(false),
-            });
-            first += n_pieces;
-        }
-        let mut picker = Picker::new(first, rand::random());
+        let (work, n_pieces) = work::number(files);
+        let mut picker = Picker::new(n_pieces, rand::random());
         for work in &work {
             let have = work.storage.have();
             have.iter().for_each(|piece| picker.mark_done(work.first + piece));
-            work.left.fetch_sub(have.count(), Ordering::Relaxed);
         }
         let (picker, keys) = (Mutex::new(picker), Mutex::default());
         Self { membership, work, picker, changed: Notify::new(), accounts, keys, reports, fetched: AtomicU64::new(0) }
@@ -186,7 +97,7 @@ impl Swarm {
     /// Pieces of a content that are missing.
     #[must_use]
     pub fn left(&self, work: usize) -> u32 {
-        self.work[work].left.load(Ordering::Relaxed)
+        self.work[work].left()
     }
 
     /// Is every piece here?
@@ -319,8 +230,8 @@ impl Swarm {
             let next = {
                 let pace = pace.lock().expect("no panic while the lock is held");
                 let pieces = pace.claim_pieces();
-                let sizes = (pace.chunk_length(), pieces);
-                self.account(source.id, |account| account.sizes = sizes);
+                let (sizes, goodput) = ((pace.chunk_length(), pieces), pace.goodput().unwrap_or(0));
+                self.account(source.id, |account| (account.sizes, account.goodput) = (sizes, goodput));
                 self.picker().next(key, pieces, pace.expected(pieces), Instant::now())
             };
             match next {
@@ -358,31 +269,10 @@ impl Swarm {
         Ok(())
     }
 
-    /// Turns piece numbers into ranges of contents, and gives back what would be too long for one request.
+    /// Turns the promised pieces into ranges of contents, and gives back what would be too long for one request.
     fn claim(&self, held: &Held<'_>) -> (Vec<Wanted>, Vec<usize>) {
         let mut pieces = held.pieces.lock().expect("no panic while the lock is held");
-        let (mut claim, mut works): (Vec<Wanted>, Vec<usize>) = (vec![], vec![]);
-        let (mut bytes, mut taken) = (0, 0);
-        for &piece in pieces.iter() {
-            let at = self.work.partition_point(|work| work.first <= piece) - 1;
-            let work = &self.work[at];
-            let layout = work.storage.manifest().layout();
-            let Some(index) = layout.piece(piece - work.first) else { break };
-            bytes += u64::from(layout.len_of(index));
-            if taken > 0 && (bytes > proto::MAX_CLAIM || claim.len() == proto::MAX_RANGES) {
-                break;
-            }
-            taken += 1;
-            match (claim.last_mut(), works.last()) {
-                (Some(last), Some(&work)) if work == at && last.first.get() + last.count == index.get() => {
-                    last.count += 1
-                }
-                _ => {
-                    claim.push(Wanted { manifest: work.storage.manifest().clone(), first: index, count: 1 });
-                    works.push(at);
-                }
-            }
-        }
+        let (claim, works, taken) = work::ranges(&self.work, &pieces);
         let rest = pieces.split_off(taken);
         if !rest.is_empty() {
             self.picker().release(held.key, &rest);
@@ -416,7 +306,7 @@ impl Swarm {
         }
         self.fetched.fetch_add(len, Ordering::Relaxed);
         self.account(peer, |account| account.bytes += len);
-        if work.left.fetch_sub(1, Ordering::Relaxed) == 1 {
+        if work.piece_came() == 0 {
             let _ = self.reports.send(Report::Complete(at)).await;
         }
         self.changed.notify_waiters();
@@ -436,12 +326,7 @@ impl Swarm {
     /// Contents that are begun and not complete: name, bytes done, bytes in all; at most eight.
     #[must_use]
     pub fn in_work(&self) -> Vec<(SafeName, u64, u64)> {
-        let begun = self.work.iter().filter_map(|work| {
-            let layout = work.storage.manifest().layout();
-            let left = work.left.load(Ordering::Relaxed);
-            let done = (layout.size()).min(u64::from(layout.n_pieces() - left) * u64::from(layout.piece_len()));
-            (left > 0 && done > 0).then(|| (work.want.name.clone(), done, layout.size()))
-        });
+        let begun = self.work.iter().filter_map(Work::begun);
         begun.take(8).collect()
     }
 

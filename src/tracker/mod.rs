@@ -236,7 +236,7 @@ impl Tracker {
 ///
 /// # Errors
 /// [`Exit::NotFound`] if there is no tracker there.
-pub async fn admin(state_dir: &Path) -> Result<Connection> {
+pub async fn attach(state_dir: &Path) -> Result<Connection> {
     let absent = || {
         let text = format!(
             "no tracker in {}; run `sprat tracker init` there, or name it with --state-dir",

@@ -110,8 +110,8 @@ pub async fn call(connection: Option<Connection>, path: &str) -> Answer {
     match tokio::time::timeout(Duration::from_secs(10), first).await {
         Ok(Err(status)) if std::error::Error::source(&status).is_some() => Answer::Refused,
         Ok(Err(status)) => Answer::Status(status.code()),
-        // A stream that stays open without a word was accepted, too.
-        Ok(Ok(_)) | Err(_) => Answer::Status(Code::Ok),
+        Ok(Ok(_)) => Answer::Status(Code::Ok),
+        Err(_) => Answer::Status(Code::DeadlineExceeded),
     }
 }
 
