@@ -144,6 +144,7 @@ impl Run {
                 Target::Identical(path) => {
                     Progress::add(&self.progress.bytes_done, want.size);
                     Progress::add(&self.progress.bytes_resumed, want.size);
+                    Progress::add(&self.progress.files_skipped, 1);
                     self.done(want, path, true).await;
                 }
                 Target::Skipped(path) => {

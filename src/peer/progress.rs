@@ -46,7 +46,8 @@ pub struct Progress {
     pub files_total: AtomicU64,
     /// Files that have their names.
     pub files_done: AtomicU64,
-    /// Files whose targets differ and were left alone; they do not count as files.
+    /// Files that were not fetched, because the target is identical, or differs and was left alone; the latter do not
+    /// count as done.
     pub files_skipped: AtomicU64,
     /// Bytes a second over the network, for those who look now and then.
     pub rate: AtomicU64,

@@ -16,6 +16,7 @@ mod bad_input;
 mod leaving;
 mod main_job;
 mod membership;
+mod moved;
 mod namespaces;
 mod outputs;
 mod own_certificate;

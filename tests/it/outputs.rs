@@ -102,7 +102,10 @@ fn what_exists_is_never_replaced() {
     assert_eq!(fs::metadata(swarm.path("once")).unwrap().modified().unwrap(), stamp);
 
     // Two ways to go on.
-    swarm.run("sink", ["get", ALIEN, "-o", "different", "--skip"]).ok();
+    let skipped = swarm.run("sink", ["get", ALIEN, "-o", "different", "--skip", "--json"]).ok();
+    assert!(!skipped.stdout.contains(r#""event":"file""#), "what differs is not what was asked for: {skipped:?}");
+    let summary = skipped.summary();
+    assert_eq!((&summary["files"], &summary["files_skipped"]), (&0.into(), &1.into()), "{summary}");
     assert_eq!(fs::read(swarm.path("different")).unwrap(), b"mine");
     swarm.run("sink", ["get", ALIEN, "-o", "different", "--rename"]).ok();
     assert_eq!(fs::read(swarm.path("different")).unwrap(), b"mine");

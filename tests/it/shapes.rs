@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     os::unix::{ffi::OsStrExt, fs::symlink},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use crate::{
@@ -17,10 +17,8 @@ fn a_thousand_small_files_come_as_one_tree() {
     for i in 0..1000 {
         swarm.write(&format!("a-files/tree/{:02}/{i}.txt", i % 40), i % 7_000, &format!("{i}"));
     }
-    for member in ["b"] {
-        for file in swarm.files_in("a-files") {
-            swarm.same(&format!("a-files/{file}"), &format!("{member}-files/{file}"));
-        }
+    for file in swarm.files_in("a-files") {
+        swarm.same(&format!("a-files/{file}"), &format!("b-files/{file}"));
     }
     swarm.sharing_peer("a", &[]);
     swarm.sharing_peer("b", &[]);
@@ -29,9 +27,7 @@ fn a_thousand_small_files_come_as_one_tree() {
         |rows: &[serde_json::Value]| rows.len() == 1000 && rows.iter().all(|row| row["sources"].as_u64() >= Some(2));
     swarm.wait_ls("sink", PATIENCE, |rows| whole(rows).then_some(()));
 
-    let started = Instant::now();
     let summary = swarm.run("sink", ["get", "tree/", "-o", "copy", "--json"]).ok().summary();
-    assert!(started.elapsed() < Duration::from_secs(30), "{:?} for 1,000 small files", started.elapsed());
     assert_eq!(summary["files"], 1000, "{summary}");
     let names = swarm.files_in("copy");
     assert_eq!(names.len(), 1000);

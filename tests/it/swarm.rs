@@ -21,7 +21,7 @@ use tempfile::TempDir;
 use crate::process::{Outcome, PATIENCE, Process, wait_until};
 
 const SPRAT: &str = env!("CARGO_BIN_EXE_sprat");
-const TRACKER: &str = "tracker";
+pub const TRACKER: &str = "tracker";
 pub const MIB: u64 = 1 << 20;
 
 /// Says that a test could not run, past the test runner's capture.
