@@ -7,6 +7,7 @@ use std::{
     fmt, io,
     net::SocketAddr,
     path::Path,
+    pin::pin,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -120,15 +121,29 @@ impl Connection {
 
 impl Service<Request<Body>> for Connection {
     type Response = Response<Incoming>;
-    type Error = hyper::Error;
+    type Error = Box<dyn std::error::Error + Send + Sync>;
     type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.requests.poll_ready(cx)
+        self.requests.poll_ready(cx).map_err(Into::into)
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        Box::pin(self.requests.send_request(request))
+        let (answer, mut ended) = (self.requests.send_request(request), self.ended.clone());
+        Box::pin(async move {
+            let mut answer = pin!(answer);
+            tokio::select! {
+                biased;
+                answer = answer.as_mut() => return Ok(answer?),
+                // Both when it has ended with a reason and when nobody is left to give one.
+                _ = ended.wait_for(Option::is_some) => {}
+            }
+            // A request handed over at the very moment the connection ends is never answered by the library.
+            match timeout(WHY, answer).await {
+                Ok(answer) => Ok(answer?),
+                Err(_) => Err("the connection ended before the call was answered".into()),
+            }
+        })
     }
 }
 

@@ -52,6 +52,9 @@ pub enum SourceError {
     /// It sent what no honest peer sends: ban it.
     #[error("sent wrong bytes ({0})")]
     Lied(String),
+    /// It sent a whole piece that is none, so many bytes: ban it, too.
+    #[error("sent wrong bytes ({0})")]
+    BadPiece(String, u64),
     /// Ours: the network's rules could not be set up.
     #[error("{0}")]
     Setup(String),
@@ -247,9 +250,9 @@ impl Drop for Fetch<'_> {
 
 /// Hashes off the reactor's threads: while one piece is hashed, the next is decrypted.
 async fn verify(manifest: &Manifest, piece: PieceIndex, bytes: Bytes) -> Result<VerifiedPiece, SourceError> {
-    let manifest = manifest.clone();
+    let (manifest, len) = (manifest.clone(), bytes.len() as u64);
     let verified = tokio::task::spawn_blocking(move || manifest.verify(piece, bytes)).await;
-    verified.map_err(|e| SourceError::Setup(e.to_string()))?.map_err(|e| SourceError::Lied(e.to_string()))
+    verified.map_err(|e| SourceError::Setup(e.to_string()))?.map_err(|e| SourceError::BadPiece(e.to_string(), len))
 }
 
 /// A manifest that is still arriving.

@@ -149,16 +149,22 @@ impl Swarm {
                 backoff.reset();
             }
             let mut wait = backoff.delay(rand::random());
-            if let SourceError::Lied(_) = &error {
+            let bad_bytes = if let SourceError::BadPiece(_, bytes) = error { bytes } else { 0 };
+            let lied = bad_bytes > 0 || matches!(error, SourceError::Lied(_));
+            if lied {
                 let banned_until = self.picker().bad_piece(key, Instant::now());
-                self.account(peer, |account| account.lies += 1);
+                self.account(peer, |account| {
+                    account.lies += 1;
+                    account.wasted += bad_bytes;
+                });
                 wait = banned_until.saturating_duration_since(Instant::now());
             }
             self.changed.notify_waiters();
             let lies = self.lies_of(peer);
             let state = match &error {
-                SourceError::Lied(_) if lies < MAX_LIES => State::Banned,
-                SourceError::Lied(_) | SourceError::Setup(_) => State::Gone,
+                _ if lied && lies < MAX_LIES => State::Banned,
+                _ if lied => State::Gone,
+                SourceError::Setup(_) => State::Gone,
                 _ if backoff.n_failures() >= MAX_FAILURES => State::Gone,
                 _ => State::Resting,
             };

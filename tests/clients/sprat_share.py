@@ -1,4 +1,4 @@
-"""A ChunkService in Python, for files of at most one piece (256 KiB): the other half of a peer, for the tests.
+"""A ChunkService in Python, for files of at most 1,024 bytes: the other half of a peer, for the tests.
 
 A file of several pieces would need a manifest with piece hashes and a proof, and for that BLAKE3's subtree values.
 """
@@ -39,8 +39,9 @@ class SmallFiles(chunk_rpc.ChunkServiceServicer):
     def GetManifest(self, request: chunk.GetManifestRequest, context: object) -> Iterator[chunk.GetManifestResponse]:
         for index, content in enumerate(request.content_ids):
             if content in self.files:
-                # Files of one piece are checked whole; their size is all there is to say.
-                header = chunk.ManifestHeader(size=len(self.files[content]))
+                # Up to 1,024 bytes the last chunk is the whole file, and the proof of its size is done with it.
+                file = self.files[content]
+                header = chunk.ManifestHeader(size=len(file), last_chunk=file)
                 yield chunk.GetManifestResponse(index=index, header=header)
             else:
                 yield chunk.GetManifestResponse(index=index, error=NOT_FOUND)
