@@ -13,7 +13,10 @@ use std::{
     io,
     os::unix::fs::{FileExt, MetadataExt},
     path::PathBuf,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use bytes::Bytes;
@@ -65,12 +68,17 @@ pub enum StorageError {
     Io(#[from] io::Error),
 }
 
+/// Bytes between two syncs while a download runs.
+const SYNC_BYTES: u64 = 64 << 20;
+
 /// The `.part` of one content. Dropping it keeps the `.part` for a later run, unless it is new and holds nothing.
 #[derive(Debug)]
 pub struct Storage {
     part: PartFile,
     manifest: Manifest,
     have: Mutex<HaveMap>,
+    /// Bytes written since the last sync began.
+    unsynced: AtomicU64,
 }
 
 impl Drop for Storage {
@@ -95,7 +103,7 @@ impl Storage {
             _ => StorageError::Io(e),
         })?;
         let have = Mutex::new(HaveMap::empty(manifest.layout().n_pieces()));
-        let storage = Self { part, manifest, have };
+        let storage = Self { part, manifest, have, unsynced: AtomicU64::new(0) };
         match storage.reserve() {
             Ok(()) => Ok(storage),
             Err(e) => {
@@ -149,8 +157,21 @@ impl Storage {
             return Err(self.failed(io::Error::new(io::ErrorKind::InvalidInput, "a piece of another content")));
         }
         self.part.file().write_all_at(piece.bytes(), piece.offset()).map_err(|e| self.failed(e))?;
+        self.unsynced.fetch_add(piece.bytes().len() as u64, Ordering::Relaxed);
         self.lock_have().insert(piece.index().get());
         Ok(())
+    }
+
+    /// Whether so much was written that it should be synced now, while more is coming, so that [`finish`](Self::finish)
+    /// has little left to wait for. Says so once for each 64 MiB.
+    pub fn wants_sync(&self) -> bool {
+        let full = |unsynced: u64| (unsynced >= SYNC_BYTES).then_some(0);
+        self.unsynced.fetch_update(Ordering::Relaxed, Ordering::Relaxed, full).is_ok()
+    }
+
+    /// Makes what was written durable. If that fails, everything counts as missing until [`recover`](Self::recover).
+    pub fn sync(&self) -> Result<(), StorageError> {
+        self.part.file().sync_data().map_err(|e| self.void(e))
     }
 
     /// Reads one piece that [`have`](Self::have) names, to serve it while the rest is still missing.
@@ -189,13 +210,16 @@ impl Storage {
         }
         publish(&self.part).map_err(|e| match e {
             PublishError::Exists(path) => StorageError::Exists(path),
-            PublishError::Io(e) => {
-                *self.lock_have() = HaveMap::empty(self.manifest.layout().n_pieces());
-                // So that recovery reads the disk, not the kernel's memory of what it failed to write.
-                let _ = fadvise(self.part.file(), 0, None, Advice::DontNeed);
-                self.failed(e)
-            }
+            PublishError::Io(e) => self.void(e),
         })
+    }
+
+    /// After a failed sync nothing that was written is known to be there.
+    fn void(&self, error: io::Error) -> StorageError {
+        *self.lock_have() = HaveMap::empty(self.manifest.layout().n_pieces());
+        // So that recovery reads the disk, not the kernel's memory of what it failed to write.
+        let _ = fadvise(self.part.file(), 0, None, Advice::DontNeed);
+        self.failed(error)
     }
 
     /// Makes the file as long as the content, with its blocks allocated where the file system can do that cheaply.
@@ -436,6 +460,19 @@ mod tests {
         fs::rename(&away, world.part()).unwrap();
         assert!(storage.recover().unwrap().is_complete());
         storage.finish().unwrap();
+    }
+
+    #[test]
+    fn a_sync_is_wanted_once_for_each_64_mib() {
+        let world = World::new(2 * PIECE);
+        let storage = world.open();
+        storage.unsynced.store(SYNC_BYTES - PIECE as u64, Ordering::Relaxed);
+        assert!(!storage.wants_sync());
+        storage.write(&world.piece(0)).unwrap();
+        assert!(storage.wants_sync() && !storage.wants_sync());
+        storage.sync().unwrap();
+        storage.write(&world.piece(1)).unwrap();
+        assert!(!storage.wants_sync() && storage.have().is_complete());
     }
 
     #[test]

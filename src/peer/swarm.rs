@@ -306,6 +306,14 @@ impl Swarm {
             // The pool is shutting down, and we with it.
             Err(_) => return,
         }
+        if work.storage.wants_sync() {
+            let (storage, reports) = (work.storage.clone(), self.reports.clone());
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = storage.sync() {
+                    let _ = reports.blocking_send(Report::Disk(error));
+                }
+            });
+        }
         match self.picker().received(held.key, number) {
             Received::Duplicate => return self.account(peer, |account| account.wasted += len),
             Received::New => {}
