@@ -218,6 +218,7 @@ async fn download(stage: &mut Stage, owl: &Node, id: ContentId, size: u64) -> Re
                 killed = true;
             }
             Event::Done(done) => {
+                ensure!(killed, "the download was over before bee could be killed: try a larger --size");
                 let done = done.clone();
                 report.event(&event)?;
                 return Ok(done);
