@@ -12,9 +12,9 @@ use crate::{
     net::Connection,
     proto::{
         ApproveRequest, CreateTokenRequest, CreateTokenResponse, GetEvent, GetRequest, IssueOperatorRequest,
-        IssueOperatorResponse, ListMembersRequest, ListTokensRequest, MemberRow, RevokeRequest, ShareRequest,
-        ShareResponse, StatusRequest, StatusResponse, TokenRow, admin_service_client::AdminServiceClient,
-        control_service_client::ControlServiceClient, get_event::Event,
+        IssueOperatorResponse, LimitRequest, Limits, ListMembersRequest, ListTokensRequest, LogLevelRequest, MemberRow,
+        RevokeRequest, ShareRequest, ShareResponse, StatusRequest, StatusResponse, TokenRow,
+        admin_service_client::AdminServiceClient, control_service_client::ControlServiceClient, get_event::Event,
     },
 };
 
@@ -51,6 +51,22 @@ impl Control {
     /// If the peer does not answer.
     pub async fn status(&mut self) -> Result<StatusResponse, Failed> {
         unary(PEER, DEADLINE, self.0.status(StatusRequest {})).await
+    }
+
+    /// Changes the limits, and gives those that hold then.
+    ///
+    /// # Errors
+    /// [`Exit::Usage`] if a limit is out of bounds.
+    pub async fn limit(&mut self, request: LimitRequest) -> Result<Limits, Failed> {
+        Ok(unary(PEER, DEADLINE, self.0.limit(request)).await?.limits.unwrap_or_default())
+    }
+
+    /// Changes how much the peer logs, unless `level` is empty; gives what holds then.
+    ///
+    /// # Errors
+    /// [`Exit::Usage`] for an unknown level.
+    pub async fn log_level(&mut self, level: String) -> Result<String, Failed> {
+        Ok(unary(PEER, DEADLINE, self.0.log_level(LogLevelRequest { level })).await?.level)
     }
 
     /// Shares one more folder, given by its absolute path; `name` may be empty.
@@ -136,6 +152,14 @@ impl Admin {
     /// [`Exit::NotFound`] if it was not revoked.
     pub async fn approve(&mut self, peer_id: String) -> Result<(), Failed> {
         unary(TRACKER, DEADLINE, self.0.approve(ApproveRequest { peer_id })).await.map(drop)
+    }
+
+    /// Changes how much the tracker logs, unless `level` is empty; gives what holds then.
+    ///
+    /// # Errors
+    /// [`Exit::Usage`] for an unknown level.
+    pub async fn log_level(&mut self, level: String) -> Result<String, Failed> {
+        Ok(unary(TRACKER, DEADLINE, self.0.log_level(LogLevelRequest { level })).await?.level)
     }
 
     /// Certifies the key behind a PKCS #10 request (DER) as an operator's.

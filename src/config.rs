@@ -22,7 +22,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use thiserror::Error;
 
 pub use self::layers::{Loaded, Options, Origins, load};
-use crate::units::parse_size;
+use crate::units::{parse_rate, parse_size};
 
 /// All settings. Each part of the program is handed its own section.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +42,8 @@ pub struct TrackerConfig {
     pub state_dir: Option<PathBuf>,
     /// `HOST:PORT` to listen on.
     pub listen: String,
+    /// Loopback `HOST:PORT` of the operator page; empty or `none`: no page.
+    pub operator: String,
     /// `HOST:PORT` values put into join links; none: found out.
     pub advertise: Vec<String>,
     /// PEM file with a certificate of the operator's own; none: the authority's.
@@ -68,6 +70,8 @@ pub struct PeerConfig {
     pub state_dir: Option<PathBuf>,
     /// `HOST:PORT` to listen on.
     pub listen: String,
+    /// Loopback `HOST:PORT` of the operator page; empty or `none`: no page.
+    pub operator: String,
     /// `HOST:PORT` values offered to other peers; none: every address of this machine.
     pub advertise: Vec<String>,
     /// `HOST:PORT` of the tracker; none: the one it joined.
@@ -78,6 +82,18 @@ pub struct PeerConfig {
     pub downloads: Option<PathBuf>,
     /// How often the shared folders are walked where, or in case, no event tells of a change.
     pub rescan_seconds: u64,
+    /// Bytes of files a second that may be sent; a number, or a text such as `20MB` or `none`.
+    #[serde(deserialize_with = "rate")]
+    pub upload_limit: Option<u64>,
+    /// The same of what may be fetched.
+    #[serde(deserialize_with = "rate")]
+    pub download_limit: Option<u64>,
+    /// What may be sent to each other peer.
+    #[serde(deserialize_with = "rate")]
+    pub upload_limit_per_peer: Option<u64>,
+    /// What may be fetched from each other peer.
+    #[serde(deserialize_with = "rate")]
+    pub download_limit_per_peer: Option<u64>,
 }
 
 /// Settings of the log.
@@ -118,6 +134,7 @@ impl Default for TrackerConfig {
         Self {
             state_dir: None,
             listen: "[::]:7700".into(),
+            operator: "127.0.0.1:7790".into(),
             advertise: Vec::new(),
             certificate: None,
             certificate_key: None,
@@ -135,11 +152,16 @@ impl Default for PeerConfig {
         Self {
             state_dir: None,
             listen: "[::]:7701".into(),
+            operator: "127.0.0.1:7791".into(),
             advertise: Vec::new(),
             tracker: None,
             shares: Vec::new(),
             downloads: None,
             rescan_seconds: 60,
+            upload_limit: None,
+            download_limit: None,
+            upload_limit_per_peer: None,
+            download_limit_per_peer: None,
         }
     }
 }
@@ -152,6 +174,11 @@ impl Config {
         let Self { tracker, peer, log: _ } = self;
         address("tracker.listen", &tracker.listen, true)?;
         address("peer.listen", &peer.listen, true)?;
+        for (key, text) in [("tracker.operator", &tracker.operator), ("peer.operator", &peer.operator)] {
+            if !is_none(text) {
+                address(key, text, true)?;
+            }
+        }
         tracker.advertise.iter().try_for_each(|text| address("tracker.advertise", text, false))?;
         peer.advertise.iter().try_for_each(|text| address("peer.advertise", text, false))?;
         peer.tracker.iter().try_for_each(|text| address("peer.tracker", text, false))?;
@@ -288,6 +315,12 @@ pub fn split_host_port(text: &str) -> Option<(&str, u16)> {
     (!host.is_empty() && host.bytes().all(plain)).then_some((host, port))
 }
 
+/// Does a setting that may be switched off say so?
+#[must_use]
+pub fn is_none(text: &str) -> bool {
+    text.is_empty() || text == "none"
+}
+
 fn address(key: &'static str, text: &str, to_listen: bool) -> Result<(), BadValue> {
     let why = match split_host_port(text) {
         None => format!("{text:?} is not HOST:PORT, with an IPv6 address in brackets"),
@@ -310,17 +343,28 @@ fn xdg(environment: &Environment, variable: &str, below_home: &str) -> Option<Pa
     absolute(variable).map(Into::into).or_else(|| Some(absolute("HOME")?.join(below_home)))
 }
 
+/// A number of bytes, or a text that says it.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Size {
+    Bytes(u64),
+    Text(String),
+}
+
 fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Size {
-        Bytes(u64),
-        Text(String),
-    }
     match Size::deserialize(deserializer)? {
         Size::Bytes(bytes) => Ok(bytes),
         Size::Text(text) => parse_size(&text).map_err(serde::de::Error::custom),
     }
+}
+
+fn rate<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    let text = match Option::<Size>::deserialize(deserializer)? {
+        None => return Ok(None),
+        Some(Size::Bytes(bytes)) => bytes.to_string(),
+        Some(Size::Text(text)) => text,
+    };
+    parse_rate(&text).map_err(serde::de::Error::custom)
 }
 
 #[cfg(test)]

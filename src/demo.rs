@@ -24,10 +24,10 @@ use crate::{
     cli::{DemoOptions, progress::Report},
     client::Control,
     content::ContentId,
-    peer::{self, Node, NodeOptions, hasher::hash_file, join::join, tracker_client::TrackerClient},
+    peer::{self, Node, NodeOptions, Rates, hasher::hash_file, join::join, tracker_client::TrackerClient},
     proto::{Done, GetRequest, ListFilesRequest, Wanted, get_event::Event, get_request::Existing},
     safe_path,
-    tracker::{Tracker, TrackerOptions},
+    tracker::{Keep, Tracker, TrackerOptions},
     units::human_size,
 };
 
@@ -61,7 +61,7 @@ impl Stage {
     fn start_peer(&mut self, peer: &str) -> Result<()> {
         let log = File::create(self.folder.join(peer).join("log"))?;
         let child = Command::new(std::env::current_exe()?)
-            .args(["peer", "--listen", LOOPBACK, "--state-dir"])
+            .args(["peer", "--listen", LOOPBACK, "--operator", "none", "--state-dir"])
             .arg(self.state(peer))
             .arg("--share")
             .arg(self.share(peer))
@@ -121,12 +121,14 @@ async fn play(stage: &mut Stage, size: u64) -> Result<()> {
     let tracker = Tracker::start(TrackerOptions {
         state_dir: stage.folder.join("tracker"),
         listen: LOOPBACK.parse()?,
+        operator: None,
         advertise: vec![],
         own: None,
         leaf_life: Duration::from_secs(3600),
         heartbeat: Duration::from_secs(2),
         lease: Duration::from_secs(6),
         memory_budget: 64 << 20,
+        keep: Keep::default(),
     })
     .await?;
     say(format!("tracker   {}, authority {}…", tracker.address(), &tracker.fingerprint()[..16]))?;
@@ -147,9 +149,12 @@ async fn play(stage: &mut Stage, size: u64) -> Result<()> {
         shares: vec![],
         downloads: Some(stage.share("owl")),
         listen: Some(LOOPBACK.parse()?),
+        operator: None,
         advertise: vec![],
         tracker: None,
         rescan: Duration::from_secs(60),
+        upload_limit: Rates::default(),
+        download_limit: Rates::default(),
     })
     .await?;
     wait_for_sources(&stage.state("owl"), id).await?;
@@ -204,11 +209,11 @@ async fn wait_for_sources(state: &Path, id: ContentId) -> Result<()> {
 }
 
 async fn download(stage: &mut Stage, owl: &Node, id: ContentId, size: u64) -> Result<Done> {
-    let wanted = vec![Wanted { name: FILE.into(), size, content_id: id.to_string() }];
+    let wanted = vec![Wanted { name: FILE.into(), size, content_id: id.to_string(), sources: vec![] }];
     let output = format!("{}/", stage.share("owl").display());
-    let request = GetRequest { wanted, output, existing: Existing::Refuse.into() };
+    let request = GetRequest { wanted, output, existing: Existing::Refuse.into(), sources: vec![] };
     let mut events = Control::new(owl.control()).get(request).await?;
-    let mut report = Report::new(false, false);
+    let mut report = Report::new(false, false, false);
     let mut killed = false;
     loop {
         let event = events.next().await?;

@@ -2,7 +2,10 @@
 //!
 //! Invariant: the codes are an interface; a code is never given another meaning.
 
-use std::fmt;
+use std::{
+    fmt,
+    io::{self, ErrorKind},
+};
 
 /// Exit codes other than 0 (done) and 130/143 (ended by a signal).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +72,18 @@ impl Failed {
     #[must_use]
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
         Self { exit, message: message.into() }
+    }
+
+    /// A state directory that cannot be used; `error` names the path.
+    #[must_use]
+    pub fn state_dir(error: &io::Error) -> Self {
+        let exit = match error.kind() {
+            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Exit::NoSpace,
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Exit::NoSpace,
+            _ => Exit::Failure,
+        };
+        let advice = "it must be this user's own and writable; mend that, or choose another --state-dir";
+        Self::new(exit, format!("the state directory cannot be used: {error}; {advice}"))
     }
 }
 

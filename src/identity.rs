@@ -27,6 +27,8 @@ use crate::safe_path;
 pub const TRACKER_NAME: &str = "tracker.sprat.internal";
 /// The server name that asks a tracker's port for enrollment.
 pub const JOIN_NAME: &str = "join.sprat.internal";
+/// The same for every peer. Members look for a peer's own name; this one is for tools that insist on a name.
+pub const PEER_NAME: &str = "peer.sprat.internal";
 const DOMAIN: &str = ".sprat.internal";
 
 /// SHA-256 of a public key (SPKI, DER): the identity of a member. Text form: 52 lower-case base32 characters.
@@ -428,6 +430,8 @@ mod tests {
         let read = |names: Vec<String>| CertificateFacts::read(&certified(names, &key)).unwrap().subject();
         assert_eq!(read(vec![TRACKER_NAME.into(), name(Role::Tracker)]).unwrap().role, Role::Tracker);
         assert!(matches!(read(vec![TRACKER_NAME.into(), JOIN_NAME.into()]), Err(IdentityError::Names(0))));
+        assert_eq!(read(vec![PEER_NAME.into(), name(Role::Peer)]).unwrap().id, key.peer_id());
+        assert!(matches!(read(vec![PEER_NAME.into()]), Err(IdentityError::Names(0))));
         assert!(matches!(read(vec![name(Role::Peer), name(Role::Tracker)]), Err(IdentityError::Names(2))));
         let stolen = Subject { id: Key::generate().unwrap().peer_id(), role: Role::Peer }.name();
         assert!(matches!(read(vec![stolen]), Err(IdentityError::KeyMismatch)));

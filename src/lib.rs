@@ -6,7 +6,7 @@
 //!
 //! Modules in reading order; each imports only from those of lower levels (a test keeps it so):
 //!
-//! - [`units`][]: sizes and durations as people write them
+//! - [`units`][]: sizes, rates and durations as people write them
 //! - [`exit`][]: exit codes
 //! - [`backoff`][]: jittered delays
 //! - [`content`][]: [`content::ContentId`], pieces, manifests and their proof: the only way to a [`content::VerifiedPiece`]
@@ -16,11 +16,14 @@
 //! - [`identity`][]: keys, certificates, [`identity::PeerId`]
 //! - [`token`][]: join links
 //! - [`telemetry`][]: the log
+//! - [`metrics`][]: what is counted
+//! - [`request`][]: one id for a call and all that follow from it
 //! - [`trust`][]: the authority and its signed list
 //! - [`tls`][]: who is let in, and whom we believe to be whom
 //! - [`net`][]: every socket
 //! - [`catalog`][]: what is announced and listed
 //! - [`proto`][]: the wire
+//! - [`operator`][]: what the operator port answers
 //! - [`tracker`][]: the tracker
 //! - [`peer`][]: a peer: library, serving, downloading
 //! - [`client`][]: calls to a running peer or tracker of this user
@@ -42,9 +45,12 @@ pub mod exit;
 pub mod have;
 pub mod identity;
 pub mod menu;
+pub mod metrics;
 pub mod net;
+pub mod operator;
 pub mod peer;
 pub mod proto;
+pub mod request;
 pub mod safe_path;
 pub mod telemetry;
 pub mod tls;

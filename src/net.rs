@@ -3,10 +3,15 @@
 //!
 //! Invariants: a TCP connection carries TLS with a verified certificate (or ends at the enrollment router); every
 //! handshake, preface, stream and connection has a limit and a deadline (`serve.rs`); Unix sockets serve the same user
-//! only; data never shares a connection with control.
+//! only, the operator port this machine only (`http.rs`); data never shares a connection with control.
 
 mod dial;
 mod first_byte;
+mod http;
+mod line;
+mod manager;
+mod patience;
+mod rpc;
 mod serve;
 
 use std::{
@@ -19,7 +24,11 @@ use std::{
 use rustix::fs::{Mode, OFlags};
 use tokio::net::{TcpListener, TcpSocket, UdpSocket, UnixListener, UnixStream};
 
+pub use self::http::{bind_http, serve_http};
 pub use dial::{Connection, DialError, dial, dial_unix, pipe};
+pub use hyper::body::Incoming;
+pub use line::{LONG, Line};
+pub use manager::tell_manager;
 pub use serve::{Front, Limits, Listener, serve_unix};
 
 use crate::identity::Subject;
@@ -52,6 +61,9 @@ pub const CONTROL: Http2 = Http2 {
 pub const DATA: Http2 =
     Http2 { stream_window: 8 << 20, connection_window: 16 << 20, frame: 256 << 10, streams: 32, send_buffer: 1 << 20 };
 
+/// Descriptors for connections, shared files and `.part`s.
+const DESCRIPTORS: u64 = 65_536;
+
 /// Read buffer under TLS: the TLS library asks the socket for 4 KiB at a time.
 const READ_BUFFER: usize = 128 << 10;
 
@@ -62,6 +74,8 @@ pub struct Caller {
     pub subject: Option<Subject>,
     /// Where the connection comes from; none on Unix sockets.
     pub remote: Option<SocketAddr>,
+    /// The connection's length, to be told by whoever learns it.
+    pub line: Line,
 }
 
 impl Caller {
@@ -78,6 +92,10 @@ impl Caller {
 /// # Errors
 /// Names the address.
 pub fn bind(address: SocketAddr, spread: u16) -> io::Result<TcpListener> {
+    bind_near(address, spread, "--listen")
+}
+
+fn bind_near(address: SocketAddr, spread: u16, flag: &str) -> io::Result<TcpListener> {
     let mut last = None;
     for step in 0..=spread {
         let Some(port) = address.port().checked_add(step) else { break };
@@ -89,7 +107,7 @@ pub fn bind(address: SocketAddr, spread: u16) -> io::Result<TcpListener> {
     let error = last.unwrap_or_else(|| io::ErrorKind::AddrInUse.into());
     Err(io::Error::new(
         error.kind(),
-        format!("cannot listen on {address}: the port is in use; choose another with --listen"),
+        format!("cannot listen on {address}: the port is in use; choose another with {flag}"),
     ))
 }
 
@@ -153,6 +171,17 @@ pub async fn default_address() -> IpAddr {
         }
     }
     IpAddr::V4(Ipv4Addr::LOCALHOST)
+}
+
+/// Best effort: with few descriptors a service has room for fewer at once.
+pub fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.unwrap_or(DESCRIPTORS).min(DESCRIPTORS);
+    if limit.current.is_some_and(|current| current < wanted) {
+        limit.current = Some(wanted);
+        let _ = setrlimit(Resource::Nofile, limit);
+    }
 }
 
 /// Binds `name` in `folder`, whatever the length of its path; a dead owner's socket is replaced, so the caller must

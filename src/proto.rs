@@ -23,6 +23,8 @@ mod generated {
 }
 pub use generated::*;
 
+pub mod framing;
+
 /// Every message and service, for reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/sprat.v1.bin"));
 
@@ -42,6 +44,10 @@ pub const MAX_RANGES: usize = 1024;
 pub const MAX_CLAIM: u64 = 256 << 20;
 /// Piece hashes in one message.
 pub const HASHES_PER_MESSAGE: usize = 4096;
+/// Downloads in one report of what a peer moves.
+pub const MAX_TRANSFERS: usize = 64;
+/// Sources of all of them together.
+pub const MAX_TRANSFER_SOURCES: usize = 256;
 /// Addresses a peer may offer.
 pub const MAX_ADDRESSES: usize = 16;
 /// Host name and port.
@@ -245,6 +251,21 @@ impl TryFrom<&ListFilesRequest> for Query {
 #[must_use]
 pub fn offered_addresses(addresses: &[String]) -> Vec<String> {
     addresses.iter().take(MAX_ADDRESSES).filter_map(|address| offered_address(address)).collect()
+}
+
+/// Where a caller can be reached: what it says, and where it was seen if it names a port.
+#[must_use]
+pub fn announcement(peer: PeerId, addresses: &[String], port: u16, caller: &net::Caller) -> catalog::Announcement {
+    let mut addresses = offered_addresses(addresses);
+    if let Some(remote) = caller.remote
+        && port != 0
+    {
+        let seen = SocketAddr::new(remote.ip().to_canonical(), port).to_string();
+        if !addresses.contains(&seen) {
+            addresses.push(seen);
+        }
+    }
+    catalog::Announcement { peer, generation: 0, addresses, seen_over_loopback: caller.is_loopback() }
 }
 
 fn offered_address(text: &str) -> Option<String> {

@@ -18,11 +18,13 @@ use std::{
 use thiserror::Error;
 use unicode_normalization::{UnicodeNormalization, is_nfc};
 
+mod part;
 mod private;
 mod root;
 
-pub use private::{create_private, lock, private_dir, read_private, set_aside, write_private};
-pub use root::{PartFile, PublishError, Root};
+pub use part::{Folder, PartFile, PublishError};
+pub use private::{create_private, lock, private_dir, read_private, set_aside, writable, write_private};
+pub use root::Root;
 
 /// Longest name in bytes, in NFC.
 pub const MAX_NAME_LEN: usize = 1024;

@@ -1,25 +1,58 @@
-//! The log: one subscriber per process, set up once by `main`.
+//! The log: one subscriber per process, set up once by `main`; how much it says can be changed while it runs.
 //!
 //! Invariant: log lines go to standard error only; standard output belongs to results.
 
-use std::io::{self, IsTerminal};
+use std::{
+    io::{self, IsTerminal},
+    sync::{Mutex, OnceLock},
+};
 
 use anyhow::{Context, Result, anyhow};
-use tracing_subscriber::{EnvFilter, fmt};
+use tracing_subscriber::{
+    EnvFilter, Layer, Registry, fmt, layer::SubscriberExt, registry, reload, util::SubscriberInitExt,
+};
 
 use crate::config::{LogConfig, LogLevel};
+
+/// The log of this process.
+struct Live {
+    reload: reload::Handle<EnvFilter, Registry>,
+    /// The level, or the directives, that hold now.
+    level: Mutex<String>,
+}
+
+static LIVE: OnceLock<Live> = OnceLock::new();
 
 /// Installs the subscriber for the whole process.
 ///
 /// `directives` is the value of `SPRAT_LOG` (such as `sprat=debug,h2=info`) and replaces the configured level. Fails if
 /// it cannot be parsed, or if a subscriber is already installed.
 pub fn init(log: &LogConfig, directives: Option<&str>) -> Result<()> {
-    let mut builder = fmt().with_writer(io::stderr).with_env_filter(filter(log, directives)?);
-    if !io::stderr().is_terminal() {
-        // Only ever switched off: on a terminal the crate itself honours NO_COLOR.
-        builder = builder.with_ansi(false);
+    let (filter, reload) = reload::Layer::new(filter(log, directives)?);
+    // With colours they are only ever switched off: on a terminal the crate itself honours NO_COLOR.
+    let lines = fmt::layer().with_writer(io::stderr);
+    let lines = if io::stderr().is_terminal() { lines } else { lines.with_ansi(false) };
+    let lines = if log.json { lines.json().boxed() } else { lines.boxed() };
+    registry().with(filter).with(lines).try_init()?;
+    let level = directives.filter(|text| !text.trim().is_empty()).unwrap_or(log.level.as_str()).to_owned();
+    let _ = LIVE.set(Live { reload, level: Mutex::new(level) });
+    Ok(())
+}
+
+/// Changes how much is logged, unless `level` is empty, and says what holds then.
+///
+/// # Errors
+/// An unknown level, or a process without a log.
+pub fn level(level: &str) -> Result<String> {
+    let live = LIVE.get().context("this process has no log")?;
+    let mut now = live.level.lock().expect("no panic while the lock is held");
+    if !level.is_empty() {
+        let level = LogLevel::try_from(level.to_owned()).map_err(|error| anyhow!(error))?;
+        live.reload.reload(filter(&LogConfig { level, json: false }, None)?)?;
+        level.as_str().clone_into(&mut now);
+        tracing::info!("the log level is {level:?} now", level = level.as_str());
     }
-    if log.json { builder.json().try_init() } else { builder.try_init() }.map_err(|error| anyhow!(error))
+    Ok(now.clone())
 }
 
 fn filter(log: &LogConfig, directives: Option<&str>) -> Result<EnvFilter> {

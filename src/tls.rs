@@ -9,7 +9,10 @@
 //! is believed when the hash of its key is in the signed [`crate::trust::TrustList`] (or in a join token), and whose dates and
 //! handshake signature are still checked.
 
-use std::sync::{Arc, RwLock};
+use std::{
+    sync::{Arc, RwLock},
+    time::Duration,
+};
 
 use crate::{
     identity::{CertificateFacts, PeerId, Role, Subject, TRACKER_NAME},
@@ -58,6 +61,13 @@ fn roots(authority: &CertificateDer<'static>) -> Result<Arc<RootCertStore>, Erro
     let mut roots = RootCertStore::empty();
     roots.add(authority.clone())?;
     Ok(Arc::new(roots))
+}
+
+/// Seconds until a certificate ends; negative if it has.
+#[must_use]
+pub fn seconds_left(certificate: &CertificateDer<'_>) -> i64 {
+    let now = i64::try_from(UnixTime::now().as_secs()).unwrap_or(i64::MAX);
+    CertificateFacts::read(certificate).map_or(0, |facts| facts.not_after) - now
 }
 
 /// A certificate in use, replaceable while connections come and go.
@@ -244,12 +254,15 @@ fn member(end_entity: &CertificateDer<'_>, trust: &Trust, roles: &[Role]) -> Res
 }
 
 fn in_date(facts: &CertificateFacts, now: UnixTime) -> Result<(), Error> {
-    let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
-    match now {
-        now if now < facts.not_before => Err(Error::InvalidCertificate(CertificateError::NotValidYet)),
-        now if now > facts.not_after => Err(Error::InvalidCertificate(CertificateError::Expired)),
-        _ => Ok(()),
+    let unix = |seconds: i64| UnixTime::since_unix_epoch(Duration::from_secs(seconds.try_into().unwrap_or_default()));
+    let (not_before, not_after) = (unix(facts.not_before), unix(facts.not_after));
+    if now < not_before {
+        return Err(Error::InvalidCertificate(CertificateError::NotValidYetContext { time: now, not_before }));
     }
+    if now > not_after {
+        return Err(Error::InvalidCertificate(CertificateError::ExpiredContext { time: now, not_after }));
+    }
+    Ok(())
 }
 
 macro_rules! tls13_signatures_only {

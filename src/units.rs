@@ -1,13 +1,16 @@
-//! Sizes and durations as people write and read them.
+//! Sizes, rates and durations as people write and read them.
 //!
 //! Invariant: what is printed is binary (`KiB`, `MiB`, …, 1,024 each) and says so; what is read may be either. `KiB` and
 //! the bare `K` are binary, `kB` is decimal, case does not matter.
 
-use std::time::Duration;
+use std::{ops::RangeInclusive, time::Duration};
 
 use thiserror::Error;
 
-/// A text that is not a size or not a duration.
+/// Rates that can be limits, bytes a second. Under less than the shortest chunk a second, a source would seem dead.
+pub const RATES: RangeInclusive<u64> = 16 << 10..=1 << 50;
+
+/// A text that is not a size, rate or duration.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{text:?} is not {expected}")]
 pub struct UnitError {
@@ -28,6 +31,22 @@ pub fn parse_size(text: &str) -> Result<u64, UnitError> {
         u64::try_from(bytes).ok()
     };
     size().ok_or_else(|| UnitError { text: text.into(), expected: "a size; write 64MiB, 20MB, 1G or 500k" })
+}
+
+/// Reads a limit in bytes a second: a size, with or without `/s`, or `none`.
+pub fn parse_rate(text: &str) -> Result<Option<u64>, UnitError> {
+    let text = text.trim();
+    if text.eq_ignore_ascii_case("none") {
+        return Ok(None);
+    }
+    let rate = parse_size(text.strip_suffix("/s").unwrap_or(text)).ok().filter(|rate| RATES.contains(rate));
+    let expected = "a limit; write none, or 500k, 20MB or 1GiB (a second, at least 16k)";
+    rate.map(Some).ok_or_else(|| UnitError { text: text.into(), expected })
+}
+
+/// Writes a limit for people: `19.1 MiB/s`, `none`.
+pub fn human_rate(rate: Option<u64>) -> String {
+    rate.map_or_else(|| "none".into(), |rate| format!("{}/s", human_size(rate)))
 }
 
 /// Reads a duration in whole weeks, days, hours, minutes and seconds: `7d`, `24h`, `10m`, `1h30m`. A unit is required.
@@ -123,6 +142,25 @@ mod tests {
             let error = parse_size(text).unwrap_err().to_string();
             assert!(error.starts_with(&format!("{text:?} is not a size")), "{error}");
         }
+    }
+
+    #[test]
+    fn limits_people_write() {
+        for (text, rate) in [
+            ("20MB", Some(20_000_000)),
+            ("1GiB/s", Some(1 << 30)),
+            ("16k", Some(16 << 10)),
+            (" 1048576 ", Some(1 << 20)),
+            ("none", None),
+            ("None", None),
+        ] {
+            assert_eq!(parse_rate(text), Ok(rate), "{text}");
+        }
+        for text in ["", "0", "fast", "16383", "2000TB", "20MB/h", "20Mbit", "-1"] {
+            let error = parse_rate(text).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{text:?} is not a limit; write none, or")), "{error}");
+        }
+        assert_eq!((human_rate(Some(20_000_000)).as_str(), human_rate(None).as_str()), ("19.1 MiB/s", "none"));
     }
 
     #[test]

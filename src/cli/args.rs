@@ -97,6 +97,7 @@ impl Args {
         match &self.command {
             Some(Command::Action(Action::Tracker(TrackerCommand::Run(args)))) => {
                 list.text("tracker.listen", args.listen.as_ref());
+                list.text("tracker.operator", args.operator.as_ref());
                 list.texts("tracker.advertise", &args.advertise);
                 list.text("tracker.certificate", args.certificate.as_ref());
                 list.text("tracker.certificate_key", args.certificate_key.as_ref());
@@ -128,8 +129,13 @@ impl Overrides {
     fn node(&mut self, args: &NodeArgs) {
         self.text("peer.downloads", args.downloads.as_ref());
         self.text("peer.listen", args.listen.as_ref());
+        self.text("peer.operator", args.operator.as_ref());
         self.texts("peer.advertise", &args.advertise);
         self.text("peer.tracker", args.tracker.as_ref());
+        self.text("peer.upload_limit", args.upload_limit.as_ref());
+        self.text("peer.download_limit", args.download_limit.as_ref());
+        self.text("peer.upload_limit_per_peer", args.upload_limit_per_peer.as_ref());
+        self.text("peer.download_limit_per_peer", args.download_limit_per_peer.as_ref());
     }
 }
 
@@ -217,6 +223,11 @@ mod tests {
         let expected = json!({ "tracker.state_dir": "A", "peer.state_dir": "A", "peer.shares": ["x", "n=y"],
             "peer.downloads": "D", "peer.listen": "127.0.0.1:0", "peer.advertise": ["h:1"] });
         assert_eq!(overrides(line), expected);
+        let limits =
+            "--upload-limit 20MB --download-limit none --upload-limit-per-peer 1M --download-limit-per-peer 2M";
+        let expected = json!({ "peer.upload_limit": "20MB", "peer.download_limit": "none",
+            "peer.upload_limit_per_peer": "1M", "peer.download_limit_per_peer": "2M" });
+        assert_eq!(overrides(&format!("sprat peer {limits}")), expected);
         let Action::Share(args) = action("sprat share DIR --name N") else { panic!("not a share") };
         assert_eq!((args.dir, args.name.as_deref()), (PathBuf::from("DIR"), Some("N")));
         assert_eq!(overrides("sprat -q peer"), json!({ "log.level": "error" }));
@@ -232,11 +243,14 @@ mod tests {
         assert_eq!((args.what, args.output), (vec!["movies/*.mkv".into(), "other".into()], Some("OUT".into())));
         assert!(args.rename && !args.skip);
         assert!(parse("sprat get x --rename --skip").is_err() && parse("sprat get").is_err());
+        assert!(parse("sprat get x --overwrite --skip").is_err() && parse("sprat get x --overwrite --rename").is_err());
         let Action::Ls(args) = action("sprat ls shots/ --min-size 1GiB --max-size 20MB --peer P") else {
             panic!("no ls")
         };
         assert_eq!((args.filters.min_size, args.filters.max_size), (Some(1 << 30), Some(20_000_000)));
         assert_eq!((args.glob.as_deref(), args.filters.peer.as_deref()), (Some("shots/"), Some("P")));
+        let Action::Limit(args) = action("sprat limit --upload 20MB --download none") else { panic!("no limit") };
+        assert_eq!((args.upload, args.download, args.upload_per_peer), (Some(Some(20_000_000)), Some(None), None));
         for line in
             ["ls", "search TEXT", "status --check", "config show --origin", "completions fish", "version", "man"]
         {

@@ -7,7 +7,7 @@ use std::{path::PathBuf, time::Duration};
 use clap::Subcommand;
 use clap_complete::Shell;
 
-use crate::units::{parse_duration, parse_size};
+use crate::units::{parse_duration, parse_rate, parse_size};
 
 /// What a process does.
 #[derive(Debug, Clone, Subcommand)]
@@ -52,13 +52,26 @@ pub enum Action {
     /// Download files from every machine that has them
     #[command(
         long_about = "Download files from every machine that has them. What arrives is verified piece by piece; what was \
-                      interrupted continues; what exists is never replaced.",
+                      interrupted continues; what exists is left alone unless you say otherwise.",
         after_help = "Examples:\n  sprat get movies/film.mkv\n  sprat get 'movies/*.mkv' -o OUT/\n  sprat get shots/\n  \
                       sprat get 3f786850e387550f --json"
     )]
     Get(GetArgs),
     /// What runs here: peer, downloads, tracker
     Status(StatusArgs),
+    /// Show or change how much the running peer may send and fetch a second
+    #[command(
+        long_about = "Show or change how much the running peer may send and fetch a second, also in transfers under way. \
+                      A change holds until the peer ends.",
+        after_help = "Examples:\n  sprat limit\n  sprat limit --upload 20MB --download 1GiB\n  sprat limit --upload none"
+    )]
+    Limit(LimitArgs),
+    /// Show or change how much the running peer, or the tracker, logs
+    #[command(
+        long_about = "Show or change how much the running peer, or the tracker, logs. A change holds until it ends.",
+        after_help = "Examples:\n  sprat log-level\n  sprat log-level debug\n  sprat log-level info --tracker"
+    )]
+    LogLevel(LogLevelArgs),
     /// The settings
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -109,6 +122,9 @@ pub struct TrackerRunArgs {
     /// Address to listen on [default: every address, port 7700]
     #[arg(long, value_name = "HOST:PORT")]
     pub(super) listen: Option<String>,
+    /// Address of the operator page, on loopback; none: no page [default: 127.0.0.1:7790 or the next free port]
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(super) operator: Option<String>,
     /// Address that join links name; may be repeated [default: this machine's]
     #[arg(long, value_name = "HOST:PORT")]
     pub(super) advertise: Vec<String>,
@@ -121,6 +137,15 @@ pub struct TrackerRunArgs {
     /// File with the passphrase of the key
     #[arg(long, value_name = "FILE")]
     pub(super) key_passphrase_file: Option<String>,
+    /// Keep a join link in this file, made anew before it ends or is used up, instead of printing one
+    #[arg(long, value_name = "FILE")]
+    pub(super) keep_token_file: Option<PathBuf>,
+    /// Keep ca.crt, operator.crt and operator.key in this folder, made anew before they end
+    #[arg(long, value_name = "DIR")]
+    pub(super) keep_operator_certificate: Option<PathBuf>,
+    /// If it cannot start, say why, wait and try again
+    #[arg(long)]
+    pub(super) keep_trying: bool,
 }
 
 /// `sprat tracker token …`
@@ -172,8 +197,14 @@ pub struct PeerArgs {
     /// Folder to share; NAME= puts NAME/ before the names of its files; may be repeated
     #[arg(long, value_name = "[NAME=]DIR")]
     pub(super) share: Vec<String>,
+    /// Join with the link in this file, unless this machine is a member already
+    #[arg(long, value_name = "FILE")]
+    pub(super) join_token_file: Option<PathBuf>,
+    /// If it cannot start or join, say why, wait and try again
+    #[arg(long)]
+    pub(super) keep_trying: bool,
     #[command(flatten)]
-    pub(super) node: NodeArgs,
+    pub(super) node: Box<NodeArgs>,
 }
 
 /// How a peer runs.
@@ -185,13 +216,58 @@ pub(super) struct NodeArgs {
     /// Address to listen on [default: every address, port 7701 or the next free one]
     #[arg(long, value_name = "HOST:PORT")]
     pub(super) listen: Option<String>,
+    /// Address of the operator page, on loopback; none: no page [default: 127.0.0.1:7791 or the next free port]
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(super) operator: Option<String>,
     /// Address offered to the others; may be repeated [default: all of this machine]
     #[arg(long, value_name = "HOST:PORT")]
     pub(super) advertise: Vec<String>,
     /// Another address of the tracker than the one joined
     #[arg(long, value_name = "HOST:PORT")]
     pub(super) tracker: Option<String>,
+    /// Most that is sent a second, such as 20MB; `sprat limit` changes it
+    #[arg(long, value_name = "RATE")]
+    pub(super) upload_limit: Option<String>,
+    /// Most that is fetched a second, such as 1GiB
+    #[arg(long, value_name = "RATE")]
+    pub(super) download_limit: Option<String>,
+    /// Most that is sent a second to each other peer
+    #[arg(long, value_name = "RATE")]
+    pub(super) upload_limit_per_peer: Option<String>,
+    /// Most that is fetched a second from each other peer
+    #[arg(long, value_name = "RATE")]
+    pub(super) download_limit_per_peer: Option<String>,
 }
+
+/// `sprat limit`
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct LimitArgs {
+    /// To all other peers together; none lifts the limit
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub(super) upload: Option<Rate>,
+    /// From all other peers together
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub(super) download: Option<Rate>,
+    /// To each other peer
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub(super) upload_per_peer: Option<Rate>,
+    /// From each other peer
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub(super) download_per_peer: Option<Rate>,
+}
+
+/// `sprat log-level`
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct LogLevelArgs {
+    /// The least important lines to show: off, error, warn, info, debug or trace
+    pub(super) level: Option<String>,
+    /// Of the tracker that runs here, instead of the peer
+    #[arg(long)]
+    pub(super) tracker: bool,
+}
+
+/// A limit that is asked for. The name keeps the two options apart.
+pub(super) type Rate = Option<u64>;
 
 /// `sprat share`
 #[derive(Debug, Clone, clap::Args)]
@@ -202,7 +278,7 @@ pub struct ShareArgs {
     #[arg(long)]
     pub(super) name: Option<String>,
     #[command(flatten)]
-    pub(super) node: NodeArgs,
+    pub(super) node: Box<NodeArgs>,
 }
 
 /// Which files.
@@ -249,6 +325,9 @@ pub struct GetArgs {
     /// Folder, if it is one, ends in / or several files match; else the file to create
     #[arg(long, short, value_name = "PATH")]
     pub(super) output: Option<PathBuf>,
+    /// If a different file is in the way, replace it when the new one is complete; what they share is not fetched
+    #[arg(long, conflicts_with_all = ["rename", "skip"])]
+    pub(super) overwrite: bool,
     /// If a different file is in the way, take another name
     #[arg(long, conflicts_with = "skip")]
     pub(super) rename: bool,

@@ -8,6 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     os::unix::ffi::OsStrExt,
     path::Path,
+    sync::Arc,
 };
 
 use anyhow::Result;
@@ -20,7 +21,7 @@ use super::{
     progress::Report,
 };
 use crate::{
-    catalog::{FileKey, MIN_PREFIX_LEN, Row},
+    catalog::{FileKey, MIN_PREFIX_LEN, Row, SourceInfo},
     client::Control,
     config::Service,
     exit::{Exit, Failed},
@@ -34,7 +35,7 @@ use crate::{
 const SHOWN: usize = 5;
 
 pub(super) async fn run(session: &Session, args: &GetArgs) -> Result<()> {
-    let mut report = Report::new(session.json, session.quiet);
+    let mut report = Report::new(session.json, session.quiet, session.verbose);
     let result = fetch(session, args, &mut report).await;
     report.clear();
     if let Err(error) = &result {
@@ -51,8 +52,24 @@ pub(super) async fn run(session: &Session, args: &GetArgs) -> Result<()> {
 
 async fn fetch(session: &Session, args: &GetArgs, report: &mut Report) -> Result<()> {
     let stop = Stop::listen()?;
-    let rows = stop.unless(resolve(session, args)).await?;
-    let mut holder = stop.unless(Holder::attach(session)).await?;
+    let tracker = session.config.peer.tracker.clone();
+    let tracker = stop.unless(TrackerClient::open(&session.state_dir(Service::Peer)?, tracker)).await?;
+    let tracker = Arc::new(tracker);
+    let list = async |request| tracker.list(request).await;
+    // Side by side, and over one connection.
+    let (rows, holder) = tokio::join!(
+        Box::pin(stop.unless(settle(&list, &args.what, args.rename))),
+        Box::pin(stop.unless(Holder::attach(session, tracker.clone())))
+    );
+    let (rows, mut holder) = match (rows, holder) {
+        (Ok(rows), holder) => (rows, holder?),
+        (Err(error), holder) => {
+            if let Ok(holder) = holder {
+                holder.leave(false).await;
+            }
+            return Err(error);
+        }
+    };
     let done = stop.unless(holder.fetch(session, args, &rows, report)).await;
     holder.leave(done.is_ok()).await;
     done
@@ -66,12 +83,12 @@ struct Holder {
 }
 
 impl Holder {
-    async fn attach(session: &Session) -> Result<Self> {
+    async fn attach(session: &Session, tracker: Arc<TrackerClient>) -> Result<Self> {
         let state_dir = session.state_dir(Service::Peer)?;
         if let Some(connection) = peer::attach(&state_dir).await? {
             return Ok(Self { control: Control::new(connection), node: None });
         }
-        match Node::start(one_shot(session)?).await {
+        match Node::start_with(one_shot(session)?, tracker).await {
             Ok(node) => Ok(Self { control: Control::new(node.control()), node: Some(node) }),
             // Another command may have been first.
             Err(error) => match peer::attach(&state_dir).await {
@@ -88,18 +105,13 @@ impl Holder {
         };
         let to = if output.is_empty() { "the downloads folder" } else { &output };
         report.note(&format!("{} → {to}", list::total(rows)));
-        let existing = match (args.rename, args.skip) {
-            (true, _) => Existing::Rename,
-            (_, true) => Existing::Skip,
+        let existing = match (args.overwrite, args.rename, args.skip) {
+            (true, ..) => Existing::Overwrite,
+            (_, true, _) => Existing::Rename,
+            (.., true) => Existing::Skip,
             _ => Existing::Refuse,
         };
-        let wanted = rows.iter().map(|row| Wanted {
-            name: row.name.to_string(),
-            size: row.size,
-            content_id: row.content_id.to_string(),
-        });
-        let request = GetRequest { wanted: wanted.collect(), output, existing: existing.into() };
-        let mut events = self.control.get(request).await?;
+        let mut events = self.control.get(request(rows, output, existing)).await?;
         loop {
             let event = events.next().await?;
             report.event(&event)?;
@@ -148,10 +160,24 @@ fn output(given: &Path, cwd: &Path, n_files: usize) -> Result<String> {
     Ok(text)
 }
 
-async fn resolve(session: &Session, args: &GetArgs) -> Result<Vec<Row>> {
-    let tracker = session.config.peer.tracker.clone();
-    let client = TrackerClient::open(&session.state_dir(Service::Peer)?, tracker).await?;
-    settle(&async |request| client.list(request).await, &args.what, args.rename).await
+/// What the peer is asked: the rows, with their sources, each of which is named once.
+fn request(rows: &[Row], output: String, existing: Existing) -> GetRequest {
+    let mut sources: Vec<&SourceInfo> = vec![];
+    let mut wanted = Vec::with_capacity(rows.len());
+    for row in rows {
+        let mut holders = Vec::with_capacity(row.sources.len());
+        for source in &row.sources {
+            let at = sources.iter().rposition(|known| *known == source).unwrap_or_else(|| {
+                sources.push(source);
+                sources.len() - 1
+            });
+            holders.extend(u32::try_from(at));
+        }
+        let (name, content_id) = (row.name.to_string(), row.content_id.to_string());
+        wanted.push(Wanted { name, size: row.size, content_id, sources: holders });
+    }
+    let sources = sources.into_iter().cloned().map(Into::into).collect();
+    GetRequest { wanted, output, existing: existing.into(), sources }
 }
 
 /// The rows that all the words mean together, each once.

@@ -12,7 +12,7 @@ use crate::{
     config::Service,
     exit::Exit,
     peer::{self, Node, tracker_client::TrackerClient},
-    tracker::Tracker,
+    tracker::{Keep, Tracker},
 };
 
 /// For the link by which this machine joins its own network.
@@ -59,7 +59,7 @@ impl Host {
     /// # Errors
     /// As that command.
     pub async fn start_tracker(&mut self, session: &Session) -> Result<()> {
-        self.tracker = Some(own_tracker::start(session).await?);
+        self.tracker = Some(own_tracker::start(session, Keep::default()).await?);
         Ok(())
     }
 

@@ -8,13 +8,17 @@ mod args;
 mod commands;
 mod get;
 mod host;
+mod limit;
 mod list;
+mod log_level;
 pub mod output;
 mod peer;
 pub mod progress;
 mod signals;
 mod status;
 mod tracker;
+mod unattended;
+mod words;
 
 use std::{
     fmt,
@@ -38,6 +42,7 @@ pub use self::{
 use crate::{
     config::{self, Config, ConfigError, Environment, LogLevel, Origins, Service},
     exit::{Exit, Failed},
+    net,
     safe_path::escape,
     token::TokenError,
 };
@@ -82,6 +87,8 @@ pub struct Session {
     pub json: bool,
     /// Results and errors only.
     pub quiet: bool,
+    /// Says more.
+    pub verbose: bool,
     /// A person is there and may be asked.
     pub interactive: bool,
     origins: Origins,
@@ -115,6 +122,7 @@ impl Session {
             log_filter: log_filter.map(|text| text.to_string_lossy().into_owned()),
             json: args.global.json,
             quiet: args.global.quiet,
+            verbose: args.global.verbose > 0,
             interactive: !args.global.no_input && io::stdin().is_terminal() && io::stderr().is_terminal(),
             origins: loaded.origins,
             environment: options.environment,
@@ -167,6 +175,13 @@ impl Session {
         Some(value.to_string_lossy().into_owned()).filter(|value| !value.is_empty())
     }
 
+    /// Tells the service manager, where one started this process, how it is.
+    fn tell_manager(&self, state: &str) {
+        if let Some(socket) = self.variable("NOTIFY_SOCKET") {
+            net::tell_manager(&socket, state);
+        }
+    }
+
     /// ` --state-dir DIR` for a command that we tell people to run.
     fn state_dir_words(&self) -> String {
         let words = |dir: &String| format!(" --state-dir {}", shell(std::slice::from_ref(dir)));
@@ -191,12 +206,14 @@ pub async fn run(session: &Session, action: &Action) -> Result<()> {
         Action::Tracker(command) => tracker::run(session, command).await,
         Action::Operator(command) => tracker::operator(session, command).await,
         Action::Join(args) => peer::join(session, args).await,
-        Action::Peer(_) => peer::run(session).await,
+        Action::Peer(args) => peer::run(session, args).await,
         Action::Share(args) => peer::share(session, args).await,
         Action::Ls(args) => list::ls(session, args).await,
         Action::Search(args) => list::search(session, args).await,
         Action::Get(args) => get::run(session, args).await,
         Action::Status(args) => status::run(session, args).await,
+        Action::Limit(args) => limit::run(session, args).await,
+        Action::LogLevel(args) => log_level::run(session, args).await,
         Action::Config(command) => about::config(session, command),
         Action::Completions { shell } => about::completions(*shell),
         Action::Version => about::version(session),
@@ -271,6 +288,11 @@ pub fn message(error: &anyhow::Error) -> String {
         }
     }
     escape(text.replace('\n', " ").trim())
+}
+
+/// The operator page's address, unless it is switched off.
+fn to_operate(text: &str) -> Result<Option<SocketAddr>> {
+    if config::is_none(text) { Ok(None) } else { to_listen(text).map(Some) }
 }
 
 /// The address that `HOST:PORT` stands for on this machine.

@@ -13,17 +13,18 @@ use serde::Serialize;
 
 use super::{
     Session, Stop,
-    commands::{JoinArgs, ShareArgs},
+    commands::{JoinArgs, PeerArgs, ShareArgs},
     output::{count, json, line, shell},
-    to_listen,
+    to_listen, to_operate, unattended,
 };
 use crate::{
     client::Control,
     config::{Service, Share},
     exit::{Exit, Failed},
     peer::{
-        self, Node, NodeOptions, ShareSpec,
-        join::{Joined, join as redeem, join_identity_only},
+        self, Node, NodeOptions, Rates, ShareSpec,
+        join::{Joined, join as redeem, join_identity_only, renew},
+        membership::Membership,
     },
     safe_path::escape,
     token::JoinToken,
@@ -51,12 +52,19 @@ pub(super) async fn join(session: &Session, args: &JoinArgs) -> Result<()> {
     Ok(())
 }
 
+fn limited(source: &mut dyn Read, name: &str) -> Result<String> {
+    let mut text = String::new();
+    source.take(MAX_LINK_LEN).read_to_string(&mut text).with_context(|| format!("reading the link from {name}"))?;
+    Ok(text)
+}
+
+fn link_in(path: &Path) -> Result<String> {
+    let name = path.display().to_string();
+    let mut file = std::fs::File::open(path).with_context(|| format!("no join link in {name}"))?;
+    limited(&mut file, &name)
+}
+
 fn read_link(session: &Session, args: &JoinArgs) -> Result<String> {
-    let limited = |source: &mut dyn Read, name: &str| {
-        let mut text = String::new();
-        source.take(MAX_LINK_LEN).read_to_string(&mut text).with_context(|| format!("reading the link from {name}"))?;
-        Ok(text)
-    };
     match (&args.link, &args.token_file) {
         (Some(link), _) if link == "-" => limited(&mut stdin().lock(), "standard input"),
         (Some(link), _) => {
@@ -65,11 +73,7 @@ fn read_link(session: &Session, args: &JoinArgs) -> Result<String> {
             }
             Ok(link.clone())
         }
-        (None, Some(path)) => {
-            let name = path.display().to_string();
-            let mut file = std::fs::File::open(path).with_context(|| format!("opening {name}"))?;
-            limited(&mut file, &name)
-        }
+        (None, Some(path)) => link_in(path),
         (None, None) => session.variable("SPRAT_TOKEN").ok_or_else(|| {
             let text = "no link: give sprat://…, --token-file FILE, or - to read it from standard input; the tracker \
                         makes one with `sprat tracker token create`";
@@ -79,8 +83,22 @@ fn read_link(session: &Session, args: &JoinArgs) -> Result<String> {
 }
 
 /// `sprat peer`
-pub(super) async fn run(session: &Session) -> Result<()> {
-    serve(session, &session.config.peer.shares).await
+pub(super) async fn run(session: &Session, args: &PeerArgs) -> Result<()> {
+    serve(session, &session.config.peer.shares, args).await
+}
+
+/// Becomes a member with the link in `file`, unless it is one already.
+async fn join_by_file(session: &Session, file: &Path) -> Result<()> {
+    let state_dir = session.state_dir(Service::Peer)?;
+    if let Ok(member) = Membership::load(&state_dir, session.config.peer.tracker.clone())
+        && (member.seconds_left() > 0 || renew(&member).await.is_ok())
+    {
+        return Ok(());
+    }
+    let token = link_in(&session.cwd.join(file))?.parse::<JoinToken>().with_context(|| file.display().to_string())?;
+    let joined = redeem(&token, &state_dir).await?;
+    session.hint(&format!("joined {} as {}", joined.trackers.join(", "), joined.peer_id));
+    Ok(())
 }
 
 pub(super) async fn share(session: &Session, args: &ShareArgs) -> Result<()> {
@@ -113,17 +131,30 @@ pub(super) async fn share(session: &Session, args: &ShareArgs) -> Result<()> {
             session.hint("no peer runs here, so this command becomes one; it shares until you stop it with Ctrl-C");
             let mut shares = session.config.peer.shares.clone();
             shares.push(Share { name: args.name.clone(), dir });
-            serve(session, &shares).await
+            serve(session, &shares, &PeerArgs::default()).await
         }
     }
 }
 
-async fn serve(session: &Session, shares: &[Share]) -> Result<()> {
-    let stop = Stop::listen()?;
-    let node = stop.unless(start(session, shares)).await?;
+async fn serve(session: &Session, shares: &[Share], args: &PeerArgs) -> Result<()> {
+    let (stop, state_dir) = (Stop::listen()?, session.state_dir(Service::Peer)?);
+    let attempt = async || {
+        if let Some(file) = &args.join_token_file {
+            join_by_file(session, file).await?;
+        }
+        start(session, shares).await
+    };
+    let node = stop.unless(unattended::start(args.keep_trying, &state_dir, attempt)).await?;
     let said = announce(session, &node, shares);
     if said.is_ok() {
-        stop.requested().await;
+        session.tell_manager("READY=1");
+        let written: Vec<PathBuf> =
+            [Some(state_dir), session.config.peer.downloads.clone()].into_iter().flatten().collect();
+        tokio::select! {
+            _ = stop.requested() => {}
+            () = unattended::watch(written) => {}
+        }
+        session.tell_manager("STOPPING=1");
         session.hint("stopping");
     }
     node.stop().await;
@@ -137,7 +168,8 @@ async fn serve(session: &Session, shares: &[Share]) -> Result<()> {
 pub(super) async fn start(session: &Session, shares: &[Share]) -> Result<Node> {
     let listen = to_listen(&session.config.peer.listen)?;
     let shares = shares.iter().map(|share| ShareSpec { name: share.name.clone(), path: share.dir.clone() });
-    Node::start(NodeOptions { listen: Some(listen), shares: shares.collect(), ..one_shot(session)? }).await
+    let operator = to_operate(&session.config.peer.operator)?;
+    Node::start(NodeOptions { listen: Some(listen), operator, shares: shares.collect(), ..one_shot(session)? }).await
 }
 
 /// A Node that only fetches, for one command.
@@ -148,9 +180,12 @@ pub(super) fn one_shot(session: &Session) -> Result<NodeOptions> {
         shares: Vec::new(),
         downloads: config.downloads.clone(),
         listen: None,
+        operator: None,
         advertise: config.advertise.clone(),
         tracker: config.tracker.clone(),
         rescan: Duration::from_secs(config.rescan_seconds),
+        upload_limit: Rates { total: config.upload_limit, per_peer: config.upload_limit_per_peer },
+        download_limit: Rates { total: config.download_limit, per_peer: config.download_limit_per_peer },
     })
 }
 
@@ -158,10 +193,14 @@ fn announce(session: &Session, node: &Node, shares: &[Share]) -> Result<()> {
     let peer_id = node.peer_id().to_string();
     if session.json {
         let shares = shares.iter().map(|share| String::from(share.clone())).collect();
-        return json(&PeerLine { peer_id, addresses: node.addresses(), shares });
+        let operator = node.operator().map(|address| address.to_string());
+        return json(&PeerLine { peer_id, addresses: node.addresses(), operator, shares });
     }
     line(&format!("peer      {peer_id}"))?;
     line(&format!("listening {}", node.addresses().join(", ")))?;
+    if let Some(operator) = node.operator() {
+        line(&format!("operator page http://{operator}/"))?;
+    }
     for share in shares {
         let name = share.name.as_ref().map(|name| format!(" as {name}/")).unwrap_or_default();
         line(&format!("sharing   {}{}", escape(&share.dir.to_string_lossy()), escape(&name)))?;
@@ -189,6 +228,7 @@ struct JoinLine {
 struct PeerLine<'a> {
     peer_id: String,
     addresses: &'a [String],
+    operator: Option<String>,
     shares: Vec<String>,
 }
 

@@ -13,9 +13,12 @@ use anyhow::Result;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
-use super::output::{self, count, note, span};
+use super::{
+    output::{self, count, note, span},
+    words::{describe, in_words, short},
+};
 use crate::{
-    proto::{Done, FileProgress, Progress, get_event::Event},
+    proto::{Done, FileProgress, Progress, SourceProgress, get_event::Event},
     safe_path::escape,
     units::human_size,
 };
@@ -29,6 +32,7 @@ const FILE_BARS: usize = 4;
 pub struct Report {
     style: Style,
     quiet: bool,
+    verbose: bool,
     last: Option<Instant>,
     so_far: Option<Done>,
 }
@@ -40,16 +44,16 @@ enum Style {
 }
 
 impl Report {
-    /// As JSON, or for people; quiet: only the paths.
+    /// As JSON, or for people; quiet: only the paths; verbose: how each source is asked, too.
     #[must_use]
-    pub fn new(json: bool, quiet: bool) -> Self {
+    pub fn new(json: bool, quiet: bool, verbose: bool) -> Self {
         let dumb = env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
         let style = match json {
             true => Style::Json,
             false if !quiet && !dumb && io::stderr().is_terminal() => Style::Bars(Bars::new()),
             false => Style::Lines,
         };
-        Self { style, quiet, last: None, so_far: None }
+        Self { style, quiet, verbose, last: None, so_far: None }
     }
 
     /// Shows an event. [`Event::Failed`] is only noted: [`failed`](Self::failed) shows it.
@@ -61,12 +65,15 @@ impl Report {
             Event::Progress(progress) => {
                 if let Style::Bars(bars) = &mut self.style {
                     bars.show(progress);
-                } else if self.is_due() {
+                }
+                if self.is_due() {
                     match self.style {
                         Style::Json => output::json(&Line::from(progress))?,
-                        _ if !self.quiet => note(&format!("{} %  {}", percent(progress), summary(progress))),
-                        _ => {}
+                        Style::Lines => self.note(&format!("{} %  {}", percent(progress), summary(progress))),
+                        Style::Bars(_) => {}
                     }
+                    let active = progress.sources.iter().filter(|source| self.verbose && source.state == "active");
+                    active.for_each(|source| self.note(&format!("  {}", describe(source))));
                 }
             }
             Event::Failed(failed) => self.so_far.clone_from(&failed.so_far),
@@ -77,7 +84,7 @@ impl Report {
             Event::Note(told) if !matches!(self.style, Style::Json) => self.note(&told.text),
             Event::Done(done) if !matches!(self.style, Style::Json) => {
                 self.clear();
-                farewell(done).iter().for_each(|text| self.note(text));
+                farewell(done, self.verbose).iter().for_each(|text| self.note(text));
             }
             other => {
                 if let (Style::Json, Some(line)) = (&self.style, Line::of(other)) {
@@ -212,8 +219,8 @@ fn summary(progress: &Progress) -> String {
     parts.join(", ")
 }
 
-/// What was fetched from whom.
-fn farewell(done: &Done) -> Vec<String> {
+/// What was fetched from whom; verbose: and how it was asked in the end.
+fn farewell(done: &Done, verbose: bool) -> Vec<String> {
     let seconds = done.duration_ms.max(1) as f64 / 1000.0;
     let (files, size) = (count(done.files, "file"), human_size(done.bytes_total));
     let mut first = format!("{files}, {size} in {seconds:.1} s");
@@ -232,10 +239,11 @@ fn farewell(done: &Done) -> Vec<String> {
     if done.files_skipped > 0 {
         first += &format!(", {} left alone", count(done.files_skipped, "file"));
     }
+    let held_up = in_words(&done.bottleneck).map(|what| format!("  held up by {what}"));
     let sources = done.sources.iter().filter(|source| source.bytes > 0);
-    let short = |peer: &str| peer.chars().take(8).collect::<String>();
-    let lines = sources.map(|source| format!("  {:>10} from {}", human_size(source.bytes), short(&source.peer_id)));
-    [first].into_iter().chain(lines).collect()
+    let whom = |source| if verbose { describe(source) } else { short(&source.peer_id) };
+    let lines = sources.map(|source| format!("  {:>10} from {}", human_size(source.bytes), whom(source)));
+    [first].into_iter().chain(lines).chain(held_up).collect()
 }
 
 /// An event as JSON.
@@ -277,7 +285,7 @@ enum Line<'a> {
 }
 
 #[derive(Serialize)]
-struct SourceLine<'a> {
+pub(super) struct SourceLine<'a> {
     peer: &'a str,
     address: &'a str,
     state: &'a str,
@@ -303,6 +311,7 @@ struct Summary<'a> {
     files: u64,
     files_skipped: u64,
     duration_ms: u64,
+    bottleneck: &'a str,
     sources: Vec<Share<'a>>,
 }
 
@@ -333,9 +342,9 @@ impl<'a> Line<'a> {
     }
 }
 
-impl<'a> From<&'a Progress> for Line<'a> {
-    fn from(progress: &'a Progress) -> Self {
-        let sources = progress.sources.iter().map(|source| SourceLine {
+impl<'a> From<&'a SourceProgress> for SourceLine<'a> {
+    fn from(source: &'a SourceProgress) -> Self {
+        Self {
             peer: &source.peer_id,
             address: &source.address,
             state: &source.state,
@@ -343,7 +352,12 @@ impl<'a> From<&'a Progress> for Line<'a> {
             bytes_per_second: source.bytes_per_second,
             chunk_length: source.chunk_length,
             claim_pieces: source.claim_pieces,
-        });
+        }
+    }
+}
+
+impl<'a> From<&'a Progress> for Line<'a> {
+    fn from(progress: &'a Progress) -> Self {
         let file = |file: &'a FileProgress| FileLine {
             name: &file.name,
             bytes_done: file.bytes_done,
@@ -355,7 +369,7 @@ impl<'a> From<&'a Progress> for Line<'a> {
             files_done: progress.files_done,
             files_total: progress.files_total,
             bytes_per_second: progress.bytes_per_second,
-            sources: sources.collect(),
+            sources: progress.sources.iter().map(SourceLine::from).collect(),
             files: progress.files.iter().map(file).collect(),
         }
     }
@@ -363,7 +377,7 @@ impl<'a> From<&'a Progress> for Line<'a> {
 
 impl<'a> From<&'a Done> for Summary<'a> {
     fn from(done: &'a Done) -> Self {
-        let share = |source: &'a crate::proto::SourceProgress| Share { peer: &source.peer_id, bytes: source.bytes };
+        let share = |source: &'a SourceProgress| Share { peer: &source.peer_id, bytes: source.bytes };
         Self {
             bytes_total: done.bytes_total,
             bytes_fetched: done.bytes_fetched,
@@ -372,6 +386,7 @@ impl<'a> From<&'a Done> for Summary<'a> {
             files: done.files,
             files_skipped: done.files_skipped,
             duration_ms: done.duration_ms,
+            bottleneck: &done.bottleneck,
             sources: done.sources.iter().map(share).collect(),
         }
     }
@@ -380,7 +395,7 @@ impl<'a> From<&'a Done> for Summary<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::{FileDone, Note, SourceProgress, Started};
+    use crate::proto::{FileDone, Note, Started};
 
     fn json(event: &Event) -> String {
         serde_json::to_string(&Line::of(event).unwrap()).unwrap()
@@ -401,6 +416,7 @@ mod tests {
             sources: vec![source(2 << 20, "gone"), source(0, "banned")],
             bytes_wasted: 0,
             files_skipped: 1,
+            bottleneck: "disk".into(),
         }
     }
 
@@ -438,22 +454,41 @@ mod tests {
             bytes_per_second: 100 << 20,
             sources: vec![source(1, "active"), source(1, "active"), source(0, "gone")],
             files: vec![],
+            bottleneck: String::new(),
         };
         assert_eq!(summary(&progress), "1.0 GiB of 3.0 GiB, 100.0 MiB/s, 21 s left, 1 of 12 files, 2 sources");
         assert_eq!((percent(&progress), percent(&Progress::default())), (33, 100));
         assert_eq!(
-            farewell(&done()),
+            farewell(&done(), false),
             [
                 "2 files, 3.0 MiB in 0.5 s, 4.0 MiB/s, 1.0 MiB were here already, 1 file left alone",
-                "     2.0 MiB from abababab"
+                "     2.0 MiB from abababab",
+                "  held up by this disk",
             ]
+        );
+    }
+
+    #[test]
+    fn a_source_is_shown_with_its_current_sizes() {
+        let source = SourceProgress {
+            bytes_per_second: 98 << 20,
+            chunk_length: 256 << 10,
+            claim_pieces: 64,
+            ..source(1, "active")
+        };
+        assert_eq!(describe(&source), "abababab at 98.0 MiB/s in chunks of 256.0 KiB and claims of 64 pieces");
+        let progress = Progress { sources: vec![source], ..Default::default() };
+        let value = serde_json::to_value(Line::from(&progress)).unwrap();
+        assert_eq!(
+            (&value["sources"][0]["chunk_length"], &value["sources"][0]["claim_pieces"]),
+            (&262_144.into(), &64.into())
         );
     }
 
     #[test]
     fn progress_is_not_repeated_too_often() {
         for (json, interval) in [(true, JSON_INTERVAL), (false, LINE_INTERVAL)] {
-            let mut report = Report::new(json, true);
+            let mut report = Report::new(json, true, false);
             assert_eq!((report.is_due(), report.is_due()), (json, false));
             report.last = Instant::now().checked_sub(interval);
             assert!(report.is_due() && !report.is_due());

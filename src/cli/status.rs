@@ -1,6 +1,7 @@
 //! `sprat status`: what runs on these state directories.
 //!
-//! Invariant: it starts nothing and takes no lock; `--check` succeeds only if something runs and all of it is healthy.
+//! Invariant: it starts nothing and takes no lock; `--check` succeeds only if something runs and all of it is healthy,
+//! and its exit code says what is wrong.
 //! A member whose peer does not run is told how it stands with the network all the same.
 
 use std::path::Path;
@@ -11,7 +12,11 @@ use serde::Serialize;
 use super::{
     Session, Stop,
     commands::StatusArgs,
+    limit::{LimitsLine, summary},
     output::{count, json, line, span},
+    progress::SourceLine,
+    unattended::{trouble, why_not_running},
+    words,
 };
 use crate::{
     client::{Admin, Control},
@@ -31,16 +36,15 @@ const ONLINE: &str = "online";
 pub(super) async fn run(session: &Session, args: &StatusArgs) -> Result<()> {
     let (peer_dir, tracker_dir) = (session.state_dir(Service::Peer)?, session.state_dir(Service::Tracker)?);
     let stop = Stop::listen()?;
-    let peer = stop.unless(peer_status(&peer_dir)).await?;
     let tracker = stop.unless(tracker_status(&tracker_dir)).await?;
+    // One directory holds one service.
+    let is_tracker = tracker.is_some() && peer_dir == tracker_dir;
+    let peer = if is_tracker { None } else { stop.unless(peer_status(&peer_dir)).await? };
     if peer.is_none() && tracker.is_none() && !args.check && Membership::is_in(&peer_dir) {
         return stop.unless(idle(session, &peer_dir)).await;
     }
     if peer.is_none() && tracker.is_none() {
-        let mut dirs = vec![peer_dir.display().to_string(), tracker_dir.display().to_string()];
-        dirs.dedup();
-        let text = format!("nothing runs in {}; start `sprat peer` or `sprat tracker run`", dirs.join(" or "));
-        return Err(Failed::new(Exit::NotFound, text).into());
+        return Err(Failed::new(Exit::NotFound, nothing_runs(&peer_dir, &tracker_dir)).into());
     }
     if let Some(tracker) = &tracker {
         match session.json {
@@ -55,9 +59,30 @@ pub(super) async fn run(session: &Session, args: &StatusArgs) -> Result<()> {
             describe(peer).iter().try_for_each(|text| line(text))?
         }
     }
-    match peer.as_ref().and_then(ailment) {
-        Some(text) if args.check => Err(Failed::new(Exit::Failure, text).into()),
-        _ => Ok(()),
+    if !args.check {
+        return Ok(());
+    }
+    let written = [(tracker.is_some(), &tracker_dir), (peer.is_some(), &peer_dir)];
+    let full = written.iter().filter(|(runs, _)| *runs).find_map(|(_, folder)| full(folder));
+    match full.or_else(|| peer.as_ref().and_then(ailment)) {
+        Some(failed) => Err(failed.into()),
+        None => Ok(()),
+    }
+}
+
+/// Why a folder of a running service cannot be written to.
+fn full(folder: &Path) -> Option<Failed> {
+    trouble(folder).map(|text| Failed::new(Exit::NoSpace, text))
+}
+
+/// Why nothing does, where it can be told.
+fn nothing_runs(peer_dir: &Path, tracker_dir: &Path) -> String {
+    let mut dirs = vec![peer_dir, tracker_dir];
+    dirs.dedup();
+    let here: Vec<_> = dirs.iter().map(|dir| dir.display().to_string()).collect();
+    match dirs.iter().filter(|dir| dir.exists()).find_map(|dir| why_not_running(dir)) {
+        Some(why) => why,
+        None => format!("nothing runs in {}; start `sprat peer` or `sprat tracker run`", here.join(" or ")),
     }
 }
 
@@ -86,9 +111,12 @@ async fn idle(session: &Session, state_dir: &Path) -> Result<()> {
 }
 
 async fn peer_status(state_dir: &Path) -> Result<Option<StatusResponse>> {
-    match peer::attach(state_dir).await? {
-        Some(connection) => Ok(Some(Control::new(connection).status().await?)),
-        None => Ok(None),
+    match peer::attach(state_dir).await {
+        Ok(Some(connection)) => Ok(Some(Control::new(connection).status().await?)),
+        Ok(None) => Ok(None),
+        // What is wrong with the folder says more.
+        Err(_) if trouble(state_dir).is_some() => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -104,16 +132,25 @@ pub(super) async fn tracker_status(state_dir: &Path) -> Result<Option<TrackerLin
 }
 
 /// Why a peer is not healthy.
-fn ailment(status: &StatusResponse) -> Option<String> {
+fn ailment(status: &StatusResponse) -> Option<Failed> {
+    let state = &status.tracker_state;
+    let offline = || format!("tracker {}", tracker_line(&status.tracker, state));
     if status.certificate_seconds_left <= 0 {
-        return Some("the certificate of this peer has ended".into());
+        let text = format!("the certificate of this peer has ended, and cannot be renewed: {}", offline());
+        return Some(Failed::new(Exit::Auth, text));
     }
-    (status.tracker_state != ONLINE)
-        .then(|| format!("tracker {}", tracker_line(&status.tracker, &status.tracker_state)))
+    if let Some(failed) = Some(&status.downloads).filter(|folder| !folder.is_empty()).and_then(|f| full(Path::new(f))) {
+        return Some(failed);
+    }
+    (state != ONLINE).then(|| {
+        let exit = if state.contains("certificate") { Exit::Auth } else { Exit::Tracker };
+        Failed::new(exit, offline())
+    })
 }
 
 /// Address and state; an error names the address itself.
 fn tracker_line(tracker: &str, state: &str) -> String {
+    let state = state.strip_prefix("tracker").map_or(state, |rest| rest.trim_start_matches([':', ' ']));
     if state.contains(tracker) { state.to_owned() } else { format!("{tracker}, {state}") }
 }
 
@@ -153,11 +190,18 @@ fn describe(status: &StatusResponse) -> Vec<String> {
     }
     let (down, up) = (human_size(status.bytes_downloaded), human_size(status.bytes_uploaded));
     lines.push(format!("moved        {down} in, {up} out, {} now", count(status.uploads_running.into(), "upload")));
+    if let Some(limits) = status.limits.as_ref().and_then(summary) {
+        lines.push(format!("limits       {limits}"));
+    }
     for download in &status.downloads_running {
         let progress = download.progress.clone().unwrap_or_default();
         let (done, total) = (human_size(progress.bytes_done), human_size(progress.bytes_total));
         let speed = human_size(progress.bytes_per_second);
-        lines.push(format!("  download {}: {done} of {total}, {speed}/s", download.id));
+        let held_up = words::in_words(&progress.bottleneck);
+        let held_up = held_up.map(|what| format!(", held up by {what}")).unwrap_or_default();
+        lines.push(format!("  download {}: {done} of {total}, {speed}/s{held_up}", download.id));
+        let active = progress.sources.iter().filter(|source| source.state == "active");
+        lines.extend(active.map(|source| format!("    from {}", words::describe(source))));
     }
     lines
 }
@@ -198,10 +242,11 @@ struct PeerLine<'a> {
     files_skipped: u64,
     bytes_uploaded: u64,
     bytes_downloaded: u64,
-    downloads_running: Vec<DownloadLine>,
+    downloads_running: Vec<DownloadLine<'a>>,
     certificate_seconds_left: i64,
     uptime_seconds: u64,
     uploads_running: u32,
+    limits: LimitsLine,
 }
 
 #[derive(Serialize)]
@@ -213,29 +258,31 @@ struct ShareLine<'a> {
 }
 
 #[derive(Serialize)]
-struct DownloadLine {
+struct DownloadLine<'a> {
     id: u64,
     bytes_done: u64,
     bytes_total: u64,
     files_done: u64,
     files_total: u64,
     bytes_per_second: u64,
+    sources: Vec<SourceLine<'a>>,
 }
 
 impl<'a> From<&'a StatusResponse> for PeerLine<'a> {
     fn from(status: &'a StatusResponse) -> Self {
         let shares = status.shares.iter();
         let shares = shares.map(|s| ShareLine { name: &s.name, path: &s.path, mode: &s.mode, files: s.files });
-        let downloads = status.downloads_running.iter().map(|download| {
-            let progress = download.progress.clone().unwrap_or_default();
-            DownloadLine {
+        let downloads = status.downloads_running.iter().filter_map(|download| {
+            let progress = download.progress.as_ref()?;
+            Some(DownloadLine {
                 id: download.id,
                 bytes_done: progress.bytes_done,
                 bytes_total: progress.bytes_total,
                 files_done: progress.files_done,
                 files_total: progress.files_total,
                 bytes_per_second: progress.bytes_per_second,
-            }
+                sources: progress.sources.iter().map(SourceLine::from).collect(),
+            })
         });
         Self {
             service: "peer",
@@ -259,6 +306,7 @@ impl<'a> From<&'a StatusResponse> for PeerLine<'a> {
             certificate_seconds_left: status.certificate_seconds_left,
             uptime_seconds: status.uptime_seconds,
             uploads_running: status.uploads_running,
+            limits: LimitsLine::from(&status.limits.unwrap_or_default()),
         }
     }
 }
@@ -266,9 +314,12 @@ impl<'a> From<&'a StatusResponse> for PeerLine<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::ShareStatus;
+    use crate::proto::{DownloadStatus, Limits, Progress, ShareStatus, SourceProgress};
 
     fn status() -> StatusResponse {
+        let (peer_id, state) = ("ab".repeat(26), "active".into());
+        let source = SourceProgress { peer_id, state, chunk_length: 32 << 10, claim_pieces: 1, ..Default::default() };
+        let progress = Progress { sources: vec![source], ..Default::default() };
         StatusResponse {
             peer_id: "p".into(),
             tracker: "t:7700".into(),
@@ -277,6 +328,8 @@ mod tests {
             files: 2,
             files_to_hash: 1,
             bytes_to_hash: 1 << 20,
+            limits: Some(Limits { upload: Some(1 << 20), ..Default::default() }),
+            downloads_running: vec![DownloadStatus { id: 7, progress: Some(progress) }],
             shares: vec![ShareStatus { name: "n".into(), path: "/x\u{1b}".into(), mode: "events".into(), files: 2 }],
             ..Default::default()
         }
@@ -284,11 +337,15 @@ mod tests {
 
     #[test]
     fn health_is_a_tracker_and_a_certificate() {
-        assert_eq!(ailment(&status()), None);
-        let offline = StatusResponse { tracker_state: "cannot reach t:7700".into(), ..status() };
-        assert_eq!(ailment(&offline).unwrap(), "tracker cannot reach t:7700");
+        assert!(ailment(&status()).is_none());
+        let offline = StatusResponse { tracker_state: "tracker: cannot reach t:7700".into(), ..status() };
+        let failed = ailment(&offline).unwrap();
+        assert_eq!((failed.exit, failed.message.as_str()), (Exit::Tracker, "tracker cannot reach t:7700"));
+        let refused = StatusResponse { tracker_state: "it does not accept our certificate".into(), ..status() };
+        assert_eq!(ailment(&refused).unwrap().exit, Exit::Auth);
         let expired = StatusResponse { certificate_seconds_left: 0, ..status() };
-        assert!(ailment(&expired).unwrap().contains("certificate"));
+        let failed = ailment(&expired).unwrap();
+        assert!(failed.exit == Exit::Auth && failed.message.contains("has ended"), "{failed}");
     }
 
     #[test]
@@ -296,8 +353,12 @@ mod tests {
         let text = describe(&status()).join("\n");
         assert!(text.contains("offers       2 files, 0 B, hashing 1 file more (1.0 MiB)"), "{text}");
         assert!(text.contains(r"  /x\u{1b} as n/, 2 files, events"), "{text}");
+        assert!(text.contains("limits       upload 1.0 MiB/s"), "{text}");
+        assert!(text.contains("    from abababab at 0 B/s in chunks of 32.0 KiB and claims of 1 piece"), "{text}");
         let value = serde_json::to_value(PeerLine::from(&status())).unwrap();
+        assert_eq!(value["downloads_running"][0]["sources"][0]["chunk_length"], 32 << 10);
         assert_eq!((&value["service"], &value["shares"][0]["files"]), (&"peer".into(), &2.into()));
         assert_eq!(value["tracker_state"], "online");
+        assert_eq!((&value["limits"]["upload"], &value["limits"]["download"]), (&(1 << 20).into(), &().into()));
     }
 }

@@ -1,10 +1,10 @@
 //! `sprat tracker …` and `sprat operator …`: a network from its operator's side.
 //!
-//! Invariant: a secret is printed once, where it was asked for: a link by `token create` and `tracker run`, on standard
-//! output. A passphrase is never taken from the command line.
+//! Invariant: a secret is printed once, where it was asked for: a link by `token create` and by a `tracker run` that is
+//! to keep none in a file, on standard output. A passphrase is never taken from the command line.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -13,9 +13,9 @@ use serde::Serialize;
 
 use super::{
     Session, Stop,
-    commands::{OperatorCommand, TokenCommand, TrackerCommand},
+    commands::{OperatorCommand, TokenCommand, TrackerCommand, TrackerRunArgs},
     output::{count, json, line, span, table},
-    to_listen,
+    to_listen, to_operate, unattended,
 };
 use crate::{
     client::Admin,
@@ -24,7 +24,7 @@ use crate::{
     identity::{Identity, Key, OPERATOR_FILES},
     proto::{MemberRow, TokenRow},
     tracker::{
-        self, Tracker, TrackerOptions,
+        self, Keep, Tracker, TrackerOptions,
         certificate::{OwnCertificate, needs_passphrase},
     },
 };
@@ -41,7 +41,7 @@ pub(super) async fn run(session: &Session, command: &TrackerCommand) -> Result<(
             session.hint(&format!("next: sprat tracker run{}", session.state_dir_words()));
             if session.json { json(&Made { fingerprint }) } else { line(&format!("authority {fingerprint}")) }
         }
-        TrackerCommand::Run(_) => serve(session).await,
+        TrackerCommand::Run(args) => serve(session, args).await,
         TrackerCommand::Token(TokenCommand::Create { uses, ttl }) => {
             let token = Admin::new(tracker::attach(&state_dir).await?).create_token(*uses, *ttl).await?;
             let made = Token { link: &token.link, token_id: &token.token_id, uses: *uses, ttl_seconds: ttl.as_secs() };
@@ -68,7 +68,7 @@ pub(super) async fn run(session: &Session, command: &TrackerCommand) -> Result<(
 ///
 /// # Errors
 /// A bad address, a wrong passphrase, and what [`Tracker::start`] says.
-pub(super) async fn start(session: &Session) -> Result<Tracker> {
+pub(super) async fn start(session: &Session, keep: Keep) -> Result<Tracker> {
     let config = &session.config.tracker;
     let own = match (&config.certificate, &config.certificate_key) {
         (Some(certificate), Some(key)) => Some(OwnCertificate {
@@ -81,45 +81,66 @@ pub(super) async fn start(session: &Session) -> Result<Tracker> {
     let options = TrackerOptions {
         state_dir: session.state_dir(Service::Tracker)?,
         listen: to_listen(&config.listen)?,
+        operator: to_operate(&config.operator)?,
         advertise: config.advertise.clone(),
         own,
         leaf_life: Duration::from_secs(config.leaf_lifetime_seconds),
         heartbeat: Duration::from_secs(config.heartbeat_seconds),
         lease: Duration::from_secs(config.lease_seconds),
         memory_budget: config.memory_budget,
+        keep,
     };
     Tracker::start(options).await
 }
 
-async fn serve(session: &Session) -> Result<()> {
-    let stop = Stop::listen()?;
-    let tracker = stop.unless(start(session)).await?;
-    let said = announce(session, &tracker);
+async fn serve(session: &Session, args: &TrackerRunArgs) -> Result<()> {
+    let (stop, state_dir) = (Stop::listen()?, session.state_dir(Service::Tracker)?);
+    let at = |path: &PathBuf| session.cwd.join(path);
+    let keep = Keep {
+        token_file: args.keep_token_file.as_ref().map(at),
+        operator: args.keep_operator_certificate.as_ref().map(at),
+    };
+    let attempt = async || start(session, keep.clone()).await;
+    let tracker = stop.unless(unattended::start(args.keep_trying, &state_dir, attempt)).await?;
+    let said = announce(session, &tracker, keep.token_file.as_deref());
     if said.is_ok() {
-        stop.requested().await;
+        session.tell_manager("READY=1");
+        tokio::select! {
+            _ = stop.requested() => {}
+            () = unattended::watch(vec![state_dir]) => {}
+        }
+        session.tell_manager("STOPPING=1");
         session.hint("stopping");
     }
     tracker.stop().await;
     said
 }
 
-fn announce(session: &Session, tracker: &Tracker) -> Result<()> {
-    let link = tracker.join_link(RUN_USES, RUN_TTL)?;
+fn announce(session: &Session, tracker: &Tracker, token_file: Option<&Path>) -> Result<()> {
     let advertised = tracker.advertised();
+    let link = token_file.is_none().then(|| tracker.join_link(RUN_USES, RUN_TTL)).transpose()?;
     let started = Started {
         address: tracker.address().to_string(),
+        operator: tracker.operator().map(|address| address.to_string()),
         advertised,
         fingerprint: tracker.fingerprint(),
-        join_link: &link,
-        uses: RUN_USES,
-        ttl_seconds: RUN_TTL.as_secs(),
+        token_file,
+        join_link: link.as_deref(),
+        uses: link.is_some().then_some(RUN_USES),
+        ttl_seconds: link.is_some().then_some(RUN_TTL.as_secs()),
     };
     if session.json {
         return json(&started);
     }
     line(&format!("listening {}, reached at {}", started.address, advertised.join(", ")))?;
+    if let Some(operator) = &started.operator {
+        line(&format!("operator page http://{operator}/"))?;
+    }
     line(&format!("authority {}", started.fingerprint))?;
-    line(&format!("sprat join {link}"))?;
+    if let Some(path) = token_file {
+        return line(&format!("join link in {}", path.display()));
+    }
+    line(&format!("sprat join {}", link.unwrap_or_default()))?;
     let more = format!("sprat tracker token create --uses N --ttl 24h{}", session.state_dir_words());
     session.hint(&format!("the line above lets {RUN_USES} machines join within 24 hours; for more: {more}"));
     Ok(())
@@ -212,11 +233,17 @@ struct Made {
 #[derive(Serialize)]
 struct Started<'a> {
     address: String,
+    operator: Option<String>,
     advertised: &'a [String],
     fingerprint: &'a str,
-    join_link: &'a str,
-    uses: u32,
-    ttl_seconds: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_file: Option<&'a Path>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    join_link: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uses: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ttl_seconds: Option<u64>,
 }
 
 #[derive(Serialize)]

@@ -288,6 +288,8 @@ mod tests {
                 "`tracker.memory_budget`: \"lots\" is not a size; write 64MiB",
             ),
             (r#"{"tracker": {"memory_budget": null}}"#, "`tracker.memory_budget`: expected a size"),
+            (r#"{"peer": {"upload_limit": 0}}"#, "`peer.upload_limit`: \"0\" is not a limit; write none, or 500k"),
+            (r#"{"peer": {"download_limit_per_peer": true}}"#, "`peer.download_limit_per_peer`: expected a limit"),
             (r#"{"peer": {"shares": "dir"}}"#, "`peer.shares`: expected a list of texts"),
             (r#"{"peer": {"shares": ["dir", 1]}}"#, "`peer.shares`: expected a list of texts"),
             (r#"{"peer": {"shares": ["=dir"]}}"#, "`peer.shares`: \"=dir\" is neither DIR nor NAME=DIR"),
@@ -305,7 +307,8 @@ mod tests {
     fn good_values_of_every_kind() {
         let text = r#"{
             "tracker": {"memory_budget": "64MiB", "heartbeat_seconds": 2, "advertise": ["a:1"]},
-            "peer": {"shares": ["films", "b=./x/./y", "/z"], "downloads": null},
+            "peer": {"shares": ["films", "b=./x/./y", "/z"], "downloads": null, "upload_limit": "20MB/s",
+                     "download_limit": 65536, "upload_limit_per_peer": "none", "download_limit_per_peer": ""},
             "log": {"level": "DEBUG", "json": true}
         }"#;
         let Config { tracker, peer, log } = load_text(&format!("\u{feff}{text}")).unwrap().config;
@@ -314,6 +317,8 @@ mod tests {
             (64 << 20, 2, vec!["a:1".into()])
         );
         assert_eq!((log.level, log.json), (LogLevel::Debug, true));
+        assert_eq!((peer.upload_limit, peer.download_limit), (Some(20_000_000), Some(65_536)));
+        assert_eq!((peer.upload_limit_per_peer, peer.download_limit_per_peer), (None, None));
         let ends: Vec<_> =
             peer.shares.iter().map(|share| (share.name.as_deref(), share.dir.to_str().unwrap())).collect();
         assert!(ends[0].1.starts_with('/') && ends[0].1.ends_with("/films"), "{ends:?}");

@@ -21,6 +21,8 @@ const PATH_KEYS: [&str; 6] = [
     "peer.state_dir",
     "peer.downloads",
 ];
+const RATE_KEYS: [&str; 4] =
+    ["peer.upload_limit", "peer.download_limit", "peer.upload_limit_per_peer", "peer.download_limit_per_peer"];
 /// `SPRAT_…` variables that are read elsewhere and are no settings of this tree.
 const OTHER_VARIABLES: [&str; 6] =
     ["SPRAT_STATE_DIR", "SPRAT_CONFIG", "SPRAT_KEY_PASSPHRASE", "SPRAT_LOG", "SPRAT_NO_INPUT", "SPRAT_TOKEN"];
@@ -230,6 +232,9 @@ fn from_text(default: &Json, text: &str) -> Json {
 fn check_kind(key: &str, default: &Json, value: &Json) -> Result<(), String> {
     let (fits, expected) = match default {
         _ if key == "tracker.memory_budget" => (value.is_u64() || value.is_string(), "a size such as \"2GiB\""),
+        _ if RATE_KEYS.contains(&key) => {
+            (value.is_u64() || value.is_string() || value.is_null(), "a limit such as \"20MB\", or null")
+        }
         Json::Number(_) => (value.is_u64(), "a whole number"),
         Json::Bool(_) => (value.is_boolean(), "true or false"),
         Json::Array(_) => (value.as_array().is_some_and(|items| items.iter().all(Json::is_string)), "a list of texts"),

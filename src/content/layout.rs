@@ -97,7 +97,7 @@ impl Layout {
     }
 
     /// Whether there are no piece hashes: at most one piece, which is hashed whole.
-    pub(super) fn is_single(self) -> bool {
+    pub fn is_single(self) -> bool {
         self.n_pieces() <= 1
     }
 

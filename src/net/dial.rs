@@ -10,14 +10,18 @@ use std::{
     pin::pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
-use http::{Request, Response, Uri};
+use http::{HeaderValue, Request, Response, Uri};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use rustls::{ClientConfig, pki_types::ServerName};
+use rustls::{
+    ClientConfig,
+    pki_types::{ServerName, UnixTime},
+};
+use time::OffsetDateTime;
 use tokio::{
     io::{AsyncRead, AsyncWrite, BufReader},
     net::{TcpStream, lookup_host},
@@ -29,7 +33,12 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::{body::Body, service::Routes};
 use tower::Service;
 
-use super::{Caller, Http2, READ_BUFFER, connect_unix, serve::serve_h2};
+use super::{
+    Caller, Http2, Line, READ_BUFFER, connect_unix,
+    line::{Clock, Timed, Tuned},
+    serve::serve_h2,
+};
+use crate::request::{self, RequestId};
 
 /// Between two addresses of the same target (RFC 8305, "Connection Attempt Delay").
 const STAGGER: Duration = Duration::from_millis(250);
@@ -57,6 +66,8 @@ pub struct Connection {
     requests: http2::SendRequest<Body>,
     origin: Uri,
     remote: Option<SocketAddr>,
+    round_trip: Duration,
+    clock: Clock,
     ended: watch::Receiver<Option<String>>,
     _driver: Arc<AbortOnDropHandle<()>>,
 }
@@ -78,6 +89,18 @@ impl Connection {
     #[must_use]
     pub const fn remote(&self) -> Option<SocketAddr> {
         self.remote
+    }
+
+    /// How long the TCP connection took to be made; zero where there is none.
+    #[must_use]
+    pub const fn round_trip(&self) -> Duration {
+        self.round_trip
+    }
+
+    /// Time spent in TLS reading from this connection since this was last asked.
+    #[must_use]
+    pub fn take_tls_time(&self) -> Duration {
+        self.clock.take()
     }
 
     /// Has the other end gone?
@@ -115,7 +138,15 @@ impl Connection {
             }
         }));
         let origin = Uri::from_static("https://sprat");
-        Ok(Self { requests, origin, remote, ended, _driver: Arc::new(driver) })
+        Ok(Self {
+            requests,
+            origin,
+            remote,
+            round_trip: Duration::ZERO,
+            clock: Clock::default(),
+            ended,
+            _driver: Arc::new(driver),
+        })
     }
 }
 
@@ -128,7 +159,10 @@ impl Service<Request<Body>> for Connection {
         self.requests.poll_ready(cx).map_err(Into::into)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        if let Ok(id) = HeaderValue::from_str(&RequestId::current().to_string()) {
+            request.headers_mut().insert(request::HEADER, id);
+        }
         let (answer, mut ended) = (self.requests.send_request(request), self.ended.clone());
         Box::pin(async move {
             let mut answer = pin!(answer);
@@ -189,11 +223,15 @@ async fn dial_one(
     let unreachable = |error| DialError::Unreachable(target.to_owned(), error);
     let refused = |reason: String| DialError::Refused(target.to_owned(), reason);
     let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no answer within 5 s");
-    let stream = timeout(CONNECT, connect(target)).await.map_err(late).and_then(|c| c).map_err(unreachable)?;
+    let (stream, round_trip) =
+        timeout(CONNECT, connect(target)).await.map_err(late).and_then(|c| c).map_err(unreachable)?;
     let remote = stream.peer_addr().ok();
     stream.set_nodelay(true).map_err(unreachable)?;
+    let clock = Clock::default();
+    let stream = Tuned::new(stream, Line::default(), clock.clone());
     let stream = BufReader::with_capacity(READ_BUFFER, stream);
     let name = ServerName::try_from(name).map_err(|e| refused(e.to_string()))?;
+    let shaking = Instant::now();
     let tls = timeout(CONNECT, TlsConnector::from(config).connect(name, stream))
         .await
         .map_err(late)
@@ -202,14 +240,20 @@ async fn dial_one(
     if tls.get_ref().1.alpn_protocol() != Some(b"h2") {
         return Err(refused("it does not speak HTTP/2: not a sprat".into()));
     }
-    Connection::over(tls, http2, remote).await.map_err(|error| refused(format!("the connection broke: {error}")))
+    // A TLS 1.3 handshake takes one round trip, too, and a busy machine seldom delays both.
+    let round_trip = round_trip.min(shaking.elapsed());
+    let tls = Timed { io: tls, clock: clock.clone() };
+    let connection = Connection::over(tls, http2, remote).await;
+    let connection = connection.map_err(|error| refused(format!("the connection broke: {error}")))?;
+    Ok(Connection { round_trip, clock, ..connection })
 }
 
-async fn connect(target: &str) -> io::Result<TcpStream> {
+async fn connect(target: &str) -> io::Result<(TcpStream, Duration)> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in lookup_host(target).await? {
+        let started = Instant::now();
         match TcpStream::connect(address).await {
-            Ok(stream) => return Ok(stream),
+            Ok(stream) => return Ok((stream, started.elapsed())),
             Err(error) => last = error,
         }
     }
@@ -235,11 +279,11 @@ fn explain(error: &io::Error) -> String {
         Some(Error::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature)) => {
             "its certificate is of another network (unknown authority)".into()
         }
-        Some(Error::InvalidCertificate(Bad::Expired | Bad::ExpiredContext { .. })) => {
-            "its certificate has expired, or this machine's clock is ahead".into()
+        Some(Error::InvalidCertificate(Bad::ExpiredContext { time, not_after })) => {
+            format!("its certificate ended {}, and this machine's clock says {}", date(*not_after), date(*time))
         }
-        Some(Error::InvalidCertificate(Bad::NotValidYet | Bad::NotValidYetContext { .. })) => {
-            "its certificate is not valid yet: is this machine's clock behind?".into()
+        Some(Error::InvalidCertificate(Bad::NotValidYetContext { time, not_before })) => {
+            format!("its certificate begins {}, and this machine's clock says {}", date(*not_before), date(*time))
         }
         Some(Error::InvalidCertificate(Bad::Revoked)) => "it was revoked".into(),
         Some(Error::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. })) => {
@@ -256,13 +300,22 @@ fn explain(error: &io::Error) -> String {
     }
 }
 
+fn date(time: UnixTime) -> String {
+    let seconds = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
+    let Ok(time) = OffsetDateTime::from_unix_timestamp(seconds) else { return "a time out of all bounds".into() };
+    format!("{} {:02}:{:02} UTC", time.date(), time.hour(), time.minute())
+}
+
 /// By its text: HTTP/2 passes on no more of what TLS said.
 fn explain_alert(text: &str) -> String {
     match text.rsplit_once("received fatal alert: ").map(|(_, alert)| alert) {
         Some("CertificateRequired" | "AccessDenied" | "CertificateRevoked") => {
             "it does not accept our certificate: not a member any more?".into()
         }
-        Some("CertificateExpired") => "our certificate has expired".into(),
+        Some("CertificateExpired") => {
+            let now = date(UnixTime::now());
+            format!("by its clock our certificate is out of date; this machine's clock says {now}")
+        }
         Some("UnknownCA" | "DecryptError") => "it belongs to another network (it does not know our authority)".into(),
         _ => format!("TLS failed: {text}"),
     }
@@ -283,7 +336,7 @@ pub async fn dial_unix(folder: &Path, name: &str, http2: Http2) -> io::Result<Co
 /// If the HTTP/2 handshake fails.
 pub async fn pipe(routes: Routes, http2: Http2, cancel: CancellationToken) -> io::Result<Connection> {
     let (near, far) = tokio::io::duplex(64 << 10);
-    let caller = Caller { subject: None, remote: None };
+    let caller = Caller { subject: None, remote: None, line: Line::default() };
     tokio::spawn(async move {
         let _ = serve_h2(far, routes, caller, http2, cancel).await;
     });

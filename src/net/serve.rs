@@ -18,7 +18,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use http::{HeaderMap, Request, Response};
+use http::Request;
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ServerConfig;
@@ -30,12 +30,17 @@ use tokio::{
 };
 use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::{Status, service::Routes};
-use tower::Service;
+use tonic::service::Routes;
 
-use super::{CONTROL, Caller, Http2, READ_BUFFER, first_byte::FirstByte};
+use super::{
+    CONTROL, Caller, Http2, READ_BUFFER,
+    first_byte::FirstByte,
+    line::{Clock, Line, Tuned},
+    rpc::answer,
+};
 use crate::{
     identity::{CertificateFacts, JOIN_NAME, PeerId, Subject},
+    metrics,
     trust::Trust,
 };
 
@@ -43,10 +48,10 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 const PREFACE: Duration = Duration::from_secs(5);
 const DRAIN: Duration = Duration::from_secs(10);
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(10));
-/// Longest wait for the first byte of an answer when the caller names none.
-const ANSWER: Duration = Duration::from_secs(120);
 const HEADER_LIST: u32 = 8 << 10;
 const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// Ciphertext waiting for the socket: what one system call hands over.
+const SEND_BUFFER: usize = 256 << 10;
 /// Handshakes computed at once: they cost CPU before anybody is known.
 const HANDSHAKES: usize = 64;
 
@@ -130,6 +135,7 @@ impl Listener {
     /// Accepts until cancelled. Never fails: what goes wrong with one connection is that connection's end.
     pub async fn run(self, listener: TcpListener) {
         let listener_limits = self.limits;
+        metrics::CONNECTIONS_LIMIT.set(listener_limits.connections);
         let this = Arc::new(self);
         let connections = Arc::new(Semaphore::new(listener_limits.connections));
         let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
@@ -146,13 +152,14 @@ impl Listener {
                     pause = PAUSE.0;
                     let guest = Guest::admit(&doors.strangers, remote.ip(), listener_limits.strangers_per_address);
                     let (Some(guest), Ok(place)) = (guest, connections.clone().try_acquire_owned()) else {
+                        metrics::CONNECTIONS_REFUSED.one();
                         tracing::debug!(%remote, "too many connections: refused");
                         continue;
                     };
                     let (this, doors, handshakes) = (this.clone(), doors.clone(), handshakes.clone());
                     let tasks = this.tasks.clone();
                     tasks.spawn(async move {
-                        let _place = place;
+                        let (_place, _here) = (place, metrics::CONNECTIONS.enter());
                         if let Err(error) = this.connection(stream, remote, guest, &doors, &handshakes).await {
                             tracing::debug!(%remote, "connection ended: {error}");
                         }
@@ -182,9 +189,13 @@ impl Listener {
         handshakes: &Semaphore,
     ) -> io::Result<()> {
         stream.set_nodelay(true)?;
-        let (tls, routes) = timeout(HANDSHAKE, self.handshake(stream, handshakes))
-            .await
-            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no TLS handshake within 5 s"))??;
+        let line = Line::default();
+        let (tls, routes) =
+            timeout(HANDSHAKE, self.handshake(Tuned::new(stream, line.clone(), Clock::default()), handshakes))
+                .await
+                .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no TLS handshake within 5 s"))
+                .and_then(|shaken| shaken)
+                .inspect_err(|_| metrics::HANDSHAKES_FAILED.one())?;
         let session = tls.get_ref().1;
         if session.alpn_protocol() != Some(b"h2") {
             return Err(io::Error::other("the client does not speak HTTP/2"));
@@ -206,7 +217,7 @@ impl Listener {
         } else {
             Some(guest)
         };
-        let caller = Caller { subject, remote: Some(remote) };
+        let caller = Caller { subject, remote: Some(remote), line };
         let served = serve_h2(tls, routes, caller, self.limits.http2, self.cancel.clone());
         let until = facts.map(|facts| until(facts.not_after));
         tokio::select! {
@@ -220,9 +231,9 @@ impl Listener {
 
     async fn handshake(
         &self,
-        stream: TcpStream,
+        stream: Tuned,
         handshakes: &Semaphore,
-    ) -> io::Result<(TlsStream<BufReader<TcpStream>>, Routes)> {
+    ) -> io::Result<(TlsStream<BufReader<Tuned>>, Routes)> {
         let stream = BufReader::with_capacity(READ_BUFFER, stream);
         let start = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await?;
         let busy = handshakes.acquire().await.map_err(io::Error::other)?;
@@ -234,7 +245,10 @@ impl Listener {
         let shaken = start.into_stream(front.tls.clone()).into_fallible().await;
         drop(busy);
         match shaken {
-            Ok(tls) => Ok((tls, front.routes.clone())),
+            Ok(mut tls) => {
+                tls.get_mut().1.set_buffer_limit(Some(SEND_BUFFER));
+                Ok((tls, front.routes.clone()))
+            }
             Err((error, mut stream)) => {
                 // Closing with bytes unread would reset the connection, and the caller would never read why.
                 stream.shutdown().await?;
@@ -267,7 +281,7 @@ pub async fn serve_unix(listener: UnixListener, routes: Routes, cancel: Cancella
         };
         match accepted {
             Ok((stream, _)) if stream.peer_cred().is_ok_and(|peer| peer.uid() == me || peer.uid() == 0) => {
-                let caller = Caller { subject: None, remote: None };
+                let caller = Caller { subject: None, remote: None, line: Line::default() };
                 let served = serve_h2(stream, routes.clone(), caller, CONTROL, cancel.clone());
                 tasks.spawn(async move {
                     if let Err(error) = served.await {
@@ -331,57 +345,9 @@ where
     timeout(DRAIN, connection).await.unwrap_or(Ok(())).map_err(io::Error::other)
 }
 
-async fn answer(mut routes: Routes, request: Request<Incoming>) -> Result<Response<tonic::body::Body>, io::Error> {
-    let deadline = match grpc_timeout(request.headers()) {
-        Ok(asked) => asked.map_or(ANSWER, |asked| asked.min(ANSWER)),
-        Err(status) => return Ok(status.into_http()),
-    };
-    match timeout(deadline, routes.call(request)).await {
-        Ok(response) => response.map_err(io::Error::other),
-        Err(_) => Ok(Status::deadline_exceeded("the call took longer than its deadline").into_http()),
-    }
-}
-
-/// The `grpc-timeout` header: at most eight digits and a unit (gRPC over HTTP/2, "Timeout").
-fn grpc_timeout(headers: &HeaderMap) -> Result<Option<Duration>, Status> {
-    let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };
-    let malformed = || Status::invalid_argument("malformed grpc-timeout");
-    let text = value.to_str().map_err(|_| malformed())?;
-    let (digits, unit) = text.split_at_checked(text.len().wrapping_sub(1)).ok_or_else(malformed)?;
-    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
-        return Err(malformed());
-    }
-    let n: u64 = digits.parse().map_err(|_| malformed())?;
-    Ok(Some(match unit {
-        "H" => Duration::from_secs(n * 3600),
-        "M" => Duration::from_secs(n * 60),
-        "S" => Duration::from_secs(n),
-        "m" => Duration::from_millis(n),
-        "u" => Duration::from_micros(n),
-        "n" => Duration::from_nanos(n),
-        _ => return Err(malformed()),
-    }))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn timeouts_are_read_as_the_protocol_says_and_never_panic() {
-        let read = |text: &str| {
-            let mut headers = HeaderMap::new();
-            headers.insert("grpc-timeout", text.parse().unwrap());
-            grpc_timeout(&headers)
-        };
-        assert_eq!(read("5S").unwrap(), Some(Duration::from_secs(5)));
-        assert_eq!(read("1n").unwrap(), Some(Duration::from_nanos(1)));
-        assert_eq!(read("99999999H").unwrap(), Some(Duration::from_secs(99_999_999 * 3600)));
-        for bad in ["", "S", "5", "123456789S", "-1S", "5x", "1e3S"] {
-            assert!(read(bad).is_err(), "{bad}");
-        }
-        assert_eq!(grpc_timeout(&HeaderMap::new()).unwrap(), None);
-    }
 
     #[test]
     fn a_place_is_given_back() {

@@ -39,6 +39,8 @@ pub struct Account {
     pub goodput: u64,
     /// Wrong answers so far.
     pub lies: u32,
+    /// A good piece came from it, and nothing wrong since.
+    pub is_proven: bool,
     /// Why it was last given up or rested.
     pub trouble: String,
 }
@@ -53,6 +55,7 @@ impl Default for Account {
             sizes: (0, 0),
             goodput: 0,
             lies: 0,
+            is_proven: false,
             trouble: String::new(),
         }
     }

@@ -26,13 +26,18 @@ use super::{
 use crate::{
     backoff::Backoff,
     net,
-    proto::{HeartbeatRequest, RegisterHeader, RegisterRequest, heartbeat_response::State, register_request::Part},
+    proto::{
+        Activity, HeartbeatRequest, RegisterHeader, RegisterRequest, heartbeat_response::State, register_request::Part,
+    },
 };
 
-/// Changes within this time travel together.
+/// Changes within this time travel together; while one announcement follows another, the time doubles up to a limit.
 const GATHER: Duration = Duration::from_millis(100);
+const LONGEST_GATHER: Duration = Duration::from_millis(400);
 const GOODBYE: Duration = Duration::from_secs(2);
 const FIRST_INTERVAL: Duration = Duration::from_secs(10);
+/// Between two heartbeats, whatever happens meanwhile.
+const SOONEST: Duration = Duration::from_secs(1);
 
 /// Where this peer can be reached.
 #[derive(Clone, Debug)]
@@ -70,6 +75,33 @@ pub struct Announcer {
     pub reachable: Reachable,
     /// Shown in `status`: "online", or why not.
     pub state: watch::Sender<String>,
+    /// What moves now, and whether anything does.
+    pub activity: Box<dyn FnMut() -> (Activity, bool) + Send + Sync>,
+    /// Changes when a Get begins or ends, so that the tracker soon hears of it.
+    pub attached: watch::Receiver<usize>,
+}
+
+/// When the next heartbeat is due.
+struct Rhythm {
+    quiet: Duration,
+    busy: Duration,
+    is_busy: bool,
+}
+
+impl Rhythm {
+    fn quiet(&mut self, heartbeat_ms: u32) {
+        self.quiet = Duration::from_millis(heartbeat_ms.max(100).into());
+    }
+
+    fn busy(&mut self, busy_ms: u32) {
+        let told = if busy_ms > 0 { Duration::from_millis(busy_ms.into()) } else { self.quiet };
+        self.busy = told.clamp(SOONEST, self.quiet.max(SOONEST));
+    }
+
+    fn next(&self) -> Duration {
+        let interval = if self.is_busy { self.busy } else { self.quiet };
+        interval.mul_f64(0.9 + 0.2 * rand::random::<f64>())
+    }
 }
 
 /// What the tracker is known to hold.
@@ -80,32 +112,41 @@ struct Announced {
 
 impl Announcer {
     /// Announces until cancelled, then leaves.
-    pub async fn run(self, cancel: CancellationToken) {
+    pub async fn run(mut self, cancel: CancellationToken) {
         let mut announced: Option<Announced> = None;
-        let mut interval = FIRST_INTERVAL;
+        let mut rhythm = Rhythm { quiet: FIRST_INTERVAL, busy: SOONEST, is_busy: false };
         let mut backoff = Backoff::new(Duration::from_millis(500), FIRST_INTERVAL);
         let mut changed = self.library.changed();
-        let mut due = Instant::now();
+        let (mut due, mut beat) = (Instant::now(), Instant::now());
+        let (mut gather, mut last) = (GATHER, due);
         loop {
+            // While the tracker is not reached, nothing hurries the next attempt.
             let wait = async {
                 tokio::select! {
-                    () = sleep_until(due) => {}
-                    // While the tracker is not reached, changes do not hurry the next attempt.
-                    Ok(()) = changed.changed(), if announced.is_some() => tokio::time::sleep(GATHER).await,
+                    () = sleep_until(due) => due,
+                    Ok(()) = changed.changed(), if announced.is_some() => {
+                        gather = if last.elapsed() < gather { LONGEST_GATHER.min(gather * 2) } else { GATHER };
+                        tokio::time::sleep(gather).await;
+                        due
+                    }
+                    Ok(()) = self.attached.changed(), if announced.is_some() => due.min(beat + rhythm.busy),
                 }
             };
-            if cancel.run_until_cancelled(wait).await.is_none() {
-                break;
-            }
-            let Some(outcome) = cancel.run_until_cancelled(self.step(&mut announced, &mut interval, due)).await else {
+            let Some(next) = cancel.run_until_cancelled(wait).await else { break };
+            due = next;
+            let is_first = announced.is_none();
+            let Some(outcome) = cancel.run_until_cancelled(self.step(&mut announced, &mut rhythm, due)).await else {
                 break;
             };
+            last = Instant::now();
             match outcome {
                 Ok(()) => {
                     backoff.reset();
                     self.state.send_replace("online".into());
                     if due <= Instant::now() {
-                        due = Instant::now() + interval.mul_f64(0.9 + 0.2 * rand::random::<f64>());
+                        beat = Instant::now();
+                        // The first report follows a full registration at once: what comes later is counted from it.
+                        due = if is_first { beat } else { beat + rhythm.next() };
                     }
                 }
                 Err(error) => {
@@ -126,17 +167,21 @@ impl Announcer {
     }
 
     /// Brings the tracker up to date: a registration if there is news, and a heartbeat when one is due.
-    async fn step(&self, announced: &mut Option<Announced>, interval: &mut Duration, due: Instant) -> Result<()> {
+    async fn step(&mut self, announced: &mut Option<Announced>, rhythm: &mut Rhythm, due: Instant) -> Result<()> {
         if let Some(known) = announced.as_ref()
             && Instant::now() >= due
         {
+            let (activity, is_busy) = (self.activity)();
+            rhythm.is_busy = is_busy;
             let request = HeartbeatRequest {
                 generation: known.generation,
                 trust_epoch: self.membership.trust().list().epoch,
+                activity: Some(activity),
                 ..Default::default()
             };
             let answer = self.tracker.heartbeat(request).await?;
-            *interval = Duration::from_millis(answer.heartbeat_interval_ms.max(100).into());
+            rhythm.quiet(answer.heartbeat_interval_ms);
+            rhythm.busy(answer.busy_interval_ms);
             if let Some(list) = &answer.trust_list {
                 self.membership.adopt(list)?;
             }
@@ -148,9 +193,9 @@ impl Announcer {
         let version = *self.library.changed().borrow();
         match announced {
             Some(known) if known.version == version => Ok(()),
-            Some(known) => match self.register(Some(known), interval).await {
+            Some(known) => match self.register(Some(known), rhythm).await {
                 Err(error) if status_of(&error) == Some(Code::FailedPrecondition) => {
-                    *announced = Some(self.register(None, interval).await?);
+                    *announced = Some(self.register(None, rhythm).await?);
                     Ok(())
                 }
                 registered => {
@@ -159,13 +204,13 @@ impl Announcer {
                 }
             },
             None => {
-                *announced = Some(self.register(None, interval).await?);
+                *announced = Some(self.register(None, rhythm).await?);
                 Ok(())
             }
         }
     }
 
-    async fn register(&self, base: Option<&Announced>, interval: &mut Duration) -> Result<Announced> {
+    async fn register(&self, base: Option<&Announced>, rhythm: &mut Rhythm) -> Result<Announced> {
         let changes = self.library.changes_since(base.map_or(0, |base| base.version));
         let (base_generation, added, removed) = match (base, changes.update) {
             (Some(base), Update::Delta { added, removed }) => (base.generation, added, removed),
@@ -186,7 +231,7 @@ impl Announcer {
         let header = RegisterRequest { part: Some(Part::Header(header)) };
         let parts = std::iter::once(header).chain(batches(added, removed)).collect::<Vec<_>>();
         let answer = self.tracker.register(futures_util::stream::iter(parts)).await?;
-        *interval = Duration::from_millis(answer.heartbeat_interval_ms.max(100).into());
+        rhythm.quiet(answer.heartbeat_interval_ms);
         if let Some(list) = &answer.trust_list {
             self.membership.adopt(list)?;
         }

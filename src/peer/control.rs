@@ -21,29 +21,39 @@ use tokio::{
     time::interval,
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status};
 
 use super::{
     announce::Reachable,
     download::Get,
+    find::Found,
     index::Index,
     library::Library,
+    limit::{Limit, Limits as Bandwidth, Rates},
     membership::Membership,
+    pace::Fixed,
     progress::Progress,
-    report::{self, Speed},
+    report::{self, Meter, Speed},
     serve::Served,
     shares::{ShareSpec, Shares},
+    swarm::Here,
     targets::{Disk, Existing, Want},
     tracker_client::TrackerClient,
 };
 use crate::{
+    catalog::SourceInfo,
     exit::{Exit, Failed},
+    metrics,
     proto::*,
+    request::carried,
     safe_path::{Root, SafeName, with_path},
+    telemetry,
+    units::RATES,
 };
 
-const QUEUE: usize = 64;
+/// Events that wait for whoever asked: many small files end at once.
+const QUEUE: usize = 1024;
 /// Between two progress events.
 const PROGRESS: Duration = Duration::from_millis(100);
 /// How long a first scan may take before a Share is answered without its counts.
@@ -67,6 +77,8 @@ pub struct Control {
     pub downloads: Option<PathBuf>,
     /// What was served.
     pub served: Arc<Served>,
+    /// What may be sent and fetched a second.
+    pub limits: Bandwidth,
     /// Where we listen.
     pub reachable: Reachable,
     /// How we stand with the tracker.
@@ -75,6 +87,10 @@ pub struct Control {
     pub started: Instant,
     /// Ends everything.
     pub cancel: CancellationToken,
+    /// What has to end before the Node does.
+    pub tasks: TaskTracker,
+    /// Closed; holds what winds up a Get that was dropped.
+    pub ending: TaskTracker,
     /// Gets under way, by number.
     pub running: Mutex<BTreeMap<u64, Arc<Progress>>>,
     /// How many requests are attached.
@@ -88,6 +104,8 @@ struct Attached {
     control: Arc<Control>,
     id: u64,
     progress: Arc<Progress>,
+    /// None while it runs, and if it is dropped half-way.
+    went_well: Option<bool>,
 }
 
 impl Attached {
@@ -96,15 +114,24 @@ impl Attached {
         let (id, progress) = (NEXT.fetch_add(1, Ordering::Relaxed), Arc::new(Progress::default()));
         control.running.lock().expect("no panic while the lock is held").insert(id, progress.clone());
         control.attached.send_modify(|n| *n += 1);
-        Self { control: control.clone(), id, progress }
+        Self { control: control.clone(), id, progress, went_well: None }
     }
 }
 
 impl Drop for Attached {
     fn drop(&mut self) {
-        self.control.running.lock().expect("no panic while the lock is held").remove(&self.id);
-        let fetched = report::fetched(&self.progress);
-        self.control.downloaded.fetch_add(fetched, Ordering::Relaxed);
+        {
+            // Under the lock, so that what it fetched is counted in one of both, and never in none or both.
+            let mut running = self.control.running.lock().expect("no panic while the lock is held");
+            running.remove(&self.id);
+            self.control.downloaded.fetch_add(report::fetched(&self.progress), Ordering::Relaxed);
+        }
+        let ended = match self.went_well {
+            Some(true) => &metrics::TRANSFERS_DONE,
+            Some(false) => &metrics::TRANSFERS_FAILED,
+            None => &metrics::TRANSFERS_STOPPED,
+        };
+        ended.one();
         self.control.attached.send_modify(|n| *n -= 1);
     }
 }
@@ -162,6 +189,7 @@ impl Control {
             Ok(Want { target, name, size: wanted.size, id: content_id(&wanted.content_id)? })
         });
         let wants = wants.collect::<Result<Vec<_>>>()?;
+        let found = self.told(request, &wants)?;
         if file.is_some() && wants.len() != 1 {
             return Err(Failed::new(Exit::Usage, "several files need a folder: end -o with /").into());
         }
@@ -175,17 +203,50 @@ impl Control {
         let existing = match request.existing() {
             get_request::Existing::Rename => Existing::Rename,
             get_request::Existing::Skip => Existing::Skip,
+            get_request::Existing::Overwrite => Existing::Overwrite,
             get_request::Existing::Unspecified | get_request::Existing::Refuse => Existing::Refuse,
         };
-        Ok(Get { membership: self.membership.clone(), tracker: self.tracker.clone(), disk, wants, existing })
+        let here = Here { addresses: self.reachable.addresses(), port: self.reachable.bound.port() };
+        let (membership, tracker) = (self.membership.clone(), self.tracker.clone());
+        let (limit, tasks, ending) = (self.limits.download.clone(), self.tasks.clone(), self.ending.clone());
+        let fixed = Fixed::default();
+        Ok(Get { membership, tracker, here, limit, fixed, disk, wants, found, existing, tasks, ending })
+    }
+
+    /// Who holds what, as the caller says.
+    fn told(&self, request: &GetRequest, wants: &[Want]) -> Result<Found> {
+        let sources = request.sources.iter().map(|source| SourceInfo::try_from(source.clone()));
+        let sources = sources.collect::<Result<Vec<_>, _>>()?;
+        let mut found = Found::default();
+        for (wanted, want) in request.wanted.iter().zip(wants) {
+            let holders = wanted.sources.iter().filter_map(|at| sources.get(*at as usize));
+            for holder in holders.filter(|holder| holder.peer != self.membership.id()) {
+                found.told(holder, want.id);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Gets under way, and the bytes that came over the network so far.
+    fn received(&self) -> (BTreeMap<u64, Arc<Progress>>, u64) {
+        let running = self.running.lock().expect("no panic while the lock is held");
+        let in_flight: u64 = running.values().map(|progress| report::fetched(progress)).sum();
+        (running.clone(), self.downloaded.load(Ordering::Relaxed) + in_flight)
+    }
+
+    /// What moves now, for the tracker; and whether anything does.
+    pub fn activity(&self, meter: &mut Meter) -> (Activity, bool) {
+        let (running, received) = self.received();
+        let activity = meter.activity(&running, self.served.bytes.load(Ordering::Relaxed), received);
+        let is_busy = !running.is_empty() || activity.send_rate > 0 || self.served.streams.load(Ordering::Relaxed) > 0;
+        (activity, is_busy)
     }
 
     /// Everything that `status` shows.
     fn status(&self) -> StatusResponse {
         let (files, bytes) = self.library.totals();
         let to_do = self.shares.progress();
-        let running = self.running.lock().expect("no panic while the lock is held").clone();
-        let in_flight: u64 = running.values().map(|progress| report::fetched(progress)).sum();
+        let (running, bytes_downloaded) = self.received();
         StatusResponse {
             peer_id: self.membership.id().to_string(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -201,7 +262,7 @@ impl Control {
             bytes_to_hash: to_do.bytes_to_hash,
             files_skipped: to_do.skipped.total(),
             bytes_uploaded: self.served.bytes.load(Ordering::Relaxed),
-            bytes_downloaded: self.downloaded.load(Ordering::Relaxed) + in_flight,
+            bytes_downloaded,
             downloads_running: running
                 .iter()
                 .map(|(id, running)| DownloadStatus {
@@ -212,12 +273,20 @@ impl Control {
             certificate_seconds_left: self.membership.seconds_left(),
             uptime_seconds: self.started.elapsed().as_secs(),
             uploads_running: self.served.streams.load(Ordering::Relaxed),
+            limits: Some(report::limits(&self.limits)),
         }
     }
 }
 
+/// Changes the limit of one direction where something is said.
+fn change(limit: &Limit, total: Option<u64>, per_peer: Option<u64>) {
+    let said = |now: Option<u64>, said: Option<u64>| said.map_or(now, |rate| Some(rate).filter(|rate| *rate > 0));
+    let now = limit.rates();
+    limit.set(Rates { total: said(now.total, total), per_peer: said(now.per_peer, per_peer) });
+}
+
 /// Runs one Get and tells its story to `events`.
-async fn tell(attached: Attached, request: GetRequest, events: mpsc::Sender<Result<GetEvent, Status>>) {
+async fn tell(mut attached: Attached, request: GetRequest, events: mpsc::Sender<Result<GetEvent, Status>>) {
     let began = Instant::now();
     let progress = attached.progress.clone();
     let send = |event: get_event::Event| events.send(Ok(GetEvent { event: Some(event) }));
@@ -247,6 +316,7 @@ async fn tell(attached: Attached, request: GetRequest, events: mpsc::Sender<Resu
     }
     .await;
     let summary = report::summary(&progress, began.elapsed());
+    attached.went_well = (!events.is_closed()).then_some(outcome.is_ok());
     let last = match outcome {
         Ok(()) => get_event::Event::Done(summary),
         Err(error) => get_event::Event::Failed(report::failure(&error, summary)),
@@ -263,12 +333,31 @@ impl control_service_server::ControlService for ControlServer {
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<Self::GetStream>, Status> {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (attached, cancel) = (Attached::begin(&self.0), self.0.cancel.clone());
-        tokio::spawn(async move { cancel.run_until_cancelled(tell(attached, request.into_inner(), sender)).await });
+        let telling = async move { cancel.run_until_cancelled(tell(attached, request.into_inner(), sender)).await };
+        self.0.tasks.spawn(carried(telling));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         Ok(Response::new(self.0.status()))
+    }
+
+    async fn limit(&self, request: Request<LimitRequest>) -> Result<Response<LimitResponse>, Status> {
+        let wanted = request.into_inner();
+        let rates = [wanted.upload, wanted.download, wanted.upload_per_peer, wanted.download_per_peer];
+        if let Some(rate) = rates.iter().flatten().find(|rate| **rate != 0 && !RATES.contains(rate)) {
+            let text = format!("{rate} is no limit: from {} to {} bytes a second, or 0", RATES.start(), RATES.end());
+            return Err(Status::invalid_argument(text));
+        }
+        change(&self.0.limits.upload, wanted.upload, wanted.upload_per_peer);
+        change(&self.0.limits.download, wanted.download, wanted.download_per_peer);
+        Ok(Response::new(LimitResponse { limits: Some(report::limits(&self.0.limits)) }))
+    }
+
+    async fn log_level(&self, request: Request<LogLevelRequest>) -> Result<Response<LogLevelResponse>, Status> {
+        let level =
+            telemetry::level(&request.into_inner().level).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        Ok(Response::new(LogLevelResponse { level }))
     }
 
     async fn share(&self, request: Request<ShareRequest>) -> Result<Response<ShareResponse>, Status> {
@@ -279,9 +368,11 @@ impl control_service_server::ControlService for ControlServer {
         }
         let spec = ShareSpec { name: (!name.is_empty()).then_some(name), path: path.clone() };
         let (shares, adding) = (self.0.shares.clone(), spec.clone());
-        let added = tokio::task::spawn_blocking(move || shares.add(adding)).await;
-        let added = added.map_err(|e| Status::internal(e.to_string()))?;
-        added.map_err(|error| Status::invalid_argument(format!("{error:#}")))?;
+        let added = tokio::task::spawn_blocking(move || shares.add(adding));
+        added
+            .await
+            .map_err(|e| Status::internal(e.to_string()))?
+            .map_err(|error| Status::invalid_argument(format!("{error:#}")))?;
         super::remembered::add(&self.0.remember, &spec).map_err(|error| Status::internal(format!("{error:#}")))?;
         let path = path.canonicalize().unwrap_or(path);
         let deadline = Instant::now() + SCAN;

@@ -4,9 +4,26 @@
 //! Invariants: the tracker is asked who holds what, never for bytes, and a batch under way does not need it; every target
 //! is looked at before the first byte; a Get ends with everything it was asked for, or with one error that has an exit
 //! code, and what was verified by then stays for the next attempt.
+//!
+//! **Many small files**, profiled with perf and strace: CPU seconds of sink and source for 10,000 x 4 KiB, and with
+//! 1,000 x 100 KiB more.
+//!
+//! | | 4 KiB | both |
+//! |---|---:|---:|
+//! | before | 0.69 | 0.90 |
+//! | batches of 4,096 files, not 1,024; the tracker asked only for what takes long; a missing folder looked for once; few commits to the index, beside the work; fewer announcements | 0.59 | 0.85 |
+//! | no manifest in the index that the id and the size make up for; one change of the library for a group | 0.52 | 0.78 |
+//!
+//! At the sink, before the last of these steps, for both: TLS and HTTP/2 a fifth; opening, hashing and writing 18 %; names
+//! 14 %; the index 12 %; lanes and picker 10 %; waking threads 7 %; the listing 4 %. rsync neither encrypts nor hashes.
+//!
+//! **A far file**, 256 MiB over 50 ms, seen with tcpdump: the first request for bytes left 0.57 s after the first packet,
+//! and now leaves after 0.37. One connection to the tracker serves the command and the Node (2 round trips), and whom the
+//! listing names is asked without waiting for the tracker's second word (1). What is left: 3 round trips for the listing, 2
+//! to connect to the source, 2 for a manifest that is longer than a first flight.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, VecDeque},
     path::PathBuf,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
@@ -16,36 +33,45 @@ use anyhow::Result;
 use tokio::{
     sync::mpsc,
     task::{JoinSet, spawn_blocking},
-    time::interval,
+    time::timeout,
 };
+use tokio_util::task::TaskTracker;
+
+mod batch;
 
 use super::{
-    account::{Account, State},
-    find::{Finder, Found, learn},
+    find::Found,
+    limit::Limit,
     membership::Membership,
+    pace::Fixed,
     progress::{Happening, Progress},
     source::Source,
-    storage::Storage,
-    swarm::{Report, Swarm},
-    targets::{Disk, Existing, Target, Want, explain},
+    spent::Stage,
+    swarm::{Here, Swarm},
+    targets::{Disk, Existing, Finishing, Target, Want},
     tracker_client::TrackerClient,
 };
 use crate::{
-    content::Manifest,
+    content::MIN_PIECE_LEN,
     exit::{Exit, Failed},
     identity::PeerId,
+    proto::MAX_CONTENTS,
     safe_path::SafeName,
 };
 
-/// Contents in one batch: each has an open file.
-const BATCH_FILES: usize = 256;
+/// Contents in one batch: between batches the sources have nothing to do.
+const BATCH_FILES: usize = 4096;
+/// Contents of several pieces in one batch: as many as one request may name, for a source is asked to tell what it has of
+/// all of them.
+const BATCH_LONG_FILES: usize = MAX_CONTENTS;
+/// Complete contents that are made durable and named in one go.
+const GROUP_FILES: usize = 1024;
 /// Pieces in one batch: each costs some bytes in the picker.
 const BATCH_PIECES: u64 = 1 << 20;
-/// Files synced and renamed at once.
-const FINISHING: usize = 8;
-/// How long to hope for a source when there is none.
-const GRACE: Duration = Duration::from_secs(4);
-const TICK: Duration = Duration::from_millis(100);
+/// How long earlier Gets that were dropped may take to make durable what they wrote: the next one may want their files.
+const ENDING: Duration = Duration::from_secs(10);
+/// Groups of files that are made durable and named at once.
+const FINISHING: usize = 2;
 
 /// What to get.
 pub struct Get {
@@ -53,55 +79,98 @@ pub struct Get {
     pub membership: Arc<Membership>,
     /// Who knows who holds what.
     pub tracker: Arc<TrackerClient>,
+    /// Where this peer serves what it fetches.
+    pub here: Here,
+    /// How much may come a second.
+    pub limit: Limit,
+    /// Sizes that do not follow a source's speed: none, unless that is what is measured.
+    pub fixed: Fixed,
     /// Where it lands.
     pub disk: Disk,
     /// The contents.
     pub wants: Vec<Want>,
+    /// Who holds them, as far as whoever asks knows.
+    pub found: Found,
     /// What to do with targets that exist.
     pub existing: Existing,
+    /// What has to end before the Node does.
+    pub tasks: TaskTracker,
+    /// Closed; what winds up earlier Gets that were dropped.
+    pub ending: TaskTracker,
 }
 
 /// A content whose target is free.
-type Job = (Want, SafeName);
+#[derive(Clone)]
+struct Job {
+    want: Want,
+    target: SafeName,
+    /// The size that the listing states is in doubt, even if it is small.
+    is_disputed: bool,
+}
 
 impl Get {
     /// Gets everything. Dropping the future stops at once and keeps what was verified.
     ///
     /// # Errors
     /// With an exit code; a source that fails is no error while another can take over.
-    pub async fn run(self, progress: Arc<Progress>, happenings: mpsc::Sender<Happening>) -> Result<()> {
+    pub async fn run(mut self, progress: Arc<Progress>, happenings: mpsc::Sender<Happening>) -> Result<()> {
         let total = self.wants.iter().map(|want| want.size).sum();
         progress.bytes_total.store(total, Ordering::Relaxed);
         progress.files_total.store(self.wants.len() as u64, Ordering::Relaxed);
-        let run = Run { get: Arc::new(self), progress, happenings };
-        let jobs = run.look().await?;
-        if jobs.is_empty() {
-            return Ok(());
+        let _ = timeout(ENDING, self.ending.wait()).await;
+        let found = std::mem::take(&mut self.found);
+        let mut run = Run {
+            get: Arc::new(self),
+            progress,
+            happenings,
+            found,
+            connected: HashMap::new(),
+            to_finish: vec![],
+            finishing: JoinSet::new(),
+        };
+        let mut batches: VecDeque<_> = batches(run.look().await?).into();
+        let mut begun = BTreeSet::new();
+        while let Some(batch) = batches.pop_front() {
+            let n_again = batch.iter().filter(|job| !begun.insert(job.want.id)).count();
+            if n_again > 0 {
+                // They are copied from the names they have, so they must have them.
+                run.finish_rest().await?;
+            }
+            let disputed = run.batch(batch).await?;
+            if !disputed.is_empty() {
+                batches.push_back(disputed);
+            }
         }
-        let mut sources = Found::default();
-        for batch in batches(jobs) {
-            run.batch(batch, &mut sources).await?;
-        }
-        Ok(())
+        run.finish_rest().await
     }
 }
 
+/// Jobs in batches of different contents; of one content under several names the first is fetched, and copied for the
+/// others.
 fn batches(jobs: Vec<Job>) -> Vec<Vec<Job>> {
     let mut batches: Vec<Vec<Job>> = vec![];
-    let mut pieces = 0;
+    let (mut pieces, mut long, mut seen, mut again) = (0, 0, BTreeSet::new(), vec![]);
     for job in jobs {
+        if !seen.insert(job.want.id) {
+            again.push(job);
+            continue;
+        }
         // A lower bound of the piece length; the manifest will tell.
-        let n = job.0.size.div_ceil(crate::content::MIN_PIECE_LEN.into()).min(crate::content::MAX_PIECES.into()).max(1);
+        let n = job.want.size.div_ceil(MIN_PIECE_LEN.into()).min(crate::content::MAX_PIECES.into()).max(1);
+        pieces += n;
+        long += usize::from(n > 1);
         match batches.last_mut() {
-            Some(batch) if batch.len() < BATCH_FILES && pieces + n <= BATCH_PIECES => {
-                pieces += n;
+            Some(batch) if batch.len() < BATCH_FILES && long <= BATCH_LONG_FILES && pieces <= BATCH_PIECES => {
                 batch.push(job);
             }
             _ => {
-                pieces = n;
+                (pieces, long) = (n, usize::from(n > 1));
                 batches.push(vec![job]);
             }
         }
+    }
+    if !again.is_empty() {
+        batches.extend(self::batches(again));
     }
     batches
 }
@@ -110,6 +179,12 @@ struct Run {
     get: Arc<Get>,
     progress: Arc<Progress>,
     happenings: mpsc::Sender<Happening>,
+    found: Found,
+    /// Connections that no batch uses now.
+    connected: HashMap<PeerId, Source>,
+    /// Complete contents that wait for their names, by their position in a batch.
+    to_finish: Vec<(Arc<Swarm>, usize)>,
+    finishing: JoinSet<Result<Vec<(Want, PathBuf)>>>,
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
@@ -125,15 +200,14 @@ impl Run {
     /// Looks at every target before anything is fetched.
     async fn look(&self) -> Result<Vec<Job>> {
         let get = self.get.clone();
-        let targets = blocking(move || {
-            get.wants.iter().map(|want| get.disk.look(want, get.existing)).collect::<Result<Vec<_>>>()
-        })
-        .await?;
+        let targets = blocking(move || get.disk.look_at_all(&get.wants, get.existing)).await?;
         let mut jobs = vec![];
         let mut taken = BTreeSet::new();
         for (want, target) in self.get.wants.iter().cloned().zip(targets) {
             match target {
-                Target::Free(name) if taken.insert(name.clone()) => jobs.push((want, name)),
+                Target::Free(name) if taken.insert(name.clone()) => {
+                    jobs.push(Job { want, target: name, is_disputed: false })
+                }
                 Target::Free(name) => {
                     let text = format!(
                         "two different files would become {}: get them one by one",
@@ -164,210 +238,43 @@ impl Run {
         self.tell(Happening::FileDone { want, path, already_there }).await;
     }
 
-    async fn batch(&self, jobs: Vec<Job>, sources: &mut Found) -> Result<()> {
-        let contents: Vec<_> = jobs.iter().map(|(want, _)| want.id).collect::<BTreeSet<_>>().into_iter().collect();
-        let mut finder = Finder::start(self.get.tracker.clone(), self.get.membership.id(), contents.clone());
-        let held = contents.iter().filter_map(|id| Some((*id, self.get.disk.library.manifest(id)?)));
-        let mut manifests: HashMap<_, _> = held.collect();
-        let unknown: Vec<_> = contents.into_iter().filter(|id| !manifests.contains_key(id)).collect();
-        let mut connected = HashMap::new();
-        if !unknown.is_empty() {
-            finder.current(sources).await?;
-            let learnt = learn(&self.get.membership, &unknown, sources, &self.progress.accounts).await?;
-            manifests.extend(learnt.0);
-            connected = learnt.1;
-        }
-        let files = self.open(jobs, &manifests).await?;
-        let (reports, mut received) = mpsc::channel(64);
-        let swarm = Swarm::new(self.get.membership.clone(), files, self.progress.accounts.clone(), reports);
-        let mut fetching = Fetching {
-            run: self,
-            swarm: Arc::new(swarm),
-            workers: JoinSet::new(),
-            working: BTreeSet::new(),
-            finishing: JoinSet::new(),
-            to_finish: vec![],
-            connected,
-            lonely_since: None,
-        };
-        fetching.begin(sources);
-        let mut ticks = interval(TICK);
-        while !fetching.is_over() {
-            tokio::select! {
-                Some(report) = received.recv() => fetching.report(report).await?,
-                news = finder.next(sources) => fetching.meet(&news, sources),
-                Some(ended) = fetching.workers.join_next() => fetching.ended(ended.ok()),
-                Some(finished) = fetching.finishing.join_next() => fetching.finished(finished?).await?,
-                _ = ticks.tick() => fetching.tick()?,
-            }
-        }
-        self.progress.in_work.lock().expect("no panic while the lock is held").clear();
-        Ok(())
-    }
-
-    /// Opens the `.part` of every content; corrects the totals, which the listing may have stated wrongly.
-    async fn open(
-        &self,
-        jobs: Vec<Job>,
-        manifests: &HashMap<crate::content::ContentId, Manifest>,
-    ) -> Result<Vec<(Want, SafeName, Arc<Storage>)>> {
-        let jobs: Vec<_> = jobs.into_iter().filter_map(|job| Some((manifests.get(&job.0.id)?.clone(), job))).collect();
-        for (manifest, (want, _)) in &jobs {
-            let (said, is) = (want.size, manifest.layout().size());
-            self.progress.bytes_total.fetch_add(is.wrapping_sub(said), Ordering::Relaxed);
-        }
-        let get = self.get.clone();
-        let files = blocking(move || {
-            let open = jobs.into_iter().map(|(manifest, (want, target))| {
-                let storage = get.disk.open(&target, &manifest)?;
-                Ok((want, target, Arc::new(storage)))
-            });
-            open.collect::<Result<Vec<_>>>()
-        })
-        .await?;
-        for (_, _, storage) in &files {
-            let layout = storage.manifest().layout();
-            let have = storage.have();
-            let bytes = have.iter().filter_map(|i| layout.piece(i)).map(|piece| u64::from(layout.len_of(piece))).sum();
-            Progress::add(&self.progress.bytes_done, bytes);
-            Progress::add(&self.progress.bytes_resumed, bytes);
-        }
-        Ok(files)
-    }
-}
-
-/// A batch under way.
-struct Fetching<'a> {
-    run: &'a Run,
-    swarm: Arc<Swarm>,
-    workers: JoinSet<PeerId>,
-    working: BTreeSet<PeerId>,
-    finishing: JoinSet<Result<(Want, PathBuf)>>,
-    /// Positions of complete contents that wait for their turn.
-    to_finish: Vec<usize>,
-    connected: HashMap<PeerId, Source>,
-    lonely_since: Option<Instant>,
-}
-
-impl Fetching<'_> {
-    fn is_over(&self) -> bool {
-        self.swarm.is_done() && self.finishing.is_empty() && self.to_finish.is_empty() && self.all_named()
-    }
-
-    /// The report of the last piece may still be on its way.
-    fn all_named(&self) -> bool {
-        self.swarm.work().iter().all(|work| work.is_named())
-    }
-
-    fn begin(&mut self, sources: &Found) {
-        self.to_finish = (0..self.swarm.work().len()).filter(|i| self.swarm.left(*i) == 0).collect();
-        self.finish_more();
-        let all: Vec<PeerId> = sources.peers().collect();
-        self.meet(&all, sources);
-    }
-
-    /// New sources, or new contents of known ones.
-    fn meet(&mut self, peers: &[PeerId], sources: &Found) {
-        for &peer in peers {
-            let Some((addresses, contents)) = sources.of(peer) else { continue };
-            if !self.swarm.work().iter().any(|work| contents.contains(&work.want.id)) {
-                continue;
-            }
-            self.swarm.holds(peer, contents);
-            let gone =
-                self.accounts().get(&peer).is_some_and(|account| account.lies > 0 && account.state == State::Gone);
-            if gone || !self.working.insert(peer) {
-                continue;
-            }
-            let (swarm, addresses, connected) = (self.swarm.clone(), addresses.to_vec(), self.connected.remove(&peer));
-            self.workers.spawn(async move {
-                swarm.work_with(peer, addresses, connected).await;
-                peer
-            });
-        }
-    }
-
-    fn ended(&mut self, peer: Option<PeerId>) {
-        if let Some(peer) = peer {
-            self.working.remove(&peer);
-        }
-    }
-
-    fn accounts(&self) -> HashMap<PeerId, Account> {
-        self.run.progress.accounts()
-    }
-
-    async fn report(&mut self, report: Report) -> Result<()> {
-        match report {
-            Report::Complete(at) => {
-                self.to_finish.push(at);
-                self.finish_more();
-            }
-            Report::Note(peer, text) => self.run.tell(Happening::Note(Some(peer), text)).await,
-            Report::Disk(error) => return Err(explain(error)),
-        }
-        Ok(())
-    }
-
+    /// Gives names to complete contents, a group at a time: what came while one group is synced is the next.
     fn finish_more(&mut self) {
-        while self.finishing.len() < FINISHING
-            && let Some(at) = self.to_finish.pop()
-        {
-            let (get, swarm) = (self.run.get.clone(), self.swarm.clone());
-            self.finishing.spawn(blocking(move || {
-                let work = &swarm.work()[at];
-                let path = get.disk.finish(&work.storage, &work.want, &work.target, get.existing)?;
-                work.name();
-                Ok((work.want.clone(), path))
-            }));
+        if self.to_finish.is_empty() || self.finishing.len() >= FINISHING {
+            return;
         }
+        let n = self.to_finish.len().min(GROUP_FILES);
+        let group: Vec<_> = self.to_finish.drain(..n).collect();
+        let get = self.get.clone();
+        self.finishing.spawn(blocking(move || {
+            let works = group.iter().map(|(swarm, at)| &swarm.work()[*at]);
+            let files: Vec<_> = works
+                .map(|work| Finishing { storage: &work.storage, want: &work.want, target: &work.target })
+                .collect();
+            let (paths, hashes) = get.disk.finish(&files, get.existing);
+            let disk = get.disk.clone();
+            get.tasks.spawn_blocking(move || disk.remember(hashes));
+            files.iter().zip(paths).map(|(file, path)| Ok((file.want.clone(), path?))).collect()
+        }));
     }
 
-    async fn finished(&mut self, finished: Result<(Want, PathBuf)>) -> Result<()> {
-        let (want, path) = finished?;
+    async fn finished(&mut self, finished: Result<Vec<(Want, PathBuf)>>) -> Result<()> {
+        let finished = finished?;
         self.finish_more();
-        self.run.done(want, path, false).await;
+        for (want, path) in finished {
+            self.done(want, path, false).await;
+        }
         Ok(())
     }
 
-    /// Publishes progress, and gives up when nobody is left to ask.
-    fn tick(&mut self) -> Result<()> {
-        let progress = &self.run.progress;
-        let fetched = self.swarm.fetched.swap(0, Ordering::Relaxed);
-        Progress::add(&progress.bytes_done, fetched);
-        *progress.in_work.lock().expect("no panic while the lock is held") = self.swarm.in_work();
-        let accounts = self.accounts();
-        let is_alive = |peer: &PeerId| {
-            accounts.get(peer).is_none_or(|account| !matches!(account.state, State::Banned | State::Gone))
-        };
-        let alive = self.working.iter().any(is_alive) && self.swarm.unavailable() == 0;
-        let hopeless = !alive && !self.swarm.is_done() && self.finishing.is_empty();
-        if !hopeless {
-            self.lonely_since = None;
-            return Ok(());
+    async fn finish_rest(&mut self) -> Result<()> {
+        let began = Instant::now();
+        self.finish_more();
+        while let Some(finished) = self.finishing.join_next().await {
+            self.finished(finished?).await?;
         }
-        if self.lonely_since.get_or_insert_with(Instant::now).elapsed() < GRACE {
-            return Ok(());
-        }
-        Err(nobody(&accounts, &self.run.get.wants))
+        self.progress.spent.add(Stage::Full, began.elapsed());
+        self.progress.spent.add(Stage::Disk, began.elapsed());
+        Ok(())
     }
-}
-
-/// Why nobody is left, in one line.
-fn nobody(accounts: &HashMap<PeerId, Account>, wants: &[Want]) -> anyhow::Error {
-    let what = match wants {
-        [want] => crate::safe_path::escape(want.name.as_str()),
-        wants => format!("{} files", wants.len()),
-    };
-    let liars = accounts.values().filter(|account| account.lies > 0).count();
-    if liars > 0 && liars == accounts.len() {
-        let text = format!("{what}: every source ({liars}) sent wrong bytes; nothing wrong was kept");
-        return Failed::new(Exit::Integrity, text).into();
-    }
-    let trouble = accounts.iter().find(|(_, account)| !account.trouble.is_empty());
-    let why =
-        trouble.map(|(peer, account)| format!(" (source {}: {})", peer.short(), account.trouble)).unwrap_or_default();
-    let text =
-        format!("{what}: no source is left to fetch from{why}; what arrived is kept, run the same command to continue");
-    Failed::new(Exit::NoSource, text).into()
 }

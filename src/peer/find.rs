@@ -20,25 +20,37 @@ use super::{
     tracker_client::TrackerClient,
 };
 use crate::{
-    catalog::Row,
+    catalog::{Row, SourceInfo},
     content::{ContentId, Manifest},
     exit::{Exit, Failed},
     identity::PeerId,
-    proto::watch_files_response::Change,
+    proto::{MAX_CONTENTS, watch_files_response::Change},
+    request::carried,
 };
 
 /// Sources asked for manifests at the same time.
 const ASKED: usize = 3;
 /// How long the tracker has to tell the current sources.
 const CURRENT: Duration = Duration::from_secs(10);
-const QUEUE: usize = 256;
+const QUEUE: usize = 1024;
 /// Between two questions to a tracker that does not answer.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// All sources that are known, with what they hold.
 #[derive(Default)]
 pub struct Found {
-    sources: BTreeMap<PeerId, (Vec<String>, BTreeSet<ContentId>)>,
+    sources: BTreeMap<PeerId, Candidate>,
+}
+
+/// A peer that may be a source.
+#[derive(Clone, Debug, Default)]
+pub struct Candidate {
+    /// "HOST:PORT", best first.
+    pub addresses: Vec<String>,
+    /// What it holds whole.
+    pub complete: BTreeSet<ContentId>,
+    /// What it is fetching itself.
+    pub partial: BTreeSet<ContentId>,
 }
 
 impl Found {
@@ -47,55 +59,90 @@ impl Found {
         self.sources.keys().copied()
     }
 
-    /// Addresses and contents of one.
+    /// One of them.
     #[must_use]
-    pub fn of(&self, peer: PeerId) -> Option<(&[String], &BTreeSet<ContentId>)> {
-        self.sources.get(&peer).map(|(addresses, contents)| (&addresses[..], contents))
+    pub fn of(&self, peer: PeerId) -> Option<&Candidate> {
+        self.sources.get(&peer)
     }
 
     /// Takes over a row; returns whom it told something new about.
     fn learn(&mut self, row: Row, me: PeerId) -> Vec<PeerId> {
-        let complete = row
-            .sources
-            .into_iter()
-            .filter(|source| source.peer != me && !source.partial && !source.addresses.is_empty());
-        let mut news = vec![];
-        for source in complete {
-            let known = self.sources.entry(source.peer).or_default();
-            let moved = known.0 != source.addresses;
-            known.0 = source.addresses;
-            if known.1.insert(row.content_id) || moved {
-                news.push(source.peer);
-            }
+        let others = row.sources.iter().filter(|source| source.peer != me);
+        others.filter(|source| self.told(source, row.content_id)).map(|source| source.peer).collect()
+    }
+
+    /// Takes over that a source holds a content; true if that is news.
+    pub fn told(&mut self, source: &SourceInfo, id: ContentId) -> bool {
+        if source.addresses.is_empty() {
+            return false;
         }
-        news
+        let known = self.sources.entry(source.peer).or_default();
+        let moved = known.addresses != source.addresses;
+        if moved {
+            known.addresses.clone_from(&source.addresses);
+        }
+        known.add(id, source.partial) || moved
+    }
+
+    /// Is there somebody for each of these contents?
+    pub fn covers<'a>(&self, mut contents: impl Iterator<Item = &'a ContentId>) -> bool {
+        contents.all(|id| self.sources.values().any(|known| known.complete.contains(id) || known.partial.contains(id)))
+    }
+
+    /// Takes over what a source said of another peer; true if that is news.
+    pub fn hint(&mut self, peer: PeerId, addresses: Vec<String>, id: ContentId) -> bool {
+        let known = self.sources.entry(peer).or_default();
+        if known.addresses.is_empty() {
+            known.addresses = addresses;
+        }
+        !known.addresses.is_empty() && known.add(id, true)
+    }
+}
+
+impl Candidate {
+    /// True if that is new.
+    fn add(&mut self, id: ContentId, partial: bool) -> bool {
+        if !partial {
+            self.partial.remove(&id);
+            return self.complete.insert(id);
+        }
+        !self.complete.contains(&id) && self.partial.insert(id)
     }
 }
 
 /// Follows the tracker's rows of some contents for as long as it lives.
 pub struct Finder {
     rows: mpsc::Receiver<Result<Option<Row>>>,
+    /// Streams that have not told all current sources yet.
+    n_behind: usize,
     me: PeerId,
-    _task: AbortOnDropHandle<()>,
+    /// Whom something was learnt about that was not told yet.
+    news: BTreeSet<PeerId>,
+    _tasks: Vec<AbortOnDropHandle<()>>,
 }
 
 impl Finder {
-    /// Begins to follow.
+    /// Begins to follow, after a `pause`: what is done by then need not be followed.
     #[must_use]
-    pub fn start(tracker: Arc<TrackerClient>, me: PeerId, contents: Vec<ContentId>) -> Self {
+    pub fn start(tracker: Arc<TrackerClient>, me: PeerId, contents: Vec<ContentId>, pause: Duration) -> Self {
         let (sender, rows) = mpsc::channel(QUEUE);
-        let task = tokio::spawn(async move {
-            while !sender.is_closed() {
-                if let Err(error) = follow(&tracker, &contents, &sender).await {
-                    tracing::debug!("following the tracker: {error:#}");
-                    if sender.send(Err(error)).await.is_err() {
-                        return;
+        let follow = |contents: &[ContentId]| {
+            let (tracker, contents, sender) = (tracker.clone(), contents.to_vec(), sender.clone());
+            AbortOnDropHandle::new(tokio::spawn(carried(async move {
+                tokio::time::sleep(pause).await;
+                while !sender.is_closed() {
+                    if let Err(error) = follow(&tracker, &contents, &sender).await {
+                        tracing::debug!("following the tracker: {error:#}");
+                        if sender.send(Err(error)).await.is_err() {
+                            return;
+                        }
                     }
+                    tokio::time::sleep(PAUSE).await;
                 }
-                tokio::time::sleep(PAUSE).await;
-            }
-        });
-        Self { rows, me, _task: AbortOnDropHandle::new(task) }
+            })))
+        };
+        let tasks: Vec<_> = contents.chunks(MAX_CONTENTS).map(follow).collect();
+        Self { rows, n_behind: tasks.len(), me, news: BTreeSet::new(), _tasks: tasks }
     }
 
     /// Learns the current sources. If the tracker does not answer, those known from before will do.
@@ -107,6 +154,7 @@ impl Finder {
             loop {
                 match self.rows.recv().await {
                     Some(Ok(Some(row))) => _ = found.learn(row, self.me),
+                    Some(Ok(None)) if self.n_behind > 1 => self.n_behind -= 1,
                     Some(Ok(None)) | None => return Ok(()),
                     Some(Err(error)) => return Err(error),
                 }
@@ -119,18 +167,16 @@ impl Finder {
         }
     }
 
-    /// Waits for news and says whom they are about.
+    /// Waits for news and says whom they are about; what came together is told together. Dropping the future loses nothing.
     pub async fn next(&mut self, found: &mut Found) -> Vec<PeerId> {
         loop {
             match self.rows.recv().await {
-                Some(Ok(Some(row))) => {
-                    let news = found.learn(row, self.me);
-                    if !news.is_empty() {
-                        return news;
-                    }
-                }
+                Some(Ok(Some(row))) => self.news.extend(found.learn(row, self.me)),
                 Some(Ok(None) | Err(_)) => {}
                 None => std::future::pending().await,
+            }
+            if self.rows.is_empty() && !self.news.is_empty() {
+                return std::mem::take(&mut self.news).into_iter().collect();
             }
         }
     }
@@ -156,7 +202,8 @@ async fn follow(
     Ok(())
 }
 
-/// Learns the manifests of all `contents`, asking a few sources side by side; also gives the connections made.
+/// Learns the manifests of all `contents`, asking a few sources side by side; keeps the connections made. Those that sent
+/// a wrong one are given up, and named in `liars` with what was wrong.
 ///
 /// # Errors
 /// [`Exit::NoSource`] or [`Exit::Integrity`] if there is a content whose manifest nobody can prove.
@@ -164,13 +211,11 @@ pub async fn learn(
     membership: &Arc<Membership>,
     contents: &[ContentId],
     found: &Found,
+    connected: &mut HashMap<PeerId, Source>,
     accounts: &Accounts,
-) -> Result<(HashMap<ContentId, Manifest>, HashMap<PeerId, Source>)> {
+    liars: &mut Vec<(PeerId, String)>,
+) -> Result<HashMap<ContentId, Manifest>> {
     let mut manifests = HashMap::new();
-    if contents.contains(&ContentId::EMPTY) {
-        manifests.insert(ContentId::EMPTY, Manifest::single(ContentId::EMPTY, 0)?);
-    }
-    let mut connected = HashMap::new();
     let mut waiting: Vec<PeerId> = found.peers().collect();
     // Not everybody asks the same one first.
     let first = rand::random_range(0..waiting.len().max(1));
@@ -179,16 +224,18 @@ pub async fn learn(
     let mut trouble = Vec::new();
     loop {
         if manifests.len() == contents.len() {
-            return Ok((manifests, connected));
+            return Ok(manifests);
         }
         while asked.len() < ASKED
             && let Some(peer) = waiting.pop()
         {
-            let Some((addresses, held)) = found.of(peer) else { continue };
-            let missing: Vec<_> =
-                contents.iter().filter(|id| held.contains(id) && !manifests.contains_key(*id)).copied().collect();
+            let Some(Candidate { addresses, complete, partial }) = found.of(peer) else { continue };
+            let held = |id: &&ContentId| complete.contains(*id) || partial.contains(*id);
+            let missing = contents.iter().filter(held).filter(|id| !manifests.contains_key(*id));
+            let missing: Vec<_> = missing.take(MAX_CONTENTS).copied().collect();
             if !missing.is_empty() {
-                asked.push(ask(membership, peer, addresses, missing));
+                let connected = connected.remove(&peer).filter(|source| !source.is_closed());
+                asked.push(ask(membership, peer, addresses, connected, missing));
             }
         }
         let Some((peer, outcome)) = asked.next().await else { break };
@@ -204,6 +251,7 @@ pub async fn learn(
                 account.trouble = error.to_string();
                 if matches!(error, SourceError::Lied(_)) {
                     (account.lies, account.state) = (account.lies + 1, State::Gone);
+                    liars.push((peer, error.to_string()));
                 }
                 trouble.push((peer, error));
             }
@@ -226,10 +274,14 @@ async fn ask(
     membership: &Arc<Membership>,
     peer: PeerId,
     addresses: &[String],
+    connected: Option<Source>,
     ids: Vec<ContentId>,
 ) -> (PeerId, Result<(Source, Vec<Manifest>), SourceError>) {
     let answer = async {
-        let source = Source::connect(membership, peer, addresses).await?;
+        let source = match connected {
+            Some(source) => source,
+            None => Source::connect(membership, peer, addresses).await?,
+        };
         let manifests = source.manifests(&ids).await?;
         Ok((source, manifests.into_iter().flatten().collect()))
     };

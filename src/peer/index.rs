@@ -1,15 +1,18 @@
 //! What this machine has hashed already: a file's path and stamp → its manifest, so that a restart hashes nothing again.
 //!
 //! The index is a cache in one redb file of mode 0600: whoever loses it hashes again. So a file that is damaged, or written by
-//! a newer sprat, is moved aside with a warning and begun anew, and a value that does not read back is as good as none.
+//! a newer sprat, is moved aside with a warning and begun anew, and a value that does not read back is as good as none. A
+//! disk that failed or was full is used again as soon as it can be.
 //!
 //! Invariant: an entry is believed only for the exact [`Stamp`] it was made for, and a manifest is kept exactly while
-//! some entry names it (`uses` counts them), in the same transaction. Manifests prove themselves again when read.
+//! some entry names it (`uses` counts them), in the same transaction. Manifests prove themselves again when read. That of a
+//! content of one piece says no more than its id and its size do, so it is not kept.
 
 use std::{
-    io,
+    io, mem,
     os::unix::ffi::{OsStrExt, OsStringExt},
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError, RwLock},
 };
 
 use redb::{
@@ -17,13 +20,15 @@ use redb::{
 };
 
 use crate::{
-    content::{ContentId, Manifest},
+    content::{ContentId, MIN_PIECE_LEN, Manifest},
     peer::hasher::{Hashed, Stamp},
     safe_path::{create_private, set_aside},
 };
 
 /// Rises when the tables change their meaning; another number makes a file a stranger.
 const FORMAT: u32 = 1;
+
+const HELD: &str = "no panic while the lock is held";
 
 /// Bytes of pages held in memory.
 const CACHE_BYTES: usize = 16 << 20;
@@ -41,14 +46,25 @@ pub type IndexError = redb::Error;
 
 /// The open index. Calls block on the disk.
 pub struct Index {
-    db: Database,
+    path: PathBuf,
+    /// None after a failure: the library wants a database opened again that could not be read or written.
+    db: RwLock<Option<Database>>,
+    queue: Mutex<Queue>,
+}
+
+/// What [`Index::insert_soon`] has to write.
+#[derive(Default)]
+struct Queue {
+    files: Vec<(PathBuf, Hashed)>,
+    /// Somebody does.
+    is_written: bool,
 }
 
 impl Index {
     /// Opens or creates the index at `path`. Fails if another process has it open or the disk fails; a damaged or newer
     /// one is moved aside, to `path` with the ending `.damaged`.
     pub fn open(path: &Path) -> Result<Self, IndexError> {
-        match Self::try_open(path) {
+        let db = match try_open(path) {
             Err(error) if is_unusable(&error) => {
                 let aside = path.with_extension("damaged");
                 tracing::warn!(
@@ -56,52 +72,52 @@ impl Index {
                     "the index of hashed files is unusable: begun anew, files will be hashed again"
                 );
                 set_aside(path, &aside).map_err(io_error)?;
-                Self::try_open(path)
+                try_open(path)?
             }
-            done => done,
-        }
+            done => done?,
+        };
+        Ok(Self { path: path.to_owned(), db: RwLock::new(Some(db)), queue: Mutex::default() })
     }
 
-    fn try_open(path: &Path) -> Result<Self, IndexError> {
-        let file = create_private(path).map_err(io_error)?;
-        let backend = FileBackend::new(file)?;
-        // Without the check, redb may panic on a file that something else has damaged.
-        let db = Database::builder()
-            .set_cache_size(CACHE_BYTES)
-            .set_check_integrity_on_open(true)
-            .create_with_backend(backend)?;
-        let index = Self { db };
-        index.write(|txn| {
-            let mut meta = txn.open_table(META)?;
-            let format = meta.get("format")?.map_or(FORMAT, |format| format.value());
-            if format != FORMAT {
-                return Err(redb::Error::Corrupted(format!("format {format}, this sprat knows {FORMAT}")));
-            }
-            meta.insert("format", FORMAT)?;
-            Tables::open(txn).map(drop)
-        })?;
-        Ok(index)
+    fn with<T>(&self, work: impl FnOnce(&Database) -> Result<T, IndexError>) -> Result<T, IndexError> {
+        let slot = self.db.read().expect(HELD);
+        let outcome = slot.as_ref().map_or(Err(redb::Error::PreviousIo), work);
+        drop(slot);
+        if let Err(redb::Error::Io(_) | redb::Error::PreviousIo) = outcome {
+            *self.db.write().expect(HELD) = None;
+        }
+        outcome
     }
 
     /// What is known about this very version of the file at the absolute path `path`.
     pub fn lookup(&self, path: &Path, stamp: &Stamp) -> Option<Hashed> {
-        self.read(path, stamp).unwrap_or_else(|error| {
-            tracing::warn!(%error, "the index of hashed files cannot be read");
-            None
-        })
+        match self.read(path, stamp) {
+            Ok(known) => known,
+            // Told when it happened.
+            Err(redb::Error::PreviousIo) => None,
+            Err(error) => {
+                tracing::warn!(%error, "the index of hashed files cannot be read");
+                None
+            }
+        }
     }
 
     fn read(&self, path: &Path, stamp: &Stamp) -> Result<Option<Hashed>, IndexError> {
-        let txn = self.db.begin_read()?;
-        let Some(entry) = txn.open_table(FILES)?.get(path_key(path))?.map(|e| Entry::from_bytes(e.value())) else {
-            return Ok(None);
-        };
-        if entry.stamp != *stamp {
-            return Ok(None);
-        }
-        let manifest = txn.open_table(MANIFESTS)?.get(entry.id.as_bytes())?;
-        let manifest = manifest.and_then(|bytes| Manifest::from_bytes(bytes.value()).ok());
-        Ok(manifest.filter(|m| m.id() == entry.id && m.layout().size() == stamp.size).map(|manifest| Hashed {
+        let known = self.with(|db| {
+            let txn = db.begin_read()?;
+            let entry = txn.open_table(FILES)?.get(path_key(path))?.map(|e| Entry::from_bytes(e.value()));
+            let Some(entry) = entry.filter(|entry| entry.stamp == *stamp) else { return Ok(None) };
+            let manifest = match is_short(&entry.stamp) {
+                true => Manifest::single(entry.id, entry.stamp.size).ok(),
+                false => {
+                    let bytes = txn.open_table(MANIFESTS)?.get(entry.id.as_bytes())?;
+                    bytes.and_then(|bytes| Manifest::from_bytes(bytes.value()).ok())
+                }
+            };
+            Ok(manifest.map(|manifest| (entry, manifest)))
+        })?;
+        let Some((entry, manifest)) = known else { return Ok(None) };
+        Ok(Some(manifest).filter(|m| m.id() == entry.id && m.layout().size() == stamp.size).map(|manifest| Hashed {
             manifest,
             stamp: entry.stamp,
             hashed_at_ns: entry.hashed_at_ns,
@@ -119,6 +135,29 @@ impl Index {
         })
     }
 
+    /// As [`insert_batch`](Self::insert_batch), in as few commits as will do: while another call writes, this one only
+    /// leaves its files to that.
+    pub fn insert_soon(&self, files: Vec<(PathBuf, Hashed)>) -> Result<(), IndexError> {
+        let mut queue = self.lock_queue();
+        queue.files.extend(files);
+        if mem::replace(&mut queue.is_written, true) {
+            return Ok(());
+        }
+        let mut outcome = Ok(());
+        while outcome.is_ok() && !queue.files.is_empty() {
+            let files = mem::take(&mut queue.files);
+            drop(queue);
+            outcome = self.insert_batch(&files);
+            queue = self.lock_queue();
+        }
+        queue.is_written = false;
+        outcome
+    }
+
+    fn lock_queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Drops what is known about these paths, all in one commit.
     pub fn forget<P: AsRef<Path>>(&self, paths: &[P]) -> Result<(), IndexError> {
         if paths.is_empty() {
@@ -133,23 +172,57 @@ impl Index {
     /// Drops every path that `keep` does not want: those of files that went away while nobody looked. Returns how many.
     pub fn retain(&self, keep: impl Fn(&Path) -> bool) -> Result<usize, IndexError> {
         let mut gone = vec![];
-        for entry in self.db.begin_read()?.open_table(FILES)?.range::<&[u8]>(..)? {
-            let path = PathBuf::from(std::ffi::OsString::from_vec(entry?.0.value().to_vec()));
-            if !keep(&path) {
-                gone.push(path);
+        self.with(|db| {
+            for entry in db.begin_read()?.open_table(FILES)?.range::<&[u8]>(..)? {
+                let path = PathBuf::from(std::ffi::OsString::from_vec(entry?.0.value().to_vec()));
+                if !keep(&path) {
+                    gone.push(path);
+                }
             }
-        }
+            Ok(())
+        })?;
         self.forget(&gone)?;
         Ok(gone.len())
     }
 
     /// One transaction, durable and in two phases when this returns `Ok`; without effect otherwise.
     fn write(&self, change: impl FnOnce(&WriteTransaction) -> Result<(), IndexError>) -> Result<(), IndexError> {
-        let mut txn = self.db.begin_write()?;
-        txn.set_two_phase_commit(true);
-        change(&txn)?;
-        Ok(txn.commit()?)
+        if self.db.read().expect(HELD).is_none() {
+            let mut slot = self.db.write().expect(HELD);
+            // Unless somebody else was faster: a file is opened once only.
+            if slot.is_none() {
+                *slot = Some(try_open(&self.path)?);
+            }
+        }
+        self.with(|db| write(db, change))
     }
+}
+
+fn try_open(path: &Path) -> Result<Database, IndexError> {
+    let file = create_private(path).map_err(io_error)?;
+    let backend = FileBackend::new(file)?;
+    // Without the check, redb may panic on a file that something else has damaged.
+    let db = Database::builder()
+        .set_cache_size(CACHE_BYTES)
+        .set_check_integrity_on_open(true)
+        .create_with_backend(backend)?;
+    write(&db, |txn| {
+        let mut meta = txn.open_table(META)?;
+        let format = meta.get("format")?.map_or(FORMAT, |format| format.value());
+        if format != FORMAT {
+            return Err(redb::Error::Corrupted(format!("format {format}, this sprat knows {FORMAT}")));
+        }
+        meta.insert("format", FORMAT)?;
+        Tables::open(txn).map(drop)
+    })?;
+    Ok(db)
+}
+
+fn write(db: &Database, change: impl FnOnce(&WriteTransaction) -> Result<(), IndexError>) -> Result<(), IndexError> {
+    let mut txn = db.begin_write()?;
+    txn.set_two_phase_commit(true);
+    change(&txn)?;
+    Ok(txn.commit()?)
 }
 
 /// Whether the file itself is at fault, rather than the disk or another process that has it open.
@@ -171,6 +244,11 @@ fn path_key(path: &Path) -> &[u8] {
     path.as_os_str().as_bytes()
 }
 
+/// At most one piece.
+const fn is_short(stamp: &Stamp) -> bool {
+    stamp.size <= MIN_PIECE_LEN as u64
+}
+
 /// The tables of one write transaction.
 struct Tables<'t> {
     files: Table<'t, &'static [u8], &'static [u8; ENTRY_LEN]>,
@@ -187,25 +265,28 @@ impl<'t> Tables<'t> {
         let id = hashed.manifest.id();
         let entry = Entry { stamp: hashed.stamp, hashed_at_ns: hashed.hashed_at_ns, id };
         let before = self.files.insert(path_key(path), &entry.to_bytes())?.map(|old| Entry::from_bytes(old.value()));
-        // The same content under the same path is written again all the same: it heals a damaged manifest.
-        self.manifests.insert(id.as_bytes(), &*hashed.manifest.to_bytes())?;
-        if before.as_ref().is_none_or(|before| before.id != id) {
-            let uses = self.uses.get(id.as_bytes())?.map_or(0, |uses| uses.value());
-            self.uses.insert(id.as_bytes(), uses + 1)?;
-            if let Some(before) = before {
-                self.release(before.id)?;
+        let is_same = before.as_ref().is_some_and(|before| before.id == id);
+        if !is_short(&entry.stamp) {
+            // The same content under the same path is written again all the same: it heals a damaged manifest.
+            self.manifests.insert(id.as_bytes(), &*hashed.manifest.to_bytes())?;
+            if !is_same {
+                let uses = self.uses.get(id.as_bytes())?.map_or(0, |uses| uses.value());
+                self.uses.insert(id.as_bytes(), uses + 1)?;
             }
         }
-        Ok(())
+        before.filter(|_| !is_same).map_or(Ok(()), |before| self.release(&before))
     }
 
     fn forget(&mut self, path: &Path) -> Result<(), IndexError> {
         let before = self.files.remove(path_key(path))?.map(|old| Entry::from_bytes(old.value()));
-        before.map_or(Ok(()), |before| self.release(before.id))
+        before.map_or(Ok(()), |before| self.release(&before))
     }
 
     /// One entry fewer names the content; the last one takes the manifest along.
-    fn release(&mut self, id: ContentId) -> Result<(), IndexError> {
+    fn release(&mut self, Entry { stamp, id, .. }: &Entry) -> Result<(), IndexError> {
+        if is_short(stamp) {
+            return Ok(());
+        }
         let uses = self.uses.get(id.as_bytes())?.map_or(0, |uses| uses.value());
         if uses > 1 {
             self.uses.insert(id.as_bytes(), uses - 1)?;
@@ -284,7 +365,7 @@ mod tests {
     }
 
     fn n_manifests(index: &Index) -> u64 {
-        index.db.begin_read().unwrap().open_table(MANIFESTS).unwrap().len().unwrap()
+        index.db.read().unwrap().as_ref().unwrap().begin_read().unwrap().open_table(MANIFESTS).unwrap().len().unwrap()
     }
 
     #[test]
@@ -314,6 +395,22 @@ mod tests {
             }
         }
         assert!(index.lookup(Path::new("/s"), &files[0].stamp).is_none());
+    }
+
+    #[test]
+    fn files_of_many_callers_are_all_written() {
+        let (_dir, path) = place();
+        let index = Index::open(&path).unwrap();
+        let files: Vec<_> = (0..8u8).map(|i| (format!("/{i}"), hashed(&[i; 9]))).collect();
+        std::thread::scope(|scope| {
+            for (path, file) in &files {
+                scope.spawn(|| index.insert_soon(vec![(path.into(), file.clone())]).unwrap());
+            }
+        });
+        for (path, file) in &files {
+            assert_eq!(known(&index, path, file), Some(file.manifest.id()), "{path}");
+        }
+        assert_eq!(n_manifests(&index), 0, "one piece says nothing that the entry does not");
     }
 
     #[test]
@@ -403,7 +500,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(24))]
         #[test]
         fn like_a_map_and_no_manifest_too_many(steps in prop::collection::vec(step(), 1..12)) {
-            let contents: Vec<_> = (0..4u8).map(|i| hashed(&[i; 10])).collect();
+            let contents: Vec<_> = (0..4u8).map(|i| hashed(&[i; 300_000])).collect();
             let path_of = |p: u8| PathBuf::from(format!("/dir/{p}"));
             let (_dir, path) = place();
             let mut index = Index::open(&path).unwrap();

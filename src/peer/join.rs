@@ -20,7 +20,7 @@ use crate::{
     identity::{CertificateFacts, Identity, JOIN_NAME, Key, PEER_FILES, PeerId, Role, base32, renew_message},
     net::{self, DialError},
     proto::{JoinRequest, JoinResponse, RenewRequest, enrollment_service_client::EnrollmentServiceClient},
-    tls,
+    safe_path, tls,
     token::{JoinToken, Pin},
     trust::Trust,
 };
@@ -59,6 +59,7 @@ pub async fn join(token: &JoinToken, state_dir: &Path) -> Result<Joined> {
             return Ok(Joined { peer_id: member.id(), trackers });
         }
     }
+    safe_path::private_dir(state_dir).map_err(|error| Failed::state_dir(&error))?;
     let folder = Membership::identity_folder(state_dir);
     let (identity, answer) = redeem(token, &folder).await?;
     // A tracker with a new certificate of its own is told from another network by the authority behind it.
@@ -121,6 +122,7 @@ fn accept(answer: &JoinResponse, key: Key, pin: Option<Pin>) -> Result<Identity>
 #[must_use]
 pub fn failed(error: DialError) -> anyhow::Error {
     let (exit, hint) = match &error {
+        DialError::Refused(_, reason) if reason.contains("clock") => (Exit::Auth, "is either clock wrong?"),
         DialError::Refused(_, reason) if reason.contains("network") || reason.contains("certificate") => {
             (Exit::Auth, "is this link or state directory of that tracker?")
         }
@@ -137,6 +139,7 @@ fn refused(address: &str, status: &tonic::Status) -> anyhow::Error {
         tonic::Code::PermissionDenied => {
             (Exit::Auth, "the token was refused: it is used up, expired or revoked; ask for a new link (`sprat tracker token create`)".into())
         }
+        tonic::Code::FailedPrecondition => (Exit::Auth, status.message().to_owned()),
         tonic::Code::ResourceExhausted => (Exit::Failure, format!("too busy: {}; try again", status.message())),
         _ => (Exit::Tracker, format!("joining failed: {}", status.message())),
     };

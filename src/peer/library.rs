@@ -111,6 +111,9 @@ pub enum ServeError {
     /// The range is not within the content.
     #[error("the range lies outside the content")]
     OutOfRange,
+    /// Another receiver gets the first copy.
+    #[error("promised to another receiver first")]
+    Promised,
     /// The disk failed, or the file may not be read. The file stays listed.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -124,6 +127,8 @@ struct Shared {
     state: Mutex<State>,
     /// The listing's version.
     changed: watch::Sender<u64>,
+    /// Rises whenever a piece of a download, or a whole content, comes or goes.
+    haves: watch::Sender<u64>,
 }
 
 impl Default for Library {
@@ -135,7 +140,11 @@ impl Default for Library {
 impl Library {
     /// An empty library, of version 1.
     pub fn new() -> Self {
-        Self(Arc::new(Shared { state: Mutex::new(State::new()), changed: watch::Sender::new(1) }))
+        Self(Arc::new(Shared {
+            state: Mutex::new(State::new()),
+            changed: watch::Sender::new(1),
+            haves: watch::Sender::new(0),
+        }))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -146,7 +155,12 @@ impl Library {
     fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.lock();
         let result = change(&mut state);
-        self.0.changed.send_if_modified(|version| std::mem::replace(version, state.version) != state.version);
+        let changed =
+            self.0.changed.send_if_modified(|version| std::mem::replace(version, state.version) != state.version);
+        drop(state);
+        if changed {
+            self.0.haves.send_modify(|n| *n += 1);
+        }
         result
     }
 
@@ -154,6 +168,15 @@ impl Library {
     /// the same name gives way.
     pub fn publish(&self, location: Location, manifest: Manifest) -> Published {
         self.change(|state| state.publish(Arc::new(location), manifest))
+    }
+
+    /// As [`publish`](Self::publish), many at once.
+    pub fn publish_all(&self, files: impl IntoIterator<Item = (Location, Manifest)>) {
+        self.change(|state| {
+            for (location, manifest) in files {
+                state.publish(Arc::new(location), manifest);
+            }
+        });
     }
 
     /// Stops offering the file at this absolute path, or all files beneath it. Returns how many names went.
@@ -187,6 +210,14 @@ impl Library {
     /// The manifest of a content that is here, complete or in part.
     pub fn manifest(&self, id: &ContentId) -> Option<Manifest> {
         self.lock().contents.get(id).map(|entry| entry.manifest.clone())
+    }
+
+    /// The manifests of the complete contents of more than one piece, in no particular order.
+    pub fn long_contents(&self) -> Vec<Manifest> {
+        let state = self.lock();
+        let long =
+            state.contents.values().filter(|entry| !entry.files.is_empty() && !entry.manifest.hashes().is_empty());
+        long.map(|entry| entry.manifest.clone()).collect()
     }
 
     /// Which pieces of a content are here; `None` if it is unknown.
@@ -229,6 +260,11 @@ impl Library {
     /// The listing's version: changes when the listing does, not with the pieces of a download.
     pub fn changed(&self) -> watch::Receiver<u64> {
         self.0.changed.subscribe()
+    }
+
+    /// Changes whenever [`Library::have`] may answer anew for some content.
+    pub fn haves(&self) -> watch::Receiver<u64> {
+        self.0.haves.subscribe()
     }
 
     /// What happened to the listing since `version`, all changes of a row merged into one.
@@ -311,6 +347,15 @@ impl Partial {
         if let Some(part) = self.library.lock().part(&self.id, self.token) {
             part.have.insert(piece.get());
         }
+        self.library.0.haves.send_modify(|n| *n += 1);
+    }
+
+    /// Offers these pieces no longer: the disk lost them.
+    pub fn lose(&self, pieces: &[u32]) {
+        if let Some(part) = self.library.lock().part(&self.id, self.token) {
+            pieces.iter().for_each(|piece| _ = part.have.remove(*piece));
+        }
+        self.library.0.haves.send_modify(|n| *n += 1);
     }
 }
 

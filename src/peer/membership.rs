@@ -5,9 +5,9 @@
 //! higher epoch that the authority signed.
 
 use std::{
+    io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result};
@@ -20,7 +20,7 @@ use crate::{
     identity::{CertificateFacts, Identity, Key, PEER_FILES, PeerId, Subject, pem},
     proto::SignedTrustList,
     safe_path,
-    tls::LiveCertificate,
+    tls::{LiveCertificate, seconds_left},
     trust::Trust,
 };
 
@@ -53,6 +53,10 @@ impl Membership {
     pub fn load(state_dir: &Path, tracker: Option<String>) -> Result<Arc<Self>> {
         let folder = state_dir.join(IDENTITY);
         let named = || format!("reading the identity in {}", folder.display());
+        if let Err(error) = folder.try_exists() {
+            let error = io::Error::new(error.kind(), format!("{}: {error}", folder.display()));
+            return Err(Failed::state_dir(&error).into());
+        }
         let Some(identity) = Identity::load(&folder, PEER_FILES).with_context(named)? else {
             let text = format!(
                 "{} has not joined a network: run `sprat join LINK` with a link from the tracker",
@@ -163,9 +167,7 @@ impl Membership {
     /// Seconds until the certificate in use ends; negative if it has.
     #[must_use]
     pub fn seconds_left(&self) -> i64 {
-        let end = CertificateFacts::read(&self.certificate.leaf()).map_or(0, |facts| facts.not_after);
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        end - i64::try_from(now).unwrap_or(i64::MAX)
+        seconds_left(&self.certificate.leaf())
     }
 
     /// Takes over a list from the tracker if the authority signed it and it is newer, and remembers it.

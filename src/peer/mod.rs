@@ -13,18 +13,22 @@ pub mod index;
 pub mod join;
 pub mod keeper;
 pub mod library;
+pub mod limit;
 pub mod membership;
+mod metrics;
 pub mod pace;
 pub mod picker;
 pub mod progress;
 pub mod remembered;
 pub mod report;
+pub mod reuse;
 pub mod roster;
 pub mod scan;
 pub mod serve;
 pub mod share;
 pub mod shares;
 pub mod source;
+mod spent;
 pub mod storage;
 pub mod swarm;
 pub mod targets;
@@ -41,25 +45,28 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use tokio::{net::TcpListener, sync::watch};
+use tokio::{net::TcpListener, sync::watch, task::spawn_blocking};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
-pub use self::shares::ShareSpec;
 use self::{
     announce::{Announcer, Reachable},
     control::{Control, ControlServer},
     index::Index,
     library::Library,
+    limit::{Limit, Limits as Bandwidth},
     membership::Membership,
-    serve::{ChunkServer, Served},
+    report::Meter,
+    serve::{ChunkServer, Served, Uncopied},
     shares::{Shares, SharesConfig},
     tracker_client::TrackerClient,
 };
+pub use self::{limit::Rates, shares::ShareSpec};
 use crate::{
     exit::{Exit, Failed},
     identity::PeerId,
     net::{self, Connection, Front, Limits, Listener},
+    operator,
     proto::{self, chunk_service_server::ChunkServiceServer, control_service_server::ControlServiceServer},
     safe_path::{self, Root},
     tls,
@@ -71,12 +78,11 @@ const LOCK_WAIT: Duration = Duration::from_secs(5);
 const DRAIN: Duration = Duration::from_secs(12);
 /// The port unless told otherwise; the next ones are tried if it is taken.
 pub const DEFAULT_PORT: u16 = 7701;
+const OPERATOR_PORT: u16 = 7791;
 const SPREAD: u16 = 32;
 const LIMITS: Limits = Limits { connections: 1024, strangers_per_address: 64, per_member: 8, http2: net::DATA };
 /// Longest request of this user's own commands, bytes: a Get of some hundred thousand files.
 const MAX_CONTROL_MESSAGE: usize = 64 << 20;
-/// Descriptors for connections, shared files and `.part`s.
-const DESCRIPTORS: u64 = 65_536;
 
 /// How a Node runs.
 #[derive(Clone, Debug)]
@@ -89,12 +95,18 @@ pub struct NodeOptions {
     pub downloads: Option<PathBuf>,
     /// What to bind; none for a short life on any port.
     pub listen: Option<SocketAddr>,
+    /// Where the operator page is; none: nowhere.
+    pub operator: Option<SocketAddr>,
     /// "HOST:PORT" to offer instead of the interfaces' addresses.
     pub advertise: Vec<String>,
     /// The tracker, instead of the one joined through.
     pub tracker: Option<String>,
     /// How often shares are rescanned beside events.
     pub rescan: Duration,
+    /// What it may send, to begin with.
+    pub upload_limit: Rates,
+    /// What it may fetch, to begin with.
+    pub download_limit: Rates,
 }
 
 /// A running peer.
@@ -102,6 +114,7 @@ pub struct Node {
     control: Arc<Control>,
     connection: Connection,
     addresses: Vec<String>,
+    operator: Option<SocketAddr>,
     cancel: CancellationToken,
     tasks: TaskTracker,
     lock: File,
@@ -115,14 +128,40 @@ impl Node {
     /// used.
     pub async fn start(options: NodeOptions) -> Result<Self> {
         let membership = Membership::load(&options.state_dir, options.tracker.clone())?;
+        Self::start_with(options, Arc::new(TrackerClient::new(membership))).await
+    }
+
+    /// As [`start`](Self::start), with a client of the network's tracker that may be connected already.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub async fn start_with(options: NodeOptions, tracker: Arc<TrackerClient>) -> Result<Self> {
+        let (cancel, tasks) = (CancellationToken::new(), TaskTracker::new());
+        let started = Self::try_start(options, tracker, &cancel, &tasks).await;
+        if started.is_err() {
+            // What had begun ends, so that another attempt finds nothing taken.
+            cancel.cancel();
+            tasks.close();
+            let _ = tokio::time::timeout(DRAIN, tasks.wait()).await;
+        }
+        started
+    }
+
+    async fn try_start(
+        options: NodeOptions,
+        tracker: Arc<TrackerClient>,
+        cancel: &CancellationToken,
+        tasks: &TaskTracker,
+    ) -> Result<Self> {
+        let membership = tracker.membership().clone();
         let lock = lock(&options.state_dir).await?;
         if membership.seconds_left() <= 0 {
             join::renew(&membership).await.context("the certificate has ended")?;
         }
-        raise_descriptor_limit();
-        let (cancel, tasks) = (CancellationToken::new(), TaskTracker::new());
-        let index = options.state_dir.join("index.redb");
-        let index = Arc::new(Index::open(&index).with_context(|| format!("opening {}", index.display()))?);
+        net::raise_descriptor_limit();
+        let ending = TaskTracker::new();
+        ending.close();
+        let index = open_index(options.state_dir.join("index.redb")).await?;
         let library = Library::new();
         let shares = Arc::new(Shares::new(SharesConfig {
             index: index.clone(),
@@ -136,22 +175,28 @@ impl Node {
         let remember = options.state_dir.join("shares.json");
         let downloads = add_shares(&options, &shares, &remember)?;
         let listener = listen(options.listen)?;
+        let operator = net::bind_http(options.operator, OPERATOR_PORT)?;
         let reachable = Reachable { bound: listener.local_addr()?, advertise: options.advertise.clone() };
-        let tracker = Arc::new(TrackerClient::new(membership.clone()));
         let (state, state_shown) = watch::channel("connecting".to_owned());
         let control = Arc::new(Control {
             membership: membership.clone(),
-            tracker: tracker.clone(),
-            library: library.clone(),
+            tracker,
+            library,
             index,
             shares,
             remember,
             downloads,
             served: Arc::default(),
-            reachable: reachable.clone(),
+            limits: Bandwidth {
+                upload: Limit::new(options.upload_limit),
+                download: Limit::new(options.download_limit),
+            },
+            reachable,
             state: state_shown,
             started: Instant::now(),
             cancel: cancel.clone(),
+            tasks: tasks.clone(),
+            ending,
             running: Mutex::new(BTreeMap::new()),
             attached: watch::Sender::new(0),
             downloaded: AtomicU64::new(0),
@@ -160,24 +205,31 @@ impl Node {
             ControlServiceServer::new(ControlServer(control.clone())).max_decoding_message_size(MAX_CONTROL_MESSAGE);
         let routes = Routes::new(service).prepare();
         let connection = net::pipe(routes.clone(), net::CONTROL, cancel.clone()).await?;
-        let addresses = reachable.addresses();
-        let node = Self { control, connection, addresses, cancel, tasks, lock };
+        let addresses = control.reachable.addresses();
+        let page = operator.as_ref().map(TcpListener::local_addr).transpose()?;
+        let (cancel, tasks) = (cancel.clone(), tasks.clone());
+        let node = Self { control, connection, addresses, operator: page, cancel, tasks, lock };
         let socket = net::bind_unix(&options.state_dir, SOCKET).context("binding the control socket")?;
         node.tasks.spawn(net::serve_unix(socket, routes, node.cancel.clone(), node.tasks.clone()));
         node.serve(listener, &membership).await?;
-        let announcer = Announcer { library, tracker, membership: membership.clone(), reachable, state };
-        node.tasks.spawn(announcer.run(node.cancel.clone()));
+        operator.into_iter().for_each(|listener| node.serve_operator(listener));
+        node.announce(state);
         node.tasks.spawn(join::keep_renewed(membership, node.cancel.clone()));
         Ok(node)
     }
 
     async fn serve(&self, listener: TcpListener, membership: &Arc<Membership>) -> Result<()> {
-        let chunks = ChunkServer::new(self.control.library.clone(), self.control.served.clone());
+        let chunks = ChunkServer::new(
+            self.control.library.clone(),
+            self.control.served.clone(),
+            self.control.limits.upload.clone(),
+        );
         let chunks = ChunkServiceServer::new(chunks).max_decoding_message_size(proto::MAX_CHUNK_MESSAGE);
+        let chunks = Uncopied(chunks);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<ChunkServiceServer<ChunkServer>>().await;
-        let routes =
-            proto::with_reflection(Routes::new(chunks).add_service(health_service), "sprat.v1.ChunkService")?.prepare();
+        let routes = proto::with_reflection(Routes::new(chunks).add_service(health_service), "sprat.v1.ChunkService")?;
+        let routes = operator::beside(routes, self.control.clone()).prepare();
         let certificate = membership.certificate().clone();
         let tls = tls::member_server(membership.trust(), certificate.clone(), certificate)?;
         let listening = Listener {
@@ -190,6 +242,32 @@ impl Node {
         };
         self.tasks.spawn(listening.run(listener));
         Ok(())
+    }
+
+    fn serve_operator(&self, listener: TcpListener) {
+        let router = operator::router(self.control.clone());
+        self.tasks.spawn(net::serve_http(listener, router, self.cancel.clone(), self.tasks.clone()));
+    }
+
+    /// Where the operator page is.
+    #[must_use]
+    pub const fn operator(&self) -> Option<SocketAddr> {
+        self.operator
+    }
+
+    /// Announces until the end; `state` shows how that goes.
+    fn announce(&self, state: watch::Sender<String>) {
+        let (control, mut meter) = (self.control.clone(), Meter::default());
+        let announcer = Announcer {
+            library: control.library.clone(),
+            tracker: control.tracker.clone(),
+            membership: control.membership.clone(),
+            reachable: control.reachable.clone(),
+            attached: control.attached.subscribe(),
+            activity: Box::new(move || control.activity(&mut meter)),
+            state,
+        };
+        self.tasks.spawn(announcer.run(self.cancel.clone()));
     }
 
     /// The ControlService, without a socket in between.
@@ -260,7 +338,7 @@ pub async fn attach(state_dir: &Path) -> Result<Option<Connection>> {
 async fn lock(state_dir: &Path) -> Result<File> {
     let until = Instant::now() + LOCK_WAIT;
     loop {
-        if let Some(lock) = safe_path::lock(&state_dir.join(LOCK))? {
+        if let Some(lock) = safe_path::lock(&state_dir.join(LOCK)).map_err(|error| Failed::state_dir(&error))? {
             return Ok(lock);
         }
         if Instant::now() > until {
@@ -272,6 +350,11 @@ async fn lock(state_dir: &Path) -> Result<File> {
 }
 
 /// Shares what was asked for and what was remembered, and the downloads folder; gives the latter's real path.
+async fn open_index(path: PathBuf) -> Result<Arc<Index>> {
+    let opening = spawn_blocking(move || Index::open(&path).with_context(|| format!("opening {}", path.display())));
+    Ok(Arc::new(opening.await??))
+}
+
 fn add_shares(options: &NodeOptions, shares: &Shares, remember: &Path) -> Result<Option<PathBuf>> {
     for spec in &options.shares {
         shares.add(spec.clone()).map_err(|error| Failed::new(Exit::Usage, format!("{error:#}")))?;
@@ -309,15 +392,4 @@ fn listen(address: Option<SocketAddr>) -> Result<TcpListener> {
     let address = address.unwrap_or_else(|| SocketAddr::from(([0_u16; 8], 0)));
     let spread = if address.port() == DEFAULT_PORT { SPREAD } else { 0 };
     net::bind(address, spread).map_err(|error| Failed::new(Exit::Failure, error.to_string()).into())
-}
-
-/// Best effort: with few descriptors a peer serves fewer at once.
-fn raise_descriptor_limit() {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    let wanted = limit.maximum.unwrap_or(DESCRIPTORS).min(DESCRIPTORS);
-    if limit.current.is_some_and(|current| current < wanted) {
-        limit.current = Some(wanted);
-        let _ = setrlimit(Resource::Nofile, limit);
-    }
 }

@@ -6,10 +6,11 @@
 //!   included: what requests cost shows in it. Samples of at least 100 ms fade with a half-second constant.
 //! - **Claims** aim at a second of work (so 0.5–2 s while goodput moves) and at twice bandwidth × round trip, start
 //!   small, grow fourfold at most from one to the next, and follow goodput down at once.
-//! - **Chunks** are tried at double length after a while and kept so unless goodput fell, since longer chunks are less
-//!   work on both ends; a length that did not help is not tried again for a while that grows. The first length is what
-//!   the first measurement brings in 5 ms; none lasts longer than 50 ms, so a slow link keeps short ones and smooth
-//!   progress.
+//! - **Chunks** last from 5 ms to 50 ms at the measured goodput: shorter ones cost both ends time (a third of what a core
+//!   moves at 16 KiB), and of one that takes longer than a request may be silent, nothing is heard in time. In between
+//!   they are tried at double length after a while and kept so unless goodput fell, since longer chunks are less work; a
+//!   length that did not help is not tried again for a while that grows. The first measurement, a small request on a
+//!   cold connection, often says too little, so the 5 ms are looked at with every one.
 //!
 //! Invariant: chunk length within 16 KiB..1 MiB, claims within 1..=1,024 pieces and, from two pieces up, 256 MiB.
 
@@ -32,7 +33,7 @@ const ASSUMED_ROUND_TRIP: Duration = Duration::from_millis(50);
 
 const CLAIM_WORK: Duration = Duration::from_secs(1);
 const MAX_CLAIM_GROWTH: u64 = 4;
-const FIRST_CHUNK_TIME: Duration = Duration::from_millis(5);
+const MIN_CHUNK_TIME: Duration = Duration::from_millis(5);
 const MAX_CHUNK_TIME: Duration = Duration::from_millis(50);
 const SAMPLE: Duration = Duration::from_millis(100);
 const FADE: Duration = Duration::from_millis(500);
@@ -49,10 +50,20 @@ const PROGRESS_LIMIT: Duration = Duration::from_secs(20);
 /// Bytes that a request must bring in each [`PROGRESS_LIMIT`].
 const FLOOR_BYTES: u64 = 16 << 10;
 
+/// Sizes that follow nothing, where they are given: what adaptive ones are measured against.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Fixed {
+    /// A chunk's length, bytes.
+    pub chunk_len: Option<u32>,
+    /// A claim's length, bytes; at least one piece.
+    pub claim_bytes: Option<u64>,
+}
+
 /// The measured speed of one source, and the sizes that follow from it.
 #[derive(Clone, Debug)]
 pub struct Pace {
     piece_len: u32,
+    fixed: Fixed,
     goodput: Option<f64>,
     round_trip: Option<Duration>,
     n_flights: u32,
@@ -60,6 +71,8 @@ pub struct Pace {
     active: Duration,
     active_bytes: u64,
     counted_to: Option<Instant>,
+    /// Bytes that came in all.
+    bytes: u64,
     claim_bytes: u64,
     chunk_len: u32,
     /// Bytes in the present sample came in chunks of another length, asked for earlier.
@@ -95,17 +108,24 @@ impl Pace {
     pub fn new(piece_len: u32) -> Self {
         Self {
             piece_len: piece_len.max(1),
+            fixed: Fixed::default(),
             goodput: None,
             round_trip: None,
             n_flights: 0,
             active: Duration::ZERO,
             active_bytes: 0,
             counted_to: None,
+            bytes: 0,
             claim_bytes: FIRST_CLAIM_BYTES,
             chunk_len: FIRST_CHUNK_LEN,
             is_mixed: false,
             trial: Trial::Rest { samples: TRIAL_SAMPLES, next_rest: FIRST_REST },
         }
+    }
+
+    /// As [`Self::new`], with some sizes fixed.
+    pub fn fixed(piece_len: u32, fixed: Fixed) -> Self {
+        Self { fixed, ..Self::new(piece_len) }
     }
 
     /// A request goes out. Give what it returns to [`Self::on_chunk`], and in the end, however it ends, to [`Self::end`].
@@ -134,6 +154,7 @@ impl Pace {
         }
         self.is_mixed |= flight.chunk_len != self.chunk_len;
         self.active_bytes += bytes;
+        self.bytes += bytes;
         self.count_to(now);
         if self.active >= SAMPLE {
             self.sample();
@@ -164,7 +185,7 @@ impl Pace {
 
     /// Bytes a chunk shall have: a power of two.
     pub fn chunk_length(&self) -> u32 {
-        self.chunk_len
+        self.fixed.chunk_len.unwrap_or(self.chunk_len).clamp(MIN_CHUNK_LEN, MAX_CHUNK_LEN)
     }
 
     /// Bytes the next claim should be about.
@@ -174,7 +195,8 @@ impl Pace {
 
     /// Pieces the next claim should have at most; at least one.
     pub fn claim_pieces(&self) -> u32 {
-        let pieces = self.claim_bytes.min(MAX_CLAIM_BYTES) / u64::from(self.piece_len);
+        let bytes = self.fixed.claim_bytes.unwrap_or(self.claim_bytes);
+        let pieces = bytes.min(MAX_CLAIM_BYTES) / u64::from(self.piece_len);
         u32::try_from(pieces).unwrap_or(u32::MAX).clamp(1, MAX_CLAIM_PIECES)
     }
 
@@ -182,6 +204,11 @@ impl Pace {
     /// the way in one round trip.
     pub fn lead_bytes(&self) -> u64 {
         2 * self.bytes_in(self.round_trip()) + u64::from(self.chunk_len)
+    }
+
+    /// Bytes that came so far.
+    pub const fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// Bytes a second; none before the first measurement.
@@ -223,22 +250,18 @@ impl Pace {
         let seconds = self.active.as_secs_f64().max(1e-6);
         let rate = self.active_bytes as f64 / seconds;
         let weight = seconds / (seconds + FADE.as_secs_f64());
-        let is_first = self.goodput.is_none();
         self.goodput = Some(self.goodput.map_or(rate, |known| known + weight * (rate - known)));
         (self.active, self.active_bytes) = (Duration::ZERO, 0);
         self.claim_bytes = self.claim_bytes.min(self.wanted_claim());
-        if is_first {
-            self.chunk_len = chunk_len_within(self.bytes_in(FIRST_CHUNK_TIME));
-        } else {
-            self.judge_chunk_length(rate);
-        }
+        self.judge_chunk_length(rate);
         self.is_mixed = false;
     }
 
     fn judge_chunk_length(&mut self, rate: f64) {
+        let shortest = chunk_len_within(self.bytes_in(MIN_CHUNK_TIME));
         let longest = chunk_len_within(self.bytes_in(MAX_CHUNK_TIME));
-        if self.chunk_len > longest {
-            self.chunk_len /= 2;
+        if self.chunk_len < shortest || self.chunk_len > longest {
+            self.chunk_len = shortest.max(self.chunk_len / 2);
             self.trial = Trial::Rest { samples: TRIAL_SAMPLES, next_rest: FIRST_REST };
             return;
         }
@@ -349,6 +372,23 @@ mod tests {
         fetch(&mut pace, |_| 600.0 * MB, millis(1), millis(2000), Instant::now());
         assert_eq!((pace.chunk_length(), pace.claim_bytes()), (MAX_CHUNK_LEN, MAX_CLAIM_BYTES));
         assert_near(pace.goodput().unwrap_or(0), 600.0 * MB);
+    }
+
+    #[test]
+    fn a_slow_start_is_made_up_for_at_once() {
+        let mut pace = Pace::new(PIECE_LEN);
+        let now = fetch(&mut pace, |_| 10.0 * MB, millis(20), millis(100), Instant::now());
+        assert!(pace.chunk_length() <= 64 << 10);
+        fetch(&mut pace, |_| 600.0 * MB, millis(1), millis(250), now);
+        assert!(pace.chunk_length() >= 512 << 10, "{}", pace.chunk_length());
+    }
+
+    #[test]
+    fn fixed_sizes_follow_nothing() {
+        let fixed = Fixed { chunk_len: Some(32 << 10), claim_bytes: Some(4 << 20) };
+        let mut pace = Pace::fixed(PIECE_LEN, fixed);
+        fetch(&mut pace, |_| 600.0 * MB, millis(1), millis(2000), Instant::now());
+        assert_eq!((pace.chunk_length(), pace.claim_bytes()), (32 << 10, 4 << 20));
     }
 
     #[test]

@@ -4,16 +4,18 @@ use std::{
     collections::HashMap,
     path::PathBuf,
     sync::{
-        Mutex,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use super::{
     account::{Account, Accounts},
+    spent::Spent,
     targets::Want,
 };
-use crate::{identity::PeerId, safe_path::SafeName};
+use crate::{catalog::FileKey, identity::PeerId};
 
 /// Something that happened, for whoever asked for the Get.
 #[derive(Clone, Debug)]
@@ -31,11 +33,25 @@ pub enum Happening {
     Note(Option<PeerId>, String),
 }
 
+/// An instant that defaults to now.
+#[derive(Clone, Copy, Debug)]
+pub struct Began(pub Instant);
+
+impl Default for Began {
+    fn default() -> Self {
+        Self(Instant::now())
+    }
+}
+
 /// Where a Get stands; shared with whoever watches it.
 #[derive(Default)]
 pub struct Progress {
     /// All sources so far.
     pub accounts: Accounts,
+    /// When it began.
+    pub began: Began,
+    /// Where the time went so far.
+    pub spent: Arc<Spent>,
     /// Bytes of all files.
     pub bytes_total: AtomicU64,
     /// Verified bytes that are on the disk.
@@ -51,8 +67,8 @@ pub struct Progress {
     pub files_skipped: AtomicU64,
     /// Bytes a second over the network, for those who look now and then.
     pub rate: AtomicU64,
-    /// Files in work: name, done, total.
-    pub in_work: Mutex<Vec<(SafeName, u64, u64)>>,
+    /// Files in work: which, bytes done, bytes in all.
+    pub in_work: Mutex<Vec<(FileKey, u64, u64)>>,
 }
 
 impl Progress {

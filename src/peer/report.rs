@@ -1,13 +1,16 @@
 //! A Node's state in the words of the control protocol.
 
 use std::{
-    sync::atomic::Ordering,
+    cmp::Reverse,
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use super::{
     account::{Account, State},
     keeper::ShareState,
+    limit,
     progress::{Happening, Progress},
 };
 use crate::{
@@ -41,6 +44,82 @@ impl Speed {
         }
         self.last = Some((now, bytes));
         self.rate as u64
+    }
+}
+
+/// What the tracker is told of transfers: counters of this Node, made into rates from one report to the next.
+#[derive(Default)]
+pub struct Meter {
+    sent: Option<(Instant, u64)>,
+    sources: HashMap<(u64, PeerId), Speed>,
+}
+
+impl Meter {
+    /// What moves now, of these Gets and these totals.
+    pub fn activity(&mut self, running: &BTreeMap<u64, Arc<Progress>>, sent: u64, received: u64) -> proto::Activity {
+        let now = Instant::now();
+        let mut sources = HashMap::new();
+        let mut transfers: Vec<_> =
+            running.iter().map(|(id, progress)| self.transfer(*id, progress, now, &mut sources)).collect();
+        self.sources = sources;
+        let receive_rate = transfers.iter().map(|transfer| transfer.bytes_per_second).sum();
+        transfers.sort_by_key(|transfer| Reverse(transfer.bytes_per_second));
+        transfers.truncate(proto::MAX_TRANSFERS);
+        let mut room = proto::MAX_TRANSFER_SOURCES;
+        for transfer in &mut transfers {
+            transfer.sources.truncate(room);
+            room -= transfer.sources.len();
+        }
+        let send_rate = self.send_rate(sent, now);
+        proto::Activity { bytes_sent: sent, bytes_received: received, send_rate, receive_rate, transfers }
+    }
+
+    fn send_rate(&mut self, sent: u64, now: Instant) -> u64 {
+        let Some((before, had)) = self.sent.replace((now, sent)) else { return 0 };
+        let millis = u64::try_from(now.saturating_duration_since(before).as_millis()).unwrap_or(u64::MAX);
+        sent.saturating_sub(had).saturating_mul(1000) / millis.max(1)
+    }
+
+    /// One Get; its sources' speeds go on in `kept`.
+    fn transfer(
+        &mut self,
+        id: u64,
+        progress: &Progress,
+        now: Instant,
+        kept: &mut HashMap<(u64, PeerId), Speed>,
+    ) -> proto::Transfer {
+        let mut sources = vec![];
+        for (peer, account) in progress.accounts() {
+            let mut speed = self.sources.remove(&(id, peer)).unwrap_or_default();
+            let bytes_per_second = speed.at(account.bytes, now);
+            kept.insert((id, peer), speed);
+            if account.state == State::Active {
+                sources.push(proto::TransferSource { peer_id: peer.to_string(), bytes_per_second });
+            }
+        }
+        sources.sort_by_key(|source| Reverse(source.bytes_per_second));
+        let in_work = progress.in_work.lock().expect("no panic while the lock is held");
+        let largest = in_work.iter().max_by_key(|(_, _, bytes)| *bytes);
+        proto::Transfer {
+            content_id: largest.map(|(file, ..)| file.content_id.to_string()).unwrap_or_default(),
+            bytes_total: progress.bytes_total.load(Ordering::Relaxed),
+            bytes_done: progress.bytes_done.load(Ordering::Relaxed),
+            files_total: progress.files_total.load(Ordering::Relaxed),
+            files_done: progress.files_done.load(Ordering::Relaxed),
+            bytes_per_second: sources.iter().map(|source| source.bytes_per_second).sum(),
+            sources,
+        }
+    }
+}
+
+/// The limits in force.
+pub fn limits(limits: &limit::Limits) -> proto::Limits {
+    let (upload, download) = (limits.upload.rates(), limits.download.rates());
+    proto::Limits {
+        upload: upload.total,
+        download: download.total,
+        upload_per_peer: upload.per_peer,
+        download_per_peer: download.per_peer,
     }
 }
 
@@ -101,8 +180,8 @@ pub fn progress(progress: &Progress, speed: &mut Speed) -> proto::Progress {
 /// Where a Get stands, for somebody who looks once.
 pub fn running(progress: &Progress, bytes_per_second: u64) -> proto::Progress {
     let files = progress.in_work.lock().expect("no panic while the lock is held");
-    let files = files.iter().map(|(name, bytes_done, bytes_total)| FileProgress {
-        name: name.to_string(),
+    let files = files.iter().map(|(file, bytes_done, bytes_total)| FileProgress {
+        name: file.name.to_string(),
         bytes_done: *bytes_done,
         bytes_total: *bytes_total,
     });
@@ -114,7 +193,15 @@ pub fn running(progress: &Progress, bytes_per_second: u64) -> proto::Progress {
         bytes_per_second,
         sources: sources(progress),
         files: files.collect(),
+        bottleneck: bottleneck(progress, progress.began.0.elapsed()),
     }
+}
+
+/// What holds a Get up, in one word; empty if nothing came over the network.
+fn bottleneck(progress: &Progress, wall: Duration) -> String {
+    let n_sources = progress.accounts().values().filter(|account| account.bytes > 0).count();
+    let found = progress.spent.bottleneck(wall, u32::try_from(n_sources).unwrap_or(u32::MAX));
+    found.filter(|_| n_sources > 0).map(|found| found.to_string()).unwrap_or_default()
 }
 
 /// How a Get ended.
@@ -129,6 +216,7 @@ pub fn summary(progress: &Progress, duration: Duration) -> proto::Done {
         sources: sources(progress),
         bytes_wasted: wasted,
         files_skipped: progress.files_skipped.load(Ordering::Relaxed),
+        bottleneck: bottleneck(progress, duration),
     }
 }
 

@@ -1,14 +1,14 @@
 //! Fetching one batch of contents from everybody who holds them: sources come and go, claims are made and broken, pieces
-//! are written, until every piece is here or nobody is left to ask.
+//! are written and offered to others, until every piece is here or nobody is left to ask.
 //!
-//! Invariants: the picker alone decides who fetches what; a piece counts once it is written; what a lane was promised and
-//! did not bring is given back before the lane ends.
+//! Invariants: the picker alone decides who fetches what; a piece counts, and is offered, once it is written; what a
+//! lane was promised and did not bring is given back before the lane ends.
 
 use std::{
     collections::{BTreeSet, HashMap},
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -18,86 +18,136 @@ use tokio::{
     time::sleep,
 };
 
+mod disk;
+mod held;
+mod landing;
+mod session;
 mod work;
 
 pub use self::work::Work;
 use super::{
     account::{Account, Accounts, State},
+    limit::Limit,
     membership::Membership,
-    pace::Pace,
-    picker::{Next, Picker, Received, SourceKey},
-    source::{Event, Source, SourceError, Wanted},
-    storage::{Storage, StorageError},
-    targets::Want,
+    pace::{Fixed, Pace},
+    picker::{Picker, SourceKey},
+    source::{Source, SourceError},
+    spent::Spent,
+    storage::StorageError,
 };
-use crate::{
-    backoff::Backoff,
-    content::{ContentId, VerifiedPiece},
-    have::HaveMap,
-    identity::PeerId,
-    safe_path::SafeName,
-};
+use crate::{backoff::Backoff, catalog::FileKey, content::ContentId, have::HaveMap, identity::PeerId, metrics};
 
-/// Claims under way per source: while one ends, the next is on its way.
-const LANES: usize = 2;
 /// Failures in a row, without a piece between them, after which a source is given up.
 const MAX_FAILURES: u32 = 4;
 /// Wrong answers after which a source is given up for this download.
 const MAX_LIES: u32 = 3;
 
+/// This machine, as a source.
+const LOCAL: SourceKey = SourceKey(0);
+
 /// Something that the batch's owner acts on.
 pub enum Report {
     /// All pieces of this content are written.
     Complete(usize),
+    /// Somebody else who fetches or holds this content.
+    Met(PeerId, Vec<String>, ContentId),
+    /// The listing's size of this content is not the one that a source knows.
+    Disputed(usize),
     /// Something a person may want to know.
-    Note(PeerId, String),
+    Note(Option<PeerId>, String),
     /// The disk failed: nothing can go on.
     Disk(StorageError),
+}
+
+/// Where this peer serves what it fetches: "HOST:PORT" values, and the port.
+#[derive(Clone, Debug, Default)]
+pub struct Here {
+    /// What is told to sources.
+    pub addresses: Vec<String>,
+    /// The bound port.
+    pub port: u16,
+}
+
+/// A source as the batch knows it.
+struct Known {
+    key: SourceKey,
+    /// Wakes its lanes, and no others.
+    wake: Arc<Notify>,
+    /// Contents, by their position, that it holds whole.
+    complete: BTreeSet<usize>,
 }
 
 /// The shared state of one batch.
 pub struct Swarm {
     membership: Arc<Membership>,
+    here: Here,
+    limit: Limit,
+    fixed: Fixed,
     work: Vec<Work>,
+    n_pieces: u32,
     picker: Mutex<Picker>,
     changed: Notify,
+    is_tail: AtomicBool,
+    /// Sources that are connected.
+    n_at_work: AtomicUsize,
     accounts: Accounts,
-    keys: Mutex<HashMap<PeerId, SourceKey>>,
+    known: Mutex<HashMap<PeerId, Known>>,
     reports: mpsc::Sender<Report>,
     /// Bytes written by this batch.
-    pub fetched: AtomicU64,
+    fetched: AtomicU64,
+    /// Bytes found on this disk by this batch.
+    resumed: AtomicU64,
+    /// Who waits for room on the disk.
+    waiting: AtomicU32,
+    /// Where the time goes.
+    spent: Arc<Spent>,
 }
 
 impl Swarm {
-    /// A batch of contents with their open storages; what these hold already is not fetched. Complete ones are reported
-    /// by the caller, not here.
+    /// A batch of different contents with their open storages; what these hold already is not fetched. Complete ones are
+    /// reported by the caller, not here.
     #[must_use]
     pub fn new(
         membership: Arc<Membership>,
-        files: Vec<(Want, SafeName, Arc<Storage>)>,
-        accounts: Accounts,
+        here: Here,
+        (limit, fixed): (Limit, Fixed),
+        mut work: Vec<Work>,
+        (accounts, spent): (Accounts, Arc<Spent>),
         reports: mpsc::Sender<Report>,
     ) -> Self {
-        let (work, n_pieces) = work::number(files);
+        let n_pieces = work::number(&mut work);
         let mut picker = Picker::new(n_pieces, rand::random());
         for work in &work {
-            let have = work.storage.have();
-            have.iter().for_each(|piece| picker.mark_done(work.first + piece));
+            work.storage.have().iter().for_each(|piece| picker.mark_done(work.first + piece));
         }
-        let (picker, keys) = (Mutex::new(picker), Mutex::default());
-        Self { membership, work, picker, changed: Notify::new(), accounts, keys, reports, fetched: AtomicU64::new(0) }
+        let (picker, known) = (Mutex::new(picker), Mutex::default());
+        let (fetched, resumed, waiting) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU32::new(0));
+        let changed = Notify::new();
+        Self {
+            membership,
+            here,
+            limit,
+            fixed,
+            work,
+            n_pieces,
+            picker,
+            changed,
+            is_tail: AtomicBool::new(false),
+            n_at_work: AtomicUsize::new(0),
+            accounts,
+            known,
+            reports,
+            fetched,
+            resumed,
+            waiting,
+            spent,
+        }
     }
 
     /// The contents.
     #[must_use]
     pub fn work(&self) -> &[Work] {
         &self.work
-    }
-
-    /// Pieces of a content that are missing.
-    #[must_use]
-    pub fn left(&self, work: usize) -> u32 {
-        self.work[work].left()
     }
 
     /// Is every piece here?
@@ -110,57 +160,93 @@ impl Swarm {
         self.picker.lock().expect("no panic while the lock is held")
     }
 
+    /// A good piece of no use: another source had brought it.
+    fn waste(&self, peer: PeerId, bytes: u64) {
+        metrics::PIECES_WASTED.one();
+        metrics::BYTES_WASTED.add(bytes);
+        self.account(peer, |account| account.wasted += bytes);
+    }
+
     /// Changes a source's account.
-    fn account(&self, peer: PeerId, change: impl FnOnce(&mut Account)) {
-        change(self.accounts.lock().expect("no panic while the lock is held").entry(peer).or_default());
+    fn account<T>(&self, peer: PeerId, change: impl FnOnce(&mut Account) -> T) -> T {
+        change(self.accounts.lock().expect("no panic while the lock is held").entry(peer).or_default())
     }
 
-    fn key(&self, peer: PeerId) -> SourceKey {
-        let mut keys = self.keys.lock().expect("no panic while the lock is held");
-        let next = SourceKey(u32::try_from(keys.len()).unwrap_or(u32::MAX));
-        *keys.entry(peer).or_insert(next)
+    fn known<T>(&self, peer: PeerId, change: impl FnOnce(&mut Known) -> T) -> T {
+        let mut known = self.known.lock().expect("no panic while the lock is held");
+        // The first key is that of this machine.
+        let next = SourceKey(u32::try_from(known.len() + 1).unwrap_or(u32::MAX));
+        change(known.entry(peer).or_insert_with(|| Known {
+            key: next,
+            wake: Arc::default(),
+            complete: BTreeSet::new(),
+        }))
     }
 
-    /// Tells the picker what a source holds, all of each named content.
+    fn position(&self, id: &ContentId) -> Option<usize> {
+        self.work.iter().position(|work| work.want.id == *id)
+    }
+
+    /// A source that holds these contents whole; what else it may hold in part, it will tell itself.
     pub fn holds(&self, peer: PeerId, contents: &BTreeSet<ContentId>) {
-        let n_pieces = self.work.last().map_or(0, |work| work.first + work.storage.manifest().layout().n_pieces());
-        let held = self.work.iter().filter(|work| contents.contains(&work.want.id));
-        let mut have = HaveMap::empty(n_pieces);
-        for work in held {
-            let n = work.storage.manifest().layout().n_pieces();
-            (work.first..work.first + n).for_each(|piece| _ = have.insert(piece));
-        }
-        let have = if have.is_complete() { HaveMap::full(n_pieces) } else { have };
-        let key = self.key(peer);
+        let whole = self.work.iter().enumerate().filter(|(_, work)| contents.contains(&work.want.id));
+        let (key, complete) = self.known(peer, |known| {
+            known.complete.extend(whole.map(|(at, _)| at));
+            (known.key, known.complete.clone())
+        });
+        let mut have = HaveMap::empty(self.n_pieces);
+        complete.iter().flat_map(|at| self.work[*at].pieces()).for_each(|piece| _ = have.insert(piece));
         self.picker().set_have(key, &have);
-        self.changed.notify_waiters();
+        self.wake(peer);
     }
 
-    /// Works with one source until the batch is done or the source is of no more use. `connected` saves a handshake.
-    pub async fn work_with(&self, peer: PeerId, addresses: Vec<String>, mut connected: Option<Source>) {
-        let key = self.key(peer);
+    /// A source has more, or something of it has come: its own lanes look again. What concerns all goes through
+    /// `changed`: freed pieces, sources that left, the tail and the end.
+    fn wake(&self, peer: PeerId) {
+        self.known(peer, |known| known.wake.notify_waiters());
+    }
+
+    /// Works with one source until the batch is done or the source is of no more use; gives back the connection if it is
+    /// good. `connected` saves a handshake.
+    pub async fn work_with(
+        &self,
+        peer: PeerId,
+        addresses: Vec<String>,
+        mut connected: Option<Source>,
+    ) -> Option<Source> {
+        let key = self.known(peer, |known| known.key);
         let mut backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(8));
-        let pace = Mutex::new(Pace::new(self.mean_piece_len()));
+        let pace = Mutex::new(Pace::fixed(self.mean_piece_len(), self.fixed));
         loop {
-            let before = self.bytes_of(peer);
+            let before = self.account(peer, |account| account.bytes);
             let outcome = self.session(peer, key, &addresses, connected.take(), &pace).await;
-            let Err(error) = outcome else { return self.account(peer, |account| account.state = State::Resting) };
-            if self.bytes_of(peer) > before {
+            let error = match outcome {
+                Ok(source) => {
+                    self.account(peer, |account| account.state = State::Resting);
+                    return Some(source);
+                }
+                Err(error) => error,
+            };
+            if self.account(peer, |account| account.bytes) > before {
                 backoff.reset();
             }
             let mut wait = backoff.delay(rand::random());
             let bad_bytes = if let SourceError::BadPiece(_, bytes) = error { bytes } else { 0 };
             let lied = bad_bytes > 0 || matches!(error, SourceError::Lied(_));
             if lied {
+                metrics::PIECES_BAD.one();
+                metrics::BYTES_WASTED.add(bad_bytes);
+                metrics::BANS.one();
                 let banned_until = self.picker().bad_piece(key, Instant::now());
                 self.account(peer, |account| {
                     account.lies += 1;
                     account.wasted += bad_bytes;
+                    account.is_proven = false;
                 });
                 wait = banned_until.saturating_duration_since(Instant::now());
             }
             self.changed.notify_waiters();
-            let lies = self.lies_of(peer);
+            let lies = self.account(peer, |account| account.lies);
             let state = match &error {
                 _ if lied && lies < MAX_LIES => State::Banned,
                 _ if lied => State::Gone,
@@ -174,7 +260,7 @@ impl Swarm {
             if state == State::Gone {
                 self.picker().remove_source(key);
                 self.changed.notify_waiters();
-                return;
+                return None;
             }
             sleep(wait).await;
         }
@@ -186,162 +272,23 @@ impl Swarm {
             State::Banned => "banned for a while",
             _ => "lost, trying again",
         };
-        let _ = self.reports.send(Report::Note(peer, format!("source {}: {what}: {why}", peer.short()))).await;
+        self.report(Report::Note(Some(peer), format!("source {}: {what}: {why}", peer.short()))).await;
     }
 
-    fn bytes_of(&self, peer: PeerId) -> u64 {
-        self.accounts.lock().expect("no panic while the lock is held").get(&peer).map_or(0, |account| account.bytes)
-    }
-
-    fn lies_of(&self, peer: PeerId) -> u32 {
-        self.accounts.lock().expect("no panic while the lock is held").get(&peer).map_or(0, |account| account.lies)
+    async fn report(&self, report: Report) {
+        // Whoever owns the batch may have gone; then this future is about to be dropped.
+        let _ = self.reports.send(report).await;
     }
 
     fn mean_piece_len(&self) -> u32 {
-        let (mut bytes, mut pieces) = (0, 0);
-        for work in &self.work {
-            let layout = work.storage.manifest().layout();
-            bytes += layout.size();
-            pieces += u64::from(layout.n_pieces());
-        }
-        u32::try_from(bytes / pieces.max(1)).unwrap_or(u32::MAX).max(1)
+        let bytes: u64 = self.work.iter().map(|work| work.layout().size()).sum();
+        u32::try_from(bytes / u64::from(self.n_pieces).max(1)).unwrap_or(u32::MAX).max(1)
     }
 
-    /// Connects and runs the lanes; the first that fails ends the others.
-    async fn session(
-        &self,
-        peer: PeerId,
-        key: SourceKey,
-        addresses: &[String],
-        connected: Option<Source>,
-        pace: &Mutex<Pace>,
-    ) -> Result<(), SourceError> {
-        let source = match connected {
-            Some(source) => source,
-            None => {
-                self.account(peer, |account| account.state = State::Connecting);
-                Source::connect(&self.membership, peer, addresses).await?
-            }
-        };
-        let address = source.address();
-        self.account(peer, |account| (account.state, account.address) = (State::Active, address));
-        let lanes = (0..LANES).map(|_| self.lane(&source, key, pace));
-        futures_util::future::try_join_all(lanes).await.map(drop)
-    }
-
-    async fn lane(&self, source: &Source, key: SourceKey, pace: &Mutex<Pace>) -> Result<(), SourceError> {
-        loop {
-            let mut changed = std::pin::pin!(self.changed.notified());
-            changed.as_mut().enable();
-            let next = {
-                let pace = pace.lock().expect("no panic while the lock is held");
-                let pieces = pace.claim_pieces();
-                let (sizes, goodput) = ((pace.chunk_length(), pieces), pace.goodput().unwrap_or(0));
-                self.account(source.id, |account| (account.sizes, account.goodput) = (sizes, goodput));
-                self.picker().next(key, pieces, pace.expected(pieces), Instant::now())
-            };
-            match next {
-                Next::Done => return Ok(()),
-                Next::Wait(_) if source.is_closed() => return Err(SourceError::Broken("it hung up".into())),
-                Next::Wait(until) => {
-                    // A look now and then also notices a source that hung up while it had nothing to do.
-                    let until = until.map_or(Duration::from_secs(1), |at| at.saturating_duration_since(Instant::now()));
-                    let until = until.clamp(Duration::from_millis(5), Duration::from_secs(1));
-                    tokio::select! { () = changed => {}, () = sleep(until) => {} }
-                }
-                Next::Claim(pieces) | Next::Steal(pieces) => {
-                    let held = Held { swarm: self, key, pieces: Mutex::new(pieces) };
-                    self.fetch(source, &held, pace).await?;
-                }
-            }
-        }
-    }
-
-    async fn fetch(&self, source: &Source, held: &Held<'_>, pace: &Mutex<Pace>) -> Result<(), SourceError> {
-        let (claim, works) = self.claim(held);
-        let mut fetch = source.fetch(&claim, pace).await?;
-        while let Some(event) = fetch.next().await? {
-            match event {
-                Event::Piece(range, piece) => self.arrived(source.id, held, works[range], piece).await,
-                Event::Missing(range) => {
-                    let first = self.work[works[range]].first + claim[range].first.get();
-                    self.missing(held, first..first + claim[range].count);
-                }
-            }
-            if !held.is_wanted() {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    /// Turns the promised pieces into ranges of contents, and gives back what would be too long for one request.
-    fn claim(&self, held: &Held<'_>) -> (Vec<Wanted>, Vec<usize>) {
-        let mut pieces = held.pieces.lock().expect("no panic while the lock is held");
-        let (claim, works, taken) = work::ranges(&self.work, &pieces);
-        let rest = pieces.split_off(taken);
-        if !rest.is_empty() {
-            self.picker().release(held.key, &rest);
-            self.changed.notify_waiters();
-        }
-        (claim, works)
-    }
-
-    async fn arrived(&self, peer: PeerId, held: &Held<'_>, at: usize, piece: VerifiedPiece) {
-        let work = &self.work[at];
-        let number = work.first + piece.index().get();
-        let len = piece.bytes().len() as u64;
-        held.settle(number);
-        if self.picker().has(number) {
-            return self.account(peer, |account| account.wasted += len);
-        }
-        let storage = work.storage.clone();
-        let written = tokio::task::spawn_blocking(move || storage.write(&piece)).await;
-        match written {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                let _ = self.reports.send(Report::Disk(error)).await;
-                return;
-            }
-            // The pool is shutting down, and we with it.
-            Err(_) => return,
-        }
-        if work.storage.wants_sync() {
-            let (storage, reports) = (work.storage.clone(), self.reports.clone());
-            tokio::task::spawn_blocking(move || {
-                if let Err(error) = storage.sync() {
-                    let _ = reports.blocking_send(Report::Disk(error));
-                }
-            });
-        }
-        match self.picker().received(held.key, number) {
-            Received::Duplicate => return self.account(peer, |account| account.wasted += len),
-            Received::New => {}
-        }
-        self.fetched.fetch_add(len, Ordering::Relaxed);
-        self.account(peer, |account| account.bytes += len);
-        if work.piece_came() == 0 {
-            let _ = self.reports.send(Report::Complete(at)).await;
-        }
-        self.changed.notify_waiters();
-    }
-
-    fn missing(&self, held: &Held<'_>, pieces: std::ops::Range<u32>) {
-        let mut picker = self.picker();
-        for piece in pieces {
-            if held.settle(piece) {
-                picker.remove_have(held.key, piece);
-            }
-        }
-        drop(picker);
-        self.changed.notify_waiters();
-    }
-
-    /// Contents that are begun and not complete: name, bytes done, bytes in all; at most eight.
+    /// Contents that are begun and not complete: which, bytes done, bytes in all; at most eight.
     #[must_use]
-    pub fn in_work(&self) -> Vec<(SafeName, u64, u64)> {
-        let begun = self.work.iter().filter_map(Work::begun);
-        begun.take(8).collect()
+    pub fn in_work(&self) -> Vec<(FileKey, u64, u64)> {
+        self.work.iter().filter_map(Work::begun).take(8).collect()
     }
 
     /// Pieces that nobody offers.
@@ -349,37 +296,29 @@ impl Swarm {
     pub fn unavailable(&self) -> u32 {
         self.picker().unavailable()
     }
-}
 
-/// The pieces a lane was promised; what is left is given back when it ends, however it ends.
-struct Held<'a> {
-    swarm: &'a Swarm,
-    key: SourceKey,
-    pieces: Mutex<Vec<u32>>,
-}
-
-impl Held<'_> {
-    /// Strikes a piece off; false if it was not promised (any more).
-    fn settle(&self, piece: u32) -> bool {
-        let mut pieces = self.pieces.lock().expect("no panic while the lock is held");
-        let at = pieces.iter().position(|held| *held == piece);
-        at.map(|at| pieces.remove(at)).is_some()
+    /// Is some content begun and not complete?
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        self.work.iter().any(Work::is_begun)
     }
 
-    /// Is anything that is still to come of use?
-    fn is_wanted(&self) -> bool {
-        let pieces = self.pieces.lock().expect("no panic while the lock is held");
-        let picker = self.swarm.picker();
-        pieces.iter().any(|piece| !picker.has(*piece))
+    /// Does somebody wait for room on the disk?
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
     }
-}
 
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        let pieces = self.pieces.lock().map(|mut pieces| std::mem::take(&mut *pieces)).unwrap_or_default();
-        if !pieces.is_empty() {
-            self.swarm.picker().release(self.key, &pieces);
-            self.swarm.changed.notify_waiters();
-        }
+    /// Leaves a content out: its pieces count as done.
+    pub fn leave_out(&self, at: usize) {
+        let mut picker = self.picker();
+        self.work[at].pieces().for_each(|piece| picker.mark_done(piece));
+        drop(picker);
+        self.changed.notify_waiters();
+    }
+
+    /// Bytes that were fetched, and those that were found here, since the last call.
+    pub fn take_counts(&self) -> (u64, u64) {
+        (self.fetched.swap(0, Ordering::Relaxed), self.resumed.swap(0, Ordering::Relaxed))
     }
 }

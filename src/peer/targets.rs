@@ -1,7 +1,8 @@
 //! Where a download's files go on this disk: what is there already, what may not be touched, and the `.part` of each.
 //!
-//! Invariant: nothing that exists is ever replaced. A target that exists is looked at before the first byte is fetched,
-//! and once more by the kernel when the finished file gets its name.
+//! Invariant: nothing that exists is ever replaced, except under [`Existing::Overwrite`] a regular file by the complete and
+//! verified one. A target that exists is looked at before the first byte is fetched, and once more when the finished file
+//! gets its name. A finished file's data, name and folder are durable, in this order, before anybody hears of it.
 
 use std::{
     io,
@@ -15,12 +16,13 @@ use tokio_util::sync::CancellationToken;
 use super::{
     hasher::{HashError, Hashed, Stamp, hash_file},
     index::Index,
-    library::{Library, Location},
+    library::{Library, Location, Partial},
+    reuse::{LocalPiece, Places},
     shares::Shares,
-    storage::{Storage, StorageError},
+    storage::{Storage, StorageError, sync_data, sync_folders},
 };
 use crate::{
-    content::{ContentId, Manifest},
+    content::{ContentId, MIN_PIECE_LEN, Manifest},
     exit::{Exit, Failed},
     safe_path::{Root, SafeName, escape},
 };
@@ -34,6 +36,8 @@ pub enum Existing {
     Rename,
     /// Leave it and go on.
     Skip,
+    /// Replace a regular file when the new one is complete; refuse anything else.
+    Overwrite,
 }
 
 /// A file to get.
@@ -52,12 +56,31 @@ pub struct Want {
 /// What stands at a target.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// Nothing: to be fetched under this name.
+    /// Nothing, or a file to be overwritten: to be fetched under this name.
     Free(SafeName),
     /// This very content.
     Identical(PathBuf),
     /// Something else, which is to be left alone.
     Skipped(PathBuf),
+}
+
+/// A content that is to be fetched.
+pub struct Opened {
+    /// Its `.part`.
+    pub storage: Arc<Storage>,
+    /// Missing pieces that are probably on this disk, ascending.
+    pub local: Vec<LocalPiece>,
+}
+
+/// A complete content that is to get its name.
+#[derive(Clone, Copy)]
+pub struct Finishing<'a> {
+    /// Its `.part`.
+    pub storage: &'a Storage,
+    /// What it is.
+    pub want: &'a Want,
+    /// The name it was opened with.
+    pub target: &'a SafeName,
 }
 
 /// This peer's disk, as downloads use it.
@@ -79,10 +102,27 @@ pub struct Disk {
 const MAX_NUMBER: u32 = 999;
 
 impl Disk {
+    /// Looks at the targets of all of these, as [`look`](Self::look) does; once at a folder that is not there.
+    ///
+    /// # Errors
+    /// As [`look`](Self::look), at the first that fails.
+    pub fn look_at_all(&self, wants: &[Want], existing: Existing) -> Result<Vec<Target>> {
+        let mut missing = None;
+        let look = |want: &Want| {
+            let folder = want.target.as_path().parent().map(Path::to_owned);
+            if folder == missing || self.root.folder_of(&want.target).map_err(unwritable)?.is_none() {
+                missing = folder;
+                return Ok(Target::Free(want.target.clone()));
+            }
+            self.look(want, existing)
+        };
+        wants.iter().map(look).collect()
+    }
+
     /// Looks at the target of `want`. Blocks: a file of the right size is hashed, unless its hash is known.
     ///
     /// # Errors
-    /// [`Exit::Exists`] under [`Existing::Refuse`], or as the disk answers.
+    /// [`Exit::Exists`] under [`Existing::Refuse`] and for what cannot be overwritten, or as the disk answers.
     pub fn look(&self, want: &Want, existing: Existing) -> Result<Target> {
         let root = self.root.path();
         let shown = |name: &SafeName| escape(&root.join(name.as_path()).display().to_string());
@@ -90,15 +130,27 @@ impl Disk {
             return Ok(Target::Free(want.target.clone()));
         }
         if self.is_identical(want)? {
+            if want.size > MIN_PIECE_LEN.into()
+                && let Some(folder) = self.root.folder_of(&want.target).map_err(unwritable)?
+            {
+                folder.remove_orphan_journal(want.target.file_name()).map_err(unwritable)?;
+            }
             return Ok(Target::Identical(root.join(want.target.as_path())));
         }
         match existing {
             Existing::Skip => Ok(Target::Skipped(root.join(want.target.as_path()))),
             Existing::Refuse => {
                 let text = format!(
-                    "{} exists and differs; it was left alone (use --rename or --skip, or another -o)",
+                    "{} exists and differs; it was left alone (use --overwrite, --rename or --skip, or another -o)",
                     shown(&want.target)
                 );
+                Err(Failed::new(Exit::Exists, text).into())
+            }
+            Existing::Overwrite if self.root.open_file(want.target.as_path()).is_ok() => {
+                Ok(Target::Free(want.target.clone()))
+            }
+            Existing::Overwrite => {
+                let text = format!("{} exists and is not a regular file; it was left alone", shown(&want.target));
                 Err(Failed::new(Exit::Exists, text).into())
             }
             Existing::Rename => {
@@ -129,7 +181,7 @@ impl Disk {
             Ok(hashed) => {
                 let identical = hashed.manifest.id() == want.id;
                 if identical {
-                    self.offer(&path, &want.target, &want.name, hashed)?;
+                    self.remember(self.offer(vec![(path, want.target.clone(), &want.name, hashed)]));
                 }
                 Ok(identical)
             }
@@ -138,64 +190,103 @@ impl Disk {
         }
     }
 
-    /// Opens the `.part`, keeps what an earlier run left in it, and copies what this peer holds elsewhere. Blocks.
+    /// Opens the `.part` of each content, under the name given beside it, and finds what is on this disk already. Reads no
+    /// data.
     ///
     /// # Errors
-    /// [`Exit::NoSpace`] and the like, see [`explain`].
-    pub fn open(&self, name: &SafeName, manifest: &Manifest) -> Result<Storage> {
-        let storage = Storage::open(&self.root, name, manifest.clone()).map_err(explain)?;
-        storage.recover().map_err(explain)?;
-        if let Ok(mut copy) = self.library.open(&manifest.id()) {
-            let have = storage.have();
-            for i in have.missing() {
-                let layout = manifest.layout();
-                let Some(piece) = layout.piece(i) else { break };
-                let Ok(bytes) = copy.read(layout.offset(piece), layout.len_of(piece)) else { continue };
-                if let Ok(good) = manifest.verify(piece, bytes) {
-                    storage.write(&good).map_err(explain)?;
-                }
-            }
-        }
-        Ok(storage)
+    /// [`Exit::NoSpace`] and the like, see [`explain`]; of the first that fails.
+    pub fn open(&self, files: &[(&Want, &SafeName, Manifest)]) -> Result<Vec<Opened>> {
+        let open = |(_, name, manifest): &(_, &SafeName, Manifest)| Storage::open(&self.root, name, manifest.clone());
+        let storages = files.iter().map(open).collect::<Result<Vec<_>, _>>().map_err(explain)?;
+        let wanted: Vec<_> = storages.iter().zip(files).map(|(storage, (want, ..))| (storage, &want.target)).collect();
+        let local = Places { library: &self.library, root: &self.root, index: &self.index }.find(&wanted);
+        let opened = storages.into_iter().zip(local);
+        Ok(opened.map(|(storage, local)| Opened { storage: Arc::new(storage), local }).collect())
     }
 
-    /// Gives a complete file its name and offers it to others under `shared_as`. Blocks (fsync).
-    ///
-    /// # Errors
-    /// As [`explain`].
-    pub fn finish(&self, storage: &Storage, want: &Want, target: &SafeName, existing: Existing) -> Result<PathBuf> {
-        let mut name = target.clone();
+    /// Offers to others what a download holds and will hold, until the guard is dropped; nothing of a content of one
+    /// piece, which is whole as soon as it is anything.
+    pub fn offer_partial(&self, storage: &Storage, want: &Want, target: &SafeName) -> Option<Partial> {
+        let manifest = storage.manifest();
+        let file = storage.file().filter(|_| !manifest.layout().is_single())?;
+        let path = self.root.path().join(target.as_path());
+        let name = self.shares.name_of(&path).unwrap_or_else(|| want.name.clone());
+        Some(self.library.start_partial(manifest.clone(), name, file, storage.have()))
+    }
+
+    /// Gives complete files their names, all in one go, and offers them to others. The outcomes are in the same order; one
+    /// that fails concerns no other, unless the disk does. What there is to [`remember`](Self::remember) comes with them.
+    /// Blocks (fsync).
+    pub fn finish(
+        &self,
+        files: &[Finishing<'_>],
+        existing: Existing,
+    ) -> (Vec<Result<PathBuf>>, Vec<(PathBuf, Hashed)>) {
+        let storages: Vec<_> = files.iter().map(|file| file.storage).collect();
+        let synced = sync_data(&storages);
+        let mut outcomes: Vec<Result<(PathBuf, SafeName)>> = files
+            .iter()
+            .zip(synced)
+            .map(|(file, synced)| synced.map_err(explain).and_then(|()| self.name(file, existing)))
+            .collect();
+        let named: Vec<_> = (0..files.len()).filter(|i| outcomes[*i].is_ok()).collect();
+        let folders = sync_folders(&named.iter().map(|i| files[*i].storage).collect::<Vec<_>>());
+        let mut offers = vec![];
+        for (i, durable) in named.into_iter().zip(folders) {
+            let Finishing { storage, want, .. } = files[i];
+            match (durable.and_then(|()| storage.end()), &outcomes[i]) {
+                (Ok(stamp), Ok((path, name))) => {
+                    let hashed = Hashed { manifest: storage.manifest().clone(), stamp, hashed_at_ns: i128::MAX };
+                    offers.push((path.clone(), name.clone(), &want.name, hashed));
+                }
+                (Err(error), _) => outcomes[i] = Err(explain(error)),
+                _ => {}
+            }
+        }
+        let hashes = self.offer(offers);
+        (outcomes.into_iter().map(|outcome| outcome.map(|(path, _)| path)).collect(), hashes)
+    }
+
+    /// Renames a durable file; also says under which name it is now.
+    fn name(&self, file: &Finishing<'_>, existing: Existing) -> Result<(PathBuf, SafeName)> {
+        let mut name = file.target.clone();
         let mut n = 1;
-        let path = loop {
-            let finished = if n == 1 { storage.finish() } else { storage.finish_as(&name) };
-            match finished {
+        loop {
+            match file.storage.name(&name, existing == Existing::Overwrite) {
                 Err(StorageError::Exists(_)) if existing == Existing::Rename && n < MAX_NUMBER => {
                     n += 1;
-                    name = target.numbered(n)?;
+                    name = file.target.numbered(n)?;
                 }
-                finished => break finished.map_err(explain)?,
+                named => return Ok((named.map_err(explain)?, name)),
             }
-        };
-        let file = self.root.open_file(name.as_path())?;
-        let hashed_at_ns = i128::MAX;
-        let hashed = Hashed { manifest: storage.manifest().clone(), stamp: Stamp::of(&file)?, hashed_at_ns };
-        self.offer(&path, &name, &want.name, hashed)?;
-        Ok(path)
+        }
     }
 
-    fn offer(&self, path: &Path, relative: &SafeName, shared_as: &SafeName, hashed: Hashed) -> Result<()> {
-        let location = Location {
-            root: self.root.clone(),
-            relative: relative.as_path().to_owned(),
-            stamp: hashed.stamp,
-            name: self.shares.name_of(path).unwrap_or_else(|| shared_as.clone()),
-        };
-        let manifest = hashed.manifest.clone();
-        if let Err(error) = self.index.insert_batch(&[(path.to_owned(), hashed)]) {
-            tracing::warn!("remembering {}: {error}", escape(&path.display().to_string()));
+    /// Offers files: path, path beneath the root, and what they are offered as outside of shares. Gives what there is to
+    /// remember of them.
+    fn offer(&self, files: Vec<(PathBuf, SafeName, &SafeName, Hashed)>) -> Vec<(PathBuf, Hashed)> {
+        let mut offers = Vec::with_capacity(files.len());
+        let mut hashes = Vec::with_capacity(files.len());
+        for (path, relative, shared_as, hashed) in files {
+            let location = Location {
+                root: self.root.clone(),
+                relative: relative.as_path().to_owned(),
+                stamp: hashed.stamp,
+                name: self.shares.name_of(&path).unwrap_or_else(|| shared_as.clone()),
+            };
+            offers.push((location, hashed.manifest.clone()));
+            hashes.push((path, hashed));
         }
-        self.library.publish(location, manifest);
-        Ok(())
+        self.library.publish_all(offers);
+        hashes
+    }
+
+    /// Spares later runs to hash these files. Blocks.
+    pub fn remember(&self, hashes: Vec<(PathBuf, Hashed)>) {
+        let (n, first) = (hashes.len(), hashes.first().map(|(path, _)| path.display().to_string()));
+        if let Err(error) = self.index.insert_soon(hashes) {
+            tracing::warn!("remembering {n} files, {} the first: {error}", escape(&first.unwrap_or_default()));
+        }
     }
 }
 
@@ -209,8 +300,238 @@ pub fn explain(error: StorageError) -> anyhow::Error {
     let exit = match &error {
         StorageError::NoSpace { .. } => Exit::NoSpace,
         StorageError::Exists(_) => Exit::Exists,
-        StorageError::Io(_) => Exit::NoSpace,
+        StorageError::Io(_) | StorageError::Lost { .. } => Exit::NoSpace,
         _ => Exit::Failure,
     };
     Failed::new(exit, escape(&error.to_string())).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::{self, File},
+        os::unix::fs::FileExt,
+        time::Duration,
+    };
+
+    use bytes::Bytes;
+    use tempfile::TempDir;
+    use tokio_util::task::TaskTracker;
+
+    use super::*;
+    use crate::peer::{library::Have, shares::SharesConfig};
+
+    const PIECE: usize = MIN_PIECE_LEN as usize;
+
+    struct Bench {
+        temp: TempDir,
+        disk: Disk,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let temp = tempfile::tempdir().unwrap();
+            fs::create_dir(temp.path().join("downloads")).unwrap();
+            let (library, cancel) = (Library::new(), CancellationToken::new());
+            let index = Arc::new(Index::open(&temp.path().join("index")).unwrap());
+            let shares = Shares::new(SharesConfig {
+                index: index.clone(),
+                library: library.clone(),
+                hidden: vec![],
+                rescan: Duration::from_secs(3_600),
+                poll: true,
+                cancel: cancel.clone(),
+                tasks: TaskTracker::new(),
+            });
+            let root = Root::open(&temp.path().join("downloads")).unwrap();
+            Self { disk: Disk { root, index, library, shares: Arc::new(shares), cancel }, temp }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.disk.root.path().join(name)
+        }
+
+        /// Puts a file into the library, by getting it.
+        fn put(&self, name: &str, bytes: &Bytes) {
+            let (want, manifest) = wanted(name, bytes);
+            let opened = self.open(&want, &want.target, &manifest);
+            fetch(&opened.storage, bytes);
+            self.finish(&opened.storage, &want, Existing::Refuse).unwrap();
+        }
+
+        fn open(&self, want: &Want, target: &SafeName, manifest: &Manifest) -> Opened {
+            self.disk.open(&[(want, target, manifest.clone())]).unwrap().remove(0)
+        }
+
+        fn finish(&self, storage: &Storage, want: &Want, existing: Existing) -> Result<PathBuf> {
+            let (mut paths, hashes) = self.disk.finish(&[Finishing { storage, want, target: &want.target }], existing);
+            self.disk.remember(hashes);
+            paths.remove(0)
+        }
+    }
+
+    fn content(len: usize, seed: u8) -> Bytes {
+        (0..len).map(|i| (i / 7 + i / PIECE).to_le_bytes()[0] ^ seed).collect()
+    }
+
+    fn wanted(name: &str, bytes: &Bytes) -> (Want, Manifest) {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(bytes, 0).unwrap();
+        let manifest = hash_file(&file, &CancellationToken::new()).unwrap().manifest;
+        let name = SafeName::parse(name).unwrap();
+        (Want { target: name.clone(), name, size: bytes.len() as u64, id: manifest.id() }, manifest)
+    }
+
+    /// Writes what is missing, as if it came over the network; how many pieces that were.
+    fn fetch(storage: &Storage, bytes: &Bytes) -> u32 {
+        let (manifest, have) = (storage.manifest(), storage.have());
+        let layout = manifest.layout();
+        let missing = layout.pieces().filter(|piece| !have.contains(piece.get()));
+        let fetch = missing.map(|piece| {
+            let begin = usize::try_from(layout.offset(piece)).unwrap();
+            let bytes = bytes.slice(begin..begin + layout.len_of(piece) as usize);
+            storage.write(&manifest.verify(piece, bytes).unwrap()).unwrap();
+        });
+        u32::try_from(fetch.count()).unwrap()
+    }
+
+    fn bring(opened: &Opened) -> usize {
+        opened.local.iter().filter(|piece| piece.bring(&opened.storage).unwrap()).count()
+    }
+
+    /// The same bytes with one in ten pieces changed, and some more at the end.
+    fn newer(old: &Bytes) -> Bytes {
+        let mut bytes = old.to_vec();
+        bytes.chunks_mut(10 * PIECE).for_each(|chunk| chunk[3] ^= 1);
+        bytes.extend([9; 1000]);
+        bytes.into()
+    }
+
+    #[tokio::test]
+    async fn an_older_version_under_the_same_name_is_reused_and_overwritten() {
+        for was_hashed in [true, false] {
+            let bench = Bench::new();
+            let old = content(40 * PIECE, 0);
+            let (new, changed) = (newer(&old), 5);
+            if was_hashed {
+                bench.put("a/f", &old);
+            } else {
+                fs::create_dir(bench.path("a")).unwrap();
+                fs::write(bench.path("a/f"), &old).unwrap();
+            }
+            let (want, manifest) = wanted("a/f", &new);
+            assert!(bench.disk.look(&want, Existing::Refuse).is_err());
+            assert_eq!(bench.disk.look(&want, Existing::Overwrite).unwrap(), Target::Free(want.target.clone()));
+            let opened = bench.open(&want, &want.target, &manifest);
+            assert_eq!(opened.local.len(), if was_hashed { 36 } else { 40 });
+            assert!(opened.local.is_sorted_by_key(LocalPiece::index));
+            assert_eq!(bring(&opened), 36);
+            assert_eq!(fs::read(bench.path("a/f")).unwrap(), old, "still there");
+            assert_eq!(fetch(&opened.storage, &new), changed);
+            let path = bench.finish(&opened.storage, &want, Existing::Overwrite).unwrap();
+            assert!(fs::read(path).unwrap() == new);
+            assert_eq!(bench.disk.library.have(&want.id), Some(Have::Complete));
+            assert_eq!(fs::read_dir(bench.path("a")).unwrap().count(), 1);
+        }
+    }
+
+    #[tokio::test]
+    async fn pieces_of_any_file_in_the_library_are_reused() {
+        let bench = Bench::new();
+        let (one, other) = (content(20 * PIECE, 0), content(30 * PIECE + 5, 4));
+        bench.put("one", &one);
+        bench.put("other", &other);
+        let mixed: Bytes = [&one[..10 * PIECE], &other[10 * PIECE..]].concat().into();
+        let wants = [wanted("x/mixed", &mixed), wanted("x/copy", &one), wanted("x/small", &content(99, 1))];
+        bench.put("small", &content(99, 1));
+        let files: Vec<_> = wants.iter().map(|(want, manifest)| (want, &want.target, manifest.clone())).collect();
+        let opened = bench.disk.open(&files).unwrap();
+        assert_eq!(opened.iter().map(bring).collect::<Vec<_>>(), [31, 20, 1]);
+        for ((want, _), bytes) in wants.iter().zip([mixed, one, content(99, 1)]) {
+            let storage = &opened.iter().find(|opened| opened.storage.manifest().id() == want.id).unwrap().storage;
+            assert!(fs::read(bench.finish(storage, want, Existing::Refuse).unwrap()).unwrap() == bytes);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_library_file_that_changed_costs_its_pieces_and_nothing_else() {
+        let bench = Bench::new();
+        let old = content(4 * PIECE, 0);
+        bench.put("old", &old);
+        let (want, manifest) = wanted("copy", &old);
+        let opened = bench.open(&want, &want.target, &manifest);
+        File::options().write(true).open(bench.path("old")).unwrap().write_all_at(b"?", 5).unwrap();
+        assert!(bring(&opened) < 4);
+        fetch(&opened.storage, &old);
+        assert!(fs::read(bench.finish(&opened.storage, &want, Existing::Refuse).unwrap()).unwrap() == old);
+    }
+
+    #[tokio::test]
+    async fn what_an_interrupted_run_left_is_reused() {
+        let bench = Bench::new();
+        let bytes = content(6 * PIECE, 0);
+        let (want, manifest) = wanted("f", &bytes);
+        let opened = bench.open(&want, &want.target, &manifest);
+        fetch(&opened.storage, &bytes);
+        drop(opened);
+        let opened = bench.open(&want, &want.target, &manifest);
+        assert!(opened.storage.have().is_empty());
+        assert_eq!(bring(&opened), 6);
+    }
+
+    #[tokio::test]
+    async fn a_clash_in_a_group_concerns_the_one_file() {
+        let bench = Bench::new();
+        let contents: Vec<_> = (0..20).map(|i| content(100 + i, 0)).collect();
+        let wants: Vec<_> =
+            contents.iter().enumerate().map(|(i, bytes)| wanted(&format!("d{}/{i}", i % 2), bytes)).collect();
+        let files: Vec<_> = wants.iter().map(|(want, manifest)| (want, &want.target, manifest.clone())).collect();
+        let opened = bench.disk.open(&files).unwrap();
+        opened.iter().zip(&contents).for_each(|(opened, bytes)| _ = fetch(&opened.storage, bytes));
+        fs::write(bench.path("d1/7"), "in the way").unwrap();
+        let finishing = opened.iter().zip(&wants);
+        let finishing: Vec<_> = finishing
+            .map(|(opened, (want, _))| Finishing { storage: &opened.storage, want, target: &want.target })
+            .collect();
+        let (outcomes, _) = bench.disk.finish(&finishing, Existing::Refuse);
+        for (i, outcome) in outcomes.iter().enumerate() {
+            match outcome {
+                Ok(path) => assert!(i != 7 && fs::read(path).unwrap() == contents[i]),
+                Err(error) => assert!(i == 7 && format!("{error:#}").contains("d1/7 exists already"), "{error:#}"),
+            }
+        }
+        assert_eq!(bench.disk.library.totals().0, 19);
+        let again = bench.disk.finish(&finishing[7..8], Existing::Rename).0.remove(0).unwrap();
+        assert_eq!(again, bench.path("d1/7 (2)"));
+        for (want, _) in &wants {
+            let known = bench.disk.library.have(&want.id);
+            assert_eq!(known, Some(Have::Complete));
+        }
+        drop(bench.temp);
+    }
+
+    #[tokio::test]
+    async fn only_a_regular_file_is_overwritten() {
+        let bench = Bench::new();
+        let bytes = content(2 * PIECE, 0);
+        let (want, manifest) = wanted("f", &bytes);
+        fs::create_dir(bench.path("f")).unwrap();
+        assert!(bench.disk.look(&want, Existing::Overwrite).is_err());
+        let opened = bench.open(&want, &want.target, &manifest);
+        fetch(&opened.storage, &bytes);
+        assert!(bench.finish(&opened.storage, &want, Existing::Overwrite).is_err(), "it changed its type meanwhile");
+        fs::remove_dir(bench.path("f")).unwrap();
+        bench.finish(&opened.storage, &want, Existing::Overwrite).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_journal_that_a_crash_left_behind_goes() {
+        let bench = Bench::new();
+        let bytes = content(2 * PIECE, 0);
+        bench.put("f", &bytes);
+        fs::write(bench.path("f.journal.part.part"), "left").unwrap();
+        let (want, _) = wanted("f", &bytes);
+        assert_eq!(bench.disk.look(&want, Existing::Refuse).unwrap(), Target::Identical(bench.path("f")));
+        assert_eq!(fs::read_dir(bench.path("")).unwrap().count(), 1);
+    }
 }

@@ -55,6 +55,12 @@ impl TrackerClient {
         Ok(Self::new(membership))
     }
 
+    /// In whose name it asks.
+    #[must_use]
+    pub const fn membership(&self) -> &Arc<Membership> {
+        &self.membership
+    }
+
     /// Where the tracker is.
     #[must_use]
     pub fn address(&self) -> String {

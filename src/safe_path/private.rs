@@ -13,7 +13,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{FlockOperation, OFlags, flock},
+    fs::{Access, AtFlags, CWD, FlockOperation, OFlags, accessat, flock, statvfs},
     io::Errno,
 };
 
@@ -22,6 +22,8 @@ use super::{refuse, with_path};
 /// Largest key, certificate or token file that is read, in bytes.
 const MAX_PRIVATE_LEN: u64 = 1 << 20;
 const OTHERS: u32 = 0o077;
+/// Less room than this is none: a database grows by more.
+const ROOM: u64 = 1 << 20;
 
 /// Makes a folder for our state, with its parents, all 0700. A folder that exists must be the caller's own and closed to
 /// others; an empty one is closed.
@@ -92,6 +94,20 @@ pub fn lock(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
+/// Can files be written in this folder now?
+///
+/// # Errors
+/// It is not there, somebody else's, on a read-only disk, or its disk is full; with the path.
+pub fn writable(folder: &Path) -> io::Result<()> {
+    let access = Access::WRITE_OK | Access::EXEC_OK;
+    accessat(CWD, folder, access, AtFlags::EACCESS).map_err(|e| with_path(folder, e))?;
+    let disk = statvfs(folder).map_err(|e| with_path(folder, e))?;
+    if disk.f_blocks > 0 && disk.f_bavail.saturating_mul(disk.f_frsize) < ROOM {
+        return Err(refuse(io::ErrorKind::StorageFull, folder, "no room left on its disk"));
+    }
+    Ok(())
+}
+
 /// Opens without ever waiting for the other end of a FIFO.
 fn open(options: &mut OpenOptions, path: &Path, flags: OFlags) -> io::Result<File> {
     let flags = (flags | OFlags::NONBLOCK).bits().cast_signed();
@@ -107,8 +123,13 @@ fn must_be_private_file(file: &File, path: &Path) -> io::Result<()> {
 }
 
 fn must_be_private(metadata: &fs::Metadata, path: &Path, mode: &str) -> io::Result<()> {
-    if metadata.uid() != rustix::process::geteuid().as_raw() {
-        return Err(refuse(io::ErrorKind::PermissionDenied, path, "belongs to another user"));
+    let (owner, me) = (metadata.uid(), rustix::process::geteuid().as_raw());
+    if owner != me {
+        let why = format!(
+            "belongs to user {owner}, and this runs as user {me}: run it as that user, or chown -R {me} {}",
+            super::escape(&path.to_string_lossy())
+        );
+        return Err(refuse(io::ErrorKind::PermissionDenied, path, &why));
     }
     if metadata.mode() & OTHERS != 0 {
         let why =
@@ -208,7 +229,7 @@ mod tests {
         assert!(read_private(temp.path()).is_err());
         assert!(read_private(Path::new("/dev/zero")).is_err());
         let fifo = temp.path().join("fifo");
-        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        rustix::fs::mknodat(CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
         assert!(read_private(&fifo).is_err() && create_private(&fifo).is_err(), "and neither waits");
     }
 

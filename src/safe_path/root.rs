@@ -1,12 +1,16 @@
-//! Files beneath an open folder: opened for reading, or downloaded into a `.part` and then published.
+//! Files beneath an open folder: opened for reading, or made as the `.part` of a download.
 //!
 //! Invariant: every open and rename goes through a descriptor of a folder that was reached from the root without
-//! following a link, and no existing file is ever replaced. Names are resolved by `openat2` with "beneath, no symbolic
-//! links, no magic links"; where that call is missing (kernels before 5.6, old sandboxes) the same is done one component
-//! at a time. A `.part` belongs to one writer, who holds an exclusive lock on it; a `.part` of an earlier run is handed
-//! out again, and its bytes count for nothing until the caller has verified them.
+//! following a link. Names are resolved by `openat2` with "beneath, no symbolic links, no magic links"; where that call
+//! is missing (kernels before 5.6, old sandboxes) the same is done one component at a time. A `.part` belongs to one
+//! writer, who holds an exclusive lock on it; a `.part` of an earlier run is handed out again, and its bytes count for
+//! nothing until the caller has verified them.
+//!
+//! A root keeps some of the folders beneath it open, so that the files of a tree do not walk to theirs again and again. Like the
+//! root itself they are the folders they were when they were opened, wherever they may have moved since.
 
 use std::{
+    collections::HashMap,
     fs::{self, File},
     io,
     os::{
@@ -14,19 +18,19 @@ use std::{
         unix::fs::MetadataExt,
     },
     path::{Component, Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use rustix::{
-    fs::{
-        AtFlags, FlockOperation, Mode, OFlags, RenameFlags, ResolveFlags, flock, linkat, mkdirat, openat, openat2,
-        renameat_with, statat, unlinkat,
-    },
+    fs::{AtFlags, FlockOperation, Mode, OFlags, ResolveFlags, flock, mkdirat, openat, openat2, statat},
     io::{Errno, retry_on_intr},
 };
-use thiserror::Error;
 
-use super::{MAX_COMPONENT_LEN, PART_SUFFIX, SafeName, absolute, cut, refuse, with_path};
+use super::{
+    SafeName, absolute,
+    part::{Folder, PartFile, part_name},
+    refuse, with_path,
+};
 
 /// How often a `.part` is opened anew when another process publishes or removes it between our open and our lock.
 const PART_ATTEMPTS: u32 = 8;
@@ -37,13 +41,18 @@ const NO_WAIT: OFlags = OFlags::NONBLOCK;
 /// Opens a relative path of plain components beneath a folder, without following any link.
 type OpenBeneath = fn(BorrowedFd<'_>, &Path, OFlags, Mode) -> rustix::io::Result<OwnedFd>;
 
+/// Folders beneath a root that are kept open.
+const MAX_FOLDERS: usize = 128;
+
 /// An open folder, and the only way to reach files beneath it. Cheap to clone; keeps to the folder it opened, even if
 /// another one takes its path.
 #[derive(Clone, Debug)]
 pub struct Root {
-    dir: Arc<File>,
+    top: Arc<Folder>,
     path: Arc<Path>,
     open: OpenBeneath,
+    /// By path relative to the root.
+    folders: Arc<Mutex<HashMap<PathBuf, Arc<Folder>>>>,
 }
 
 impl Root {
@@ -51,7 +60,8 @@ impl Root {
     pub fn open(path: &Path) -> io::Result<Self> {
         let path = absolute(path)?;
         let dir = rustix::fs::open(&path, FOLDER | OFlags::CLOEXEC, Mode::empty()).map_err(|e| with_path(&path, e))?;
-        Ok(Self { dir: Arc::new(dir.into()), path: path.into(), open: open_beneath })
+        let top = Arc::new(Folder::new(dir.into(), path.clone(), None));
+        Ok(Self { top, path: path.into(), open: open_beneath, folders: Arc::default() })
     }
 
     /// Opens a folder and makes it first if it does not exist, with its parents.
@@ -72,7 +82,7 @@ impl Root {
         if relative.as_os_str().is_empty() || relative.components().any(|c| !matches!(c, Component::Normal(_))) {
             return Err(refuse(io::ErrorKind::InvalidInput, &path, "not a path inside the folder"));
         }
-        let file: File = (self.open)(self.dir.as_fd(), relative, OFlags::RDONLY | NO_WAIT, Mode::empty())
+        let file: File = (self.open)(self.top.as_fd(), relative, OFlags::RDONLY | NO_WAIT, Mode::empty())
             .map_err(|e| with_path(&path, e))?
             .into();
         if !file.metadata().map_err(|e| with_path(&path, e))?.is_file() {
@@ -81,156 +91,137 @@ impl Root {
         Ok(file)
     }
 
-    /// Whether anything has this name, a symbolic link included. Fails if a parent is a link or not a folder.
-    pub fn exists(&self, name: &SafeName) -> io::Result<bool> {
-        let path = self.path.join(name.as_path());
-        let parent = match name.as_path().parent() {
-            Some(parent) if parent != Path::new("") => {
-                match (self.open)(self.dir.as_fd(), parent, FOLDER, Mode::empty()) {
-                    Err(Errno::NOENT) => return Ok(false),
-                    other => other.map_err(|e| with_path(&path, e))?,
-                }
-            }
-            _ => self.dir.try_clone()?.into(),
-        };
-        match statat(&parent, name.file_name(), AtFlags::SYMLINK_NOFOLLOW) {
-            Err(Errno::NOENT) => Ok(false),
-            other => other.map(|_| true).map_err(|e| with_path(&path, e)),
+    /// Opens the folder that holds, or would hold, the file of this name; `None` if there is none. Fails if one on the way
+    /// is a link or not a folder.
+    pub fn folder_of(&self, name: &SafeName) -> io::Result<Option<Arc<Folder>>> {
+        let relative = parent(name);
+        if relative == Path::new("") {
+            return Ok(Some(self.top.clone()));
+        }
+        if let Some(known) = self.lock_folders().get(relative) {
+            return Ok(Some(known.clone()));
+        }
+        let path = self.path.join(relative);
+        match (self.open)(self.top.as_fd(), relative, FOLDER, Mode::empty()) {
+            Err(Errno::NOENT) => Ok(None),
+            Err(e) => Err(with_path(&path, e)),
+            Ok(dir) => Ok(Some(self.keep(relative, Folder::new(dir.into(), path, None)))),
         }
     }
 
-    /// Opens or creates the `.part` of a file to be, making its parent folders beneath the root, and locks it.
+    /// Whether anything has this name, a symbolic link included. Fails if a parent is a link or not a folder.
+    pub fn exists(&self, name: &SafeName) -> io::Result<bool> {
+        self.folder_of(name)?.map_or(Ok(false), |folder| folder.has(name.file_name()))
+    }
+
+    /// Opens or creates the `.part` of a file to be, making its parent folders beneath the root, and locks it. Neither is
+    /// durable before [`Folder::sync`].
     ///
     /// `WouldBlock` means that another download, of this or another process, is writing it. A `.part` that is a link,
-    /// not a regular file, or known under another name too, is refused. Whether the target exists matters only when
-    /// publishing.
+    /// not a regular file, or known under another name too, is refused. Whether the target exists matters only when it
+    /// gets its name.
     pub fn create_part(&self, name: &SafeName) -> io::Result<PartFile> {
-        let dir = self.make_parents(name)?;
+        let mut folder = self.make_folder(parent(name))?;
         let part = part_name(name.file_name());
         let path = self.path.join(name.as_path()).with_file_name(&part);
+        let mut is_fresh = false;
         for _ in 0..PART_ATTEMPTS {
-            let (file, existed) = match self.open_or_create_at(&dir, &part) {
+            let (file, existed) = match self.open_or_create_at(&folder, &part) {
                 Err(Errno::EXIST) => continue,
+                // A folder that was kept open may have been removed.
+                Err(Errno::NOENT) if !is_fresh => {
+                    self.lock_folders().clear();
+                    folder = self.make_folder(parent(name))?;
+                    is_fresh = true;
+                    continue;
+                }
                 other => other.map_err(|e| with_path(&path, e))?,
             };
-            must_be_ours_alone(&file, &path)?;
+            if existed {
+                must_be_ours_alone(&file, &path)?;
+            }
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Err(Errno::WOULDBLOCK) => {
                     return Err(refuse(io::ErrorKind::WouldBlock, &path, "another download is writing it"));
                 }
                 other => other.map_err(|e| with_path(&path, e))?,
             }
-            if is_named(&dir, &part, &file).map_err(|e| with_path(&path, e))? {
-                must_be_ours_alone(&file, &path)?;
-                return Ok(PartFile { root: self.path.clone(), dir, name: name.clone(), part, path, file, existed });
+            let found = statat(&folder, &part, AtFlags::SYMLINK_NOFOLLOW);
+            let id = must_be_ours_alone(&file, &path)?;
+            match found {
+                Ok(found) if (found.st_dev, found.st_ino) == id => {
+                    return Ok(PartFile::new(self.path.clone(), folder, name.clone(), part, file, id, existed));
+                }
+                Ok(_) | Err(Errno::NOENT) => {}
+                Err(e) => return Err(with_path(&path, e)),
             }
         }
         Err(refuse(io::ErrorKind::WouldBlock, &path, "another process keeps replacing it"))
     }
 
-    /// Walks to the folder that is to hold `name`, making what is missing, one component at a time.
-    fn make_parents(&self, name: &SafeName) -> io::Result<File> {
-        let mut dir = self.dir.try_clone().map_err(|e| with_path(&self.path, e))?;
-        let mut path = self.path.to_path_buf();
-        for component in name.as_path().parent().into_iter().flat_map(Path::iter) {
-            path.push(component);
-            let mut child = (self.open)(dir.as_fd(), Path::new(component), FOLDER, Mode::empty());
-            if let Err(Errno::NOENT) = child {
-                match mkdirat(&dir, component, Mode::from_raw_mode(0o777)) {
-                    Ok(()) => sync_dir(&dir).map_err(|e| with_path(&path, e))?,
-                    Err(Errno::EXIST) => {}
-                    Err(e) => return Err(with_path(&path, e)),
-                }
-                child = (self.open)(dir.as_fd(), Path::new(component), FOLDER, Mode::empty());
+    /// The folder of this path, made if it is missing, with those above it.
+    fn make_folder(&self, relative: &Path) -> io::Result<Arc<Folder>> {
+        let Some(name) = relative.file_name() else { return Ok(self.top.clone()) };
+        if let Some(known) = self.lock_folders().get(relative) {
+            return Ok(known.clone());
+        }
+        let above = self.make_folder(relative.parent().unwrap_or_else(|| Path::new("")))?;
+        let path = self.path.join(relative);
+        let open = || (self.open)(above.as_fd(), Path::new(name), FOLDER, Mode::empty());
+        let (mut found, mut made_in) = (open(), None);
+        if let Err(Errno::NOENT) = found {
+            match mkdirat(&above, name, Mode::from_raw_mode(0o777)) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(e) => return Err(with_path(&path, e)),
             }
-            dir = child.map_err(|e| with_path(&path, e))?.into();
+            (found, made_in) = (open(), Some(above.clone()));
         }
-        Ok(dir)
+        let dir = found.map_err(|e| with_path(&path, e))?;
+        Ok(self.keep(relative, Folder::new(dir.into(), path, made_in)))
     }
 
-    /// The file of this name in `dir`, and whether it was there before. EXIST: somebody was quicker, try again.
-    fn open_or_create_at(&self, dir: &File, name: &str) -> rustix::io::Result<(File, bool)> {
-        let flags = OFlags::RDWR | NO_WAIT;
-        match (self.open)(dir.as_fd(), Path::new(name), flags, Mode::empty()) {
-            Err(Errno::NOENT) => {}
-            other => return other.map(|fd| (fd.into(), true)),
+    fn keep(&self, relative: &Path, folder: Folder) -> Arc<Folder> {
+        let mut folders = self.lock_folders();
+        if folders.len() >= MAX_FOLDERS {
+            folders.clear();
         }
+        folders.entry(relative.to_path_buf()).or_insert_with(|| Arc::new(folder)).clone()
+    }
+
+    fn lock_folders(&self) -> MutexGuard<'_, HashMap<PathBuf, Arc<Folder>>> {
+        self.folders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The file of this name, and whether it was there before. EXIST: somebody was quicker, try again.
+    fn open_or_create_at(&self, folder: &Folder, name: &str) -> rustix::io::Result<(File, bool)> {
+        let (name, flags) = (Path::new(name), OFlags::RDWR | NO_WAIT);
         let create = flags | OFlags::CREATE | OFlags::EXCL;
-        (self.open)(dir.as_fd(), Path::new(name), create, Mode::from_raw_mode(0o666)).map(|fd| (fd.into(), false))
+        match (self.open)(folder.as_fd(), name, create, Mode::from_raw_mode(0o666)) {
+            Err(Errno::EXIST) => {}
+            other => return other.map(|fd| (fd.into(), false)),
+        }
+        match (self.open)(folder.as_fd(), name, flags, Mode::empty()) {
+            Err(Errno::NOENT) => Err(Errno::EXIST),
+            other => other.map(|fd| (fd.into(), true)),
+        }
     }
 }
 
-/// Why a finished file did not get its name. The `.part` is still there and still locked.
-#[derive(Debug, Error)]
-pub enum PublishError {
-    /// Something has that name; it was left alone.
-    #[error("{} exists already", super::escape(&.0.to_string_lossy()))]
-    Exists(PathBuf),
-    /// Anything else. After a failed sync the file's content is in doubt and must be read again.
-    #[error(transparent)]
-    Io(#[from] io::Error),
+/// The folder part of a name; empty for a file at the top.
+fn parent(name: &SafeName) -> &Path {
+    name.as_path().parent().unwrap_or_else(|| Path::new(""))
 }
 
-/// A file being downloaded: open for positional reads and writes, and locked against other writers until dropped.
-/// Dropping it leaves the `.part` for a later run.
-#[derive(Debug)]
-pub struct PartFile {
-    root: Arc<Path>,
-    dir: File,
-    name: SafeName,
-    part: String,
-    path: PathBuf,
-    file: File,
-    existed: bool,
-}
-
-impl PartFile {
-    /// The open file.
-    pub fn file(&self) -> &File {
-        &self.file
+/// Refuses what must not be written to: a FIFO, a device, a file that has another name elsewhere. Returns device and inode.
+fn must_be_ours_alone(file: &File, path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = file.metadata().map_err(|e| with_path(path, e))?;
+    if !metadata.is_file() {
+        return Err(refuse(io::ErrorKind::InvalidInput, path, "in the way, and not a regular file"));
     }
-
-    /// Where the `.part` lies, for messages.
-    pub fn path(&self) -> &Path {
-        &self.path
+    if metadata.nlink() > 1 {
+        return Err(refuse(io::ErrorKind::InvalidInput, path, "in the way, and a hard link to another file"));
     }
-
-    /// Whether the `.part` was left by an earlier run, and may hold pieces worth verifying.
-    pub fn existed(&self) -> bool {
-        self.existed
-    }
-
-    /// Makes the content durable and gives the file its final name, which must be free. Returns the absolute path.
-    pub fn publish(&self) -> Result<PathBuf, PublishError> {
-        self.publish_as(&self.name)
-    }
-
-    /// Like [`publish`](Self::publish), under another name in the same folder.
-    pub fn publish_as(&self, name: &SafeName) -> Result<PathBuf, PublishError> {
-        let target = self.root.join(name.as_path());
-        let file_name = name.file_name();
-        if name.as_path().parent() != self.name.as_path().parent() {
-            return Err(refuse(io::ErrorKind::InvalidInput, &target, "not in the folder of its .part").into());
-        }
-        self.file.sync_all().map_err(|e| with_path(&self.path, e))?;
-        if !is_named(&self.dir, &self.part, &self.file).map_err(|e| with_path(&self.path, e))? {
-            return Err(refuse(io::ErrorKind::NotFound, &self.path, "moved or replaced while it was written").into());
-        }
-        match rename_to_free_name(&self.dir, &self.part, file_name) {
-            Err(Errno::EXIST) => return Err(PublishError::Exists(target)),
-            other => other.map_err(|e| with_path(&target, e))?,
-        }
-        sync_dir(&self.dir).map_err(|e| with_path(&target, e))?;
-        Ok(target)
-    }
-
-    /// Removes the `.part`, unless something else has taken its name.
-    pub fn discard(&self) -> io::Result<()> {
-        if is_named(&self.dir, &self.part, &self.file).map_err(|e| with_path(&self.path, e))? {
-            unlinkat(&self.dir, &self.part, AtFlags::empty()).map_err(|e| with_path(&self.path, e))?;
-        }
-        Ok(())
-    }
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 /// Opens through `openat2`, or component by component where that call does not exist. EPERM is what older container
@@ -261,60 +252,6 @@ fn open_stepwise(dir: BorrowedFd<'_>, path: &Path, flags: OFlags, mode: Mode) ->
     Err(Errno::NOENT)
 }
 
-/// Renames within a folder; EXIST if the new name is taken by anything. Network file systems that cannot promise this
-/// in a rename can in a link.
-fn rename_to_free_name(dir: &File, from: &str, to: &str) -> rustix::io::Result<()> {
-    match renameat_with(dir, from, dir, to, RenameFlags::NOREPLACE) {
-        Err(Errno::INVAL | Errno::NOSYS) => {
-            linkat(dir, from, dir, to, AtFlags::empty())?;
-            unlinkat(dir, from, AtFlags::empty())
-        }
-        other => other,
-    }
-}
-
-/// Whether `name` in `dir` is still this very file.
-fn is_named(dir: &File, name: &str, file: &File) -> io::Result<bool> {
-    let open = rustix::fs::fstat(file)?;
-    match statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
-        Err(Errno::NOENT) => Ok(false),
-        other => other.map(|found| (found.st_dev, found.st_ino) == (open.st_dev, open.st_ino)).map_err(io::Error::from),
-    }
-}
-
-/// Refuses what must not be written to: a FIFO, a device, a file that has another name elsewhere.
-fn must_be_ours_alone(file: &File, path: &Path) -> io::Result<()> {
-    let metadata = file.metadata().map_err(|e| with_path(path, e))?;
-    if !metadata.is_file() {
-        return Err(refuse(io::ErrorKind::InvalidInput, path, "in the way, and not a regular file"));
-    }
-    if metadata.nlink() > 1 {
-        return Err(refuse(io::ErrorKind::InvalidInput, path, "in the way, and a hard link to another file"));
-    }
-    Ok(())
-}
-
-/// Makes a folder's entries durable. File systems without such a call keep them in order by themselves.
-fn sync_dir(dir: &File) -> io::Result<()> {
-    match dir.sync_all() {
-        Err(e) if Errno::from_io_error(&e) == Some(Errno::INVAL) => Ok(()),
-        other => other,
-    }
-}
-
-/// The name of a file while it is being downloaded: `name.part`. A name too long for that is cut, and told apart from
-/// its like by a fingerprint (FNV-1a; a chance or forged meeting costs a wait or a re-download, never a wrong byte).
-fn part_name(file_name: &str) -> String {
-    if file_name.len() + PART_SUFFIX.len() <= MAX_COMPONENT_LEN {
-        return format!("{file_name}{PART_SUFFIX}");
-    }
-    let fingerprint = file_name
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-    let tail = format!("~{fingerprint:016x}{PART_SUFFIX}");
-    format!("{}{tail}", cut(file_name, MAX_COMPONENT_LEN - tail.len()))
-}
-
 #[cfg(test)]
 mod tests {
     use std::{
@@ -326,10 +263,16 @@ mod tests {
         thread,
     };
 
-    use rustix::fs::{CWD, FileType, mknodat};
+    use rustix::fs::{CWD, FileType, RenameFlags, mknodat, renameat_with};
     use tempfile::TempDir;
 
-    use super::*;
+    use super::{
+        super::{
+            MAX_COMPONENT_LEN, PART_SUFFIX,
+            part::{PublishError, link_to_free_name},
+        },
+        *,
+    };
 
     /// A downloads folder beside a folder that must stay empty.
     struct World {
@@ -367,6 +310,19 @@ mod tests {
             let root = Root { open, ..Root::open(&world.downloads).unwrap() };
             test(&world, &root);
             world.assert_nothing_outside();
+        }
+    }
+
+    impl PartFile {
+        fn publish(&self) -> Result<PathBuf, PublishError> {
+            self.publish_as(&self.name)
+        }
+
+        fn publish_as(&self, name: &SafeName) -> Result<PathBuf, PublishError> {
+            self.sync()?;
+            let path = self.rename_to(name)?;
+            self.folder().sync()?;
+            Ok(path)
         }
     }
 
@@ -622,13 +578,90 @@ mod tests {
     #[test]
     fn j23_the_rename_for_network_file_systems_replaces_nothing_either() {
         let world = World::new();
-        let dir = File::open(&world.downloads).unwrap();
+        let root = Root::open(&world.downloads).unwrap();
         fs::write(world.downloads.join("from"), "new").unwrap();
         fs::write(world.downloads.join("taken"), "old").unwrap();
-        assert_eq!(rename_to_free_name(&dir, "from", "taken"), Err(Errno::EXIST));
-        rename_to_free_name(&dir, "from", "free").unwrap();
+        assert_eq!(link_to_free_name(&root.top, "from", "taken"), Err(Errno::EXIST));
+        link_to_free_name(&root.top, "from", "free").unwrap();
         assert_eq!(fs::read(world.downloads.join("taken")).unwrap(), b"old");
         assert!(!world.downloads.join("from").exists() && world.downloads.join("free").exists());
+    }
+
+    #[test]
+    fn only_a_regular_file_is_replaced_and_only_when_asked() {
+        on_both_ways(|world, root| {
+            let at = |text: &str| world.downloads.join(text);
+            fs::write(at("file"), "old").unwrap();
+            fs::hard_link(at("file"), at("other")).unwrap();
+            fs::create_dir(at("folder")).unwrap();
+            symlink(at("other"), at("link")).unwrap();
+            fifo(&at("fifo"));
+            for taken in ["folder", "link", "fifo"] {
+                let kind = fs::symlink_metadata(at(taken)).unwrap().file_type();
+                let part = root.create_part(&name(taken)).unwrap();
+                assert!(matches!(part.rename_over(&name(taken)), Err(PublishError::Exists(path)) if path == at(taken)));
+                assert_eq!(fs::symlink_metadata(at(taken)).unwrap().file_type(), kind);
+                part.discard().unwrap();
+            }
+            for text in ["file", "free"] {
+                let part = root.create_part(&name(text)).unwrap();
+                part.file().write_all_at(b"new", 0).unwrap();
+                assert_eq!(part.rename_over(&name(text)).unwrap(), at(text));
+                assert_eq!(fs::read(at(text)).unwrap(), b"new");
+                assert!(!at(&format!("{text}.part")).exists());
+            }
+            assert_eq!(fs::read(at("other")).unwrap(), b"old", "another name of the old file keeps it");
+        });
+    }
+
+    #[test]
+    fn a_journal_is_replaced_as_a_whole_and_nothing_else_is_taken_for_one() {
+        on_both_ways(|world, root| {
+            let journal = world.downloads.join("x.journal.part.part");
+            let part = root.create_part(&name("x")).unwrap();
+            assert_eq!(part.read_journal(10), None);
+            part.write_journal(b"one").unwrap();
+            part.write_journal(b"second").unwrap();
+            assert_eq!(part.read_journal(6), Some(b"second".to_vec()));
+            assert_eq!(part.read_journal(5), None, "too long");
+            assert_eq!(fs::read_dir(&world.downloads).unwrap().count(), 2);
+            assert!(SafeName::parse("x.journal.part.part").is_err(), "hidden, and nobody's name");
+            part.remove_journal().unwrap();
+            part.remove_journal().unwrap();
+            for plant in [|at: &Path| fifo(at), |at: &Path| symlink("/etc/passwd", at).unwrap()] {
+                plant(&journal);
+                assert_eq!(part.read_journal(10_000), None);
+                part.write_journal(b"third").unwrap();
+                assert!(fs::symlink_metadata(&journal).unwrap().is_file());
+                part.remove_journal().unwrap();
+            }
+            fs::create_dir(&journal).unwrap();
+            assert!(part.write_journal(b"fourth").is_err());
+            assert_eq!(fs::read_dir(&world.downloads).unwrap().count(), 2, "nothing half is left");
+            let long = root.create_part(&name(&"x".repeat(255))).unwrap();
+            long.write_journal(b"long").unwrap();
+            assert_eq!(long.read_journal(4), Some(b"long".to_vec()));
+        });
+    }
+
+    #[test]
+    fn a_folder_that_was_removed_meanwhile_is_made_again() {
+        on_both_ways(|world, root| {
+            download(root, "a/b/x", b"1").unwrap();
+            fs::remove_dir_all(world.downloads.join("a")).unwrap();
+            let path = download(root, "a/b/x", b"2").unwrap();
+            assert_eq!(fs::read(path).unwrap(), b"2");
+        });
+    }
+
+    #[test]
+    fn folders_kept_open_are_few() {
+        let world = World::new();
+        let root = Root::open(&world.downloads).unwrap();
+        for i in 0..3 * MAX_FOLDERS {
+            download(&root, &format!("d{i}/x"), b"x").unwrap();
+            assert!(root.lock_folders().len() <= MAX_FOLDERS);
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::{
     catalog::PeerRecord,
     identity::PeerId,
     proto::*,
+    telemetry,
     token::{JoinToken, Pin},
     trust::Trust,
 };
@@ -132,6 +133,14 @@ impl admin_service_server::AdminService for Admin {
     async fn approve(&self, request: Request<ApproveRequest>) -> Result<Response<ApproveResponse>, Status> {
         self.set_revoked(&request.into_inner().peer_id, false).await?;
         Ok(Response::new(ApproveResponse {}))
+    }
+
+    async fn log_level(&self, request: Request<LogLevelRequest>) -> Result<Response<LogLevelResponse>, Status> {
+        if self.live.is_none() {
+            return Err(Status::failed_precondition("no tracker runs here"));
+        }
+        let level = telemetry::level(&request.into_inner().level);
+        Ok(Response::new(LogLevelResponse { level: level.map_err(|e| Status::invalid_argument(e.to_string()))? }))
     }
 
     async fn issue_operator(

@@ -17,8 +17,10 @@ use x509_parser::{certification_request::X509CertificationRequest, prelude::From
 
 use crate::{
     identity::{
-        CertificateFacts, IdentityError, JOIN_NAME, Key, PeerId, Role, Subject, TRACKER_NAME, pem, read_certificate,
+        CertificateFacts, IdentityError, JOIN_NAME, Key, PEER_NAME, PeerId, Role, Subject, TRACKER_NAME, pem,
+        read_certificate,
     },
+    metrics::CERTIFICATES_ISSUED,
     proto, safe_path,
     trust::TrustList,
 };
@@ -132,7 +134,9 @@ impl Authority {
         life: Duration,
     ) -> Result<CertificateDer<'static>, IdentityError> {
         let both = [ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
-        self.certify(applicant, Role::Peer, Names::default(), &both, life)
+        // The identity name is what members look for; this one is for tools that insist on a name, as Prometheus does.
+        let names = Names { hosts: vec![PEER_NAME.to_owned()], ..Names::default() };
+        self.certify(applicant, Role::Peer, names, &both, life)
     }
 
     /// Certifies an operator's key: a client and nothing else.
@@ -189,7 +193,9 @@ impl Authority {
         params.use_authority_key_identifier_extension = true;
         dated(&mut params, life)?;
         let issuer = Issuer::from_ca_cert_der(&self.certificate, self.key.pair()).map_err(failed)?;
-        Ok(params.signed_by(&applicant.key, &issuer).map_err(failed)?.der().clone())
+        let signed = params.signed_by(&applicant.key, &issuer).map_err(failed)?;
+        CERTIFICATES_ISSUED.one();
+        Ok(signed.der().clone())
     }
 
     /// Signs a trust list for the wire.

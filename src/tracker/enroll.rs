@@ -1,6 +1,7 @@
 //! EnrollmentService: a token and a key in, a certificate out.
 //!
-//! Invariant: from outside every refusal looks the same ("join refused"); the reason is in the log. One attempt per
+//! Invariant: from outside every refusal looks the same ("join refused"), but for clocks that differ; the reason is in
+//! the log. One attempt per
 //! address runs at a time; up to 64 others of the same address wait five seconds, so a fleet behind one NAT can join.
 
 use std::{
@@ -113,7 +114,9 @@ impl Enrollment {
             }
             Err(error) => {
                 tracing::error!("{what}: {error:#}");
-                Err(Status::internal("the tracker's database failed; see its log"))
+                Err(Status::internal(
+                    "the tracker cannot use its database, perhaps for want of room on its disk; see its log",
+                ))
             }
         }
     }
@@ -149,9 +152,11 @@ impl proto::enrollment_service_server::EnrollmentService for Enrollment {
             let applicant = Applicant::read(&request.csr).map_err(|e| malformed(&e))?;
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
             let message = renew_message(request.signed_at, &request.csr);
-            if now.abs_diff(request.signed_at) > SKEW_SECONDS {
-                tracing::warn!(peer = %applicant.id, "renew refused: clocks differ by {} s", now.abs_diff(request.signed_at));
-                return Err(refused());
+            let skew = now.abs_diff(request.signed_at);
+            if skew > SKEW_SECONDS {
+                tracing::warn!(peer = %applicant.id, "renew refused: clocks differ by {skew} s");
+                let text = format!("the clocks of this machine and the tracker differ by {skew} s: set them right");
+                return Err(Status::failed_precondition(text));
             }
             if !signed_by(&applicant.public_key, &message, &request.signature) {
                 tracing::warn!(peer = %applicant.id, "renew refused: not signed by the key");

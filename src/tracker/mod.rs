@@ -3,16 +3,21 @@
 //!
 //! Invariant: nothing listens before authority, database and certificates are checked; one process per state directory.
 
+pub mod activity;
 pub mod admin;
 pub mod authority;
 pub mod certificate;
+pub mod dashboard;
 pub mod enroll;
+pub mod keep;
+mod metrics;
 pub mod registry;
 pub mod service;
 pub mod store;
 
 use std::{
     fs::File,
+    io,
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -20,15 +25,20 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use tokio::{net::TcpListener, time::interval};
+use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
+pub use self::keep::Keep;
 use self::{
+    activity::Activity,
     admin::Admin,
     authority::Authority,
     certificate::{IssuedCertificate, OwnCertificate},
+    dashboard::{Dashboard, Parts},
     enroll::Enrollment,
+    keep::Keeper,
+    metrics::Figures,
     registry::Registry,
     service::Service,
     store::{Budget, MemoryStore, Store},
@@ -37,6 +47,7 @@ use crate::{
     exit::{Exit, Failed},
     identity::{CertificateFacts, base32},
     net::{self, Connection, Front, Limits, Listener},
+    operator,
     proto::{
         self, admin_service_server::AdminServiceServer, enrollment_service_server::EnrollmentServiceServer,
         tracker_service_server::TrackerServiceServer,
@@ -62,6 +73,8 @@ pub struct TrackerOptions {
     pub state_dir: PathBuf,
     /// What to bind.
     pub listen: SocketAddr,
+    /// Where the operator page is; none: nowhere.
+    pub operator: Option<SocketAddr>,
     /// "HOST:PORT" for join links; empty: the address of the interface that leads out.
     pub advertise: Vec<String>,
     /// A certificate from elsewhere.
@@ -74,14 +87,18 @@ pub struct TrackerOptions {
     pub lease: Duration,
     /// Bytes that presence and listings may take.
     pub memory_budget: u64,
+    /// Files to keep fresh for others.
+    pub keep: Keep,
 }
 
 /// A running tracker.
 pub struct Tracker {
     address: SocketAddr,
+    operator: Option<SocketAddr>,
     advertised: Vec<String>,
     fingerprint: String,
     admin: Arc<Admin>,
+    figures: Arc<Figures>,
     cancel: CancellationToken,
     tasks: TaskTracker,
     _lock: File,
@@ -101,8 +118,7 @@ impl Tracker {
     /// # Errors
     /// [`Exit::Exists`] if there is one already.
     pub fn init(state_dir: &Path) -> Result<String> {
-        safe_path::private_dir(state_dir).with_context(|| format!("creating {}", state_dir.display()))?;
-        let _lock = lock(state_dir)?;
+        let _lock = take(state_dir)?;
         if state_dir.join(AUTHORITY).join("ca.crt").exists() {
             let text = format!("{} already holds a tracker; it is never overwritten", state_dir.display());
             return Err(Failed::new(Exit::Exists, text).into());
@@ -118,14 +134,15 @@ impl Tracker {
     /// Another process on the directory, a port in use, a damaged database, an unusable certificate.
     pub async fn start(options: TrackerOptions) -> Result<Self> {
         let state = &options.state_dir;
-        safe_path::private_dir(state).with_context(|| format!("creating {}", state.display()))?;
-        let lock = lock(state)?;
+        let lock = take(state)?;
+        net::raise_descriptor_limit();
         let authority = match Authority::load(&state.join(AUTHORITY))? {
             Some(authority) => authority,
             None => Authority::create(&state.join(AUTHORITY))?,
         };
         let registry = Arc::new(Registry::open(&state.join(DATABASE))?);
         let listener = net::bind(options.listen, 0).map_err(|e| Failed::new(Exit::Failure, e.to_string()))?;
+        let operator = net::bind_http(options.operator, OPERATOR_PORT)?;
         let address = listener.local_addr()?;
         let advertised = advertised(&options, address, &registry).await?;
         let shown = show(&options, &advertised, &authority, &registry)?;
@@ -141,20 +158,37 @@ impl Tracker {
             live: Some((store.clone(), trust.clone())),
             _lock: None,
         });
+        let keeper = Keeper::start(options.keep, admin.clone())?;
         let tracker = Self {
             address,
+            operator: operator.as_ref().map(TcpListener::local_addr).transpose()?,
             fingerprint: fingerprint(&authority)?,
             advertised,
             admin,
+            figures: Arc::new(Figures {
+                registry: registry.clone(),
+                store: store.clone(),
+                authority: authority.clone(),
+                certificate: shown.issued.clone(),
+            }),
             cancel: CancellationToken::new(),
             tasks: TaskTracker::new(),
             _lock: lock,
         };
-        let service = Service::new(store.clone(), authority.clone(), trust.clone(), (options.heartbeat, options.lease));
-        let enrollment = Enrollment::new(authority.clone(), registry, options.leaf_life);
+        let activity = Arc::new(Activity::new(options.heartbeat, options.lease, Instant::now()));
+        let service = Service::new(store.clone(), authority.clone(), trust.clone(), activity.clone());
+        let enrollment = Enrollment::new(authority.clone(), registry.clone(), options.leaf_life);
         tracker.serve(listener, &shown, &trust, (service, enrollment)).await?;
-        tracker.serve_admin(state)?;
-        tracker.tasks.spawn(sweep(store, tracker.cancel.clone()));
+        if let Err(error) = tracker.serve_admin(state) {
+            tracker.stop().await;
+            return Err(error);
+        }
+        tracker.tasks.spawn(keeper.run(tracker.cancel.clone()));
+        if let Some(operator) = operator {
+            let dashboard = tracker.dashboard(&shown, &authority, (store.clone(), registry, activity.clone()))?;
+            tracker.serve_operator(operator, dashboard);
+        }
+        tracker.tasks.spawn(service::sweep(store, activity, tracker.cancel.clone()));
         tracker.tasks.spawn(renew(shown, authority, tracker.cancel.clone()));
         Ok(tracker)
     }
@@ -171,6 +205,7 @@ impl Tracker {
         health.set_serving::<TrackerServiceServer<Service>>().await;
         let members =
             proto::with_reflection(Routes::new(service).add_service(health_service), "sprat.v1.TrackerService")?;
+        let members = operator::beside(members, self.figures.clone());
         let enrollment = EnrollmentServiceServer::new(enrollment).max_decoding_message_size(proto::MAX_JOIN_MESSAGE);
         let listening = Listener {
             members: Front {
@@ -196,6 +231,37 @@ impl Tracker {
         let routes = Routes::new(AdminServiceServer::from_arc(self.admin.clone())).prepare();
         self.tasks.spawn(net::serve_unix(socket, routes, self.cancel.clone(), self.tasks.clone()));
         Ok(())
+    }
+
+    fn dashboard(
+        &self,
+        shown: &Shown,
+        authority: &Authority,
+        (store, registry, activity): (Arc<dyn Store>, Arc<Registry>, Arc<Activity>),
+    ) -> Result<Arc<Dashboard>> {
+        Ok(Dashboard::new(Parts {
+            store,
+            registry,
+            activity,
+            issued: shown.issued.clone(),
+            unnamed: shown.unnamed.clone(),
+            authority_until: CertificateFacts::read(authority.certificate())?.not_after,
+            advertised: self.advertised.clone(),
+            fingerprint: self.fingerprint.clone(),
+        }))
+    }
+
+    /// The operator port: every page of a tracker is merged here.
+    fn serve_operator(&self, listener: TcpListener, dashboard: Arc<Dashboard>) {
+        let router = operator::router(self.figures.clone()).merge(dashboard.clone().router());
+        self.tasks.spawn(dashboard.run(self.cancel.clone()));
+        self.tasks.spawn(net::serve_http(listener, router, self.cancel.clone(), self.tasks.clone()));
+    }
+
+    /// Where the operator page is.
+    #[must_use]
+    pub const fn operator(&self) -> Option<SocketAddr> {
+        self.operator
     }
 
     /// The bound address.
@@ -244,7 +310,9 @@ pub async fn attach(state_dir: &Path) -> Result<Connection> {
         );
         Failed::new(Exit::NotFound, text)
     };
-    if !state_dir.join(AUTHORITY).join("ca.crt").exists() {
+    let certificate = state_dir.join(AUTHORITY).join("ca.crt");
+    let named = |e: io::Error| Failed::state_dir(&io::Error::new(e.kind(), format!("{}: {e}", certificate.display())));
+    if !certificate.try_exists().map_err(named)? {
         return Err(absent().into());
     }
     let Some(lock) = safe_path::lock(&state_dir.join(LOCK))? else {
@@ -272,9 +340,13 @@ pub async fn attach(state_dir: &Path) -> Result<Connection> {
 
 /// The tracker's port unless told otherwise.
 pub const DEFAULT_PORT: u16 = 7700;
+/// The operator page's port unless told otherwise; the next ones are tried if it is taken.
+const OPERATOR_PORT: u16 = 7790;
 
-fn lock(state_dir: &Path) -> Result<File> {
-    safe_path::lock(&state_dir.join(LOCK))?.ok_or_else(|| {
+/// Makes the state directory if need be, and takes its lock.
+fn take(state_dir: &Path) -> Result<File> {
+    let lock = safe_path::private_dir(state_dir).and_then(|()| safe_path::lock(&state_dir.join(LOCK)));
+    lock.map_err(|error| Failed::state_dir(&error))?.ok_or_else(|| {
         let text = format!("another tracker already runs in {}", state_dir.display());
         Failed::new(Exit::Failure, text).into()
     })
@@ -312,17 +384,6 @@ fn show(options: &TrackerOptions, advertised: &[String], authority: &Authority, 
             Shown { unnamed: issued.clone(), issued, pin, renewal }
         }
     })
-}
-
-async fn sweep(store: Arc<dyn Store>, cancel: CancellationToken) {
-    let mut ticks = interval(store::SWEEP_INTERVAL);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    while cancel.run_until_cancelled(ticks.tick()).await.is_some() {
-        match store.sweep(Instant::now()).await {
-            Ok(gone) => gone.iter().for_each(|peer| tracing::info!(%peer, "lease expired")),
-            Err(error) => tracing::error!("{error}"),
-        }
-    }
 }
 
 async fn renew(shown: Shown, authority: Arc<Authority>, cancel: CancellationToken) {

@@ -2,15 +2,20 @@
 //!
 //! Invariants: every change is one durable transaction, committed in two phases because strangers choose keys; a
 //! token's secret is never stored, only its hash; a use is consumed by a key, so the same key may ask again; the trust
-//! list's epoch rises with every change of it.
+//! list's epoch rises with every change of it, above that of any earlier backup; a disk that failed or was full is used
+//! again as soon as it can be.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
+    sync::Mutex,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result};
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction, backends::FileBackend};
+use redb::{
+    AccessGuard, Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction,
+    backends::FileBackend,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -81,7 +86,11 @@ pub enum Refusal {
 }
 
 /// The database of the one tracker that issues certificates.
-pub struct Registry(Database);
+pub struct Registry {
+    path: PathBuf,
+    /// None after a failure: the library wants a database opened again that could not be read or written.
+    db: Mutex<Option<Database>>,
+}
 
 impl Registry {
     /// Opens or creates the database.
@@ -89,11 +98,8 @@ impl Registry {
     /// # Errors
     /// If it is damaged, in use, or of a newer version; it is never replaced.
     pub fn open(path: &Path) -> Result<Self> {
-        let named = || format!("opening {}", path.display());
-        let file = safe_path::create_private(path).with_context(named)?;
-        let db = Database::builder().create_with_backend(FileBackend::new(file)?).with_context(named)?;
-        let registry = Self(db);
-        let fresh = registry.write(|txn| {
+        let registry = Self { path: path.to_owned(), db: Mutex::new(Some(open(path)?)) };
+        let version = registry.write(|txn| {
             txn.open_table(TOKENS)?;
             txn.open_table(MEMBERS)?;
             let mut meta = txn.open_table(META)?;
@@ -103,16 +109,32 @@ impl Registry {
             }
             Ok(version.unwrap_or_else(|| VERSION.1.to_owned()))
         })?;
-        anyhow::ensure!(fresh == VERSION.1, "{} was written by a newer sprat (version {fresh})", path.display());
+        anyhow::ensure!(version == VERSION.1, "{} was written by a newer sprat (version {version})", path.display());
         Ok(registry)
     }
 
+    fn with<T>(&self, work: impl FnOnce(&Database) -> Result<T>) -> Result<T> {
+        let mut slot = self.db.lock().expect("no panic while the lock is held");
+        let db = slot.take().map_or_else(|| open(&self.path), Ok)?;
+        let outcome = work(&db).with_context(|| self.path.display().to_string());
+        if outcome.is_ok() {
+            *slot = Some(db);
+        }
+        outcome
+    }
+
+    fn read<T>(&self, question: impl FnOnce(&ReadTransaction) -> Result<T>) -> Result<T> {
+        self.with(|db| question(&db.begin_read()?))
+    }
+
     fn write<T>(&self, change: impl FnOnce(&WriteTransaction) -> Result<T>) -> Result<T> {
-        let mut txn = self.0.begin_write()?;
-        txn.set_two_phase_commit(true);
-        let outcome = change(&txn)?;
-        txn.commit()?;
-        Ok(outcome)
+        self.with(|db| {
+            let mut txn = db.begin_write()?;
+            txn.set_two_phase_commit(true);
+            let outcome = change(&txn)?;
+            txn.commit()?;
+            Ok(outcome)
+        })
     }
 
     /// Remembers a token by the hash of its secret.
@@ -231,9 +253,10 @@ impl Registry {
     /// # Errors
     /// As the database answers.
     pub fn own_pin(&self) -> Result<Option<[u8; 32]>> {
-        let txn = self.0.begin_read()?;
-        let pin = txn.open_table(META)?.get(OWN_PIN)?.and_then(|pin| crate::identity::unbase32(pin.value()));
-        Ok(pin)
+        self.read(|txn| {
+            let pin = txn.open_table(META)?.get(OWN_PIN)?.and_then(|pin| crate::identity::unbase32(pin.value()));
+            Ok(pin)
+        })
     }
 
     /// Remembers it.
@@ -256,15 +279,15 @@ impl Registry {
     /// # Errors
     /// As the database answers.
     pub fn trust_list(&self) -> Result<TrustList> {
-        let txn = self.0.begin_read()?;
-        let meta = txn.open_table(META)?;
-        let pins: Vec<String> = meta.get(PINS)?.map(|p| read(p.value())).transpose()?.unwrap_or_default();
-        let epoch = meta.get(EPOCH)?.map(|e| e.value().parse()).transpose()?.unwrap_or(0);
-        let members = self.members()?;
-        Ok(TrustList {
-            epoch,
-            tracker_pins: pins.iter().filter_map(|pin| crate::identity::unbase32(pin)).collect(),
-            denied: members.into_iter().filter(|(_, member)| member.revoked).map(|(peer, _)| peer).collect(),
+        self.read(|txn| {
+            let meta = txn.open_table(META)?;
+            let pins: Vec<String> = meta.get(PINS)?.map(|p| read(p.value())).transpose()?.unwrap_or_default();
+            let members = all_members(txn)?;
+            Ok(TrustList {
+                epoch: meta.get(EPOCH)?.map(|e| e.value().parse()).transpose()?.unwrap_or(0),
+                tracker_pins: pins.iter().filter_map(|pin| crate::identity::unbase32(pin)).collect(),
+                denied: members.into_iter().filter(|(_, member)| member.revoked).map(|(peer, _)| peer).collect(),
+            })
         })
     }
 
@@ -273,12 +296,7 @@ impl Registry {
     /// # Errors
     /// As the database answers.
     pub fn members(&self) -> Result<Vec<(PeerId, MemberRecord)>> {
-        let txn = self.0.begin_read()?;
-        let table = txn.open_table(MEMBERS)?;
-        table
-            .iter()?
-            .map(|row| row.map_err(Into::into).and_then(|(k, v)| Ok((k.value().parse()?, read(v.value())?))))
-            .collect()
+        self.read(all_members)
     }
 
     /// All tokens that are remembered.
@@ -286,12 +304,12 @@ impl Registry {
     /// # Errors
     /// As the database answers.
     pub fn tokens(&self) -> Result<Vec<(String, TokenRecord)>> {
-        let txn = self.0.begin_read()?;
-        let table = txn.open_table(TOKENS)?;
-        table
-            .iter()?
-            .map(|row| row.map_err(Into::into).and_then(|(k, v)| Ok((k.value().to_owned(), read(v.value())?))))
-            .collect()
+        self.read(|txn| {
+            let rows = txn.open_table(TOKENS)?;
+            let row =
+                |(k, v): (AccessGuard<'_, &str>, AccessGuard<'_, &str>)| Ok((k.value().to_owned(), read(v.value())?));
+            rows.iter()?.map(|found| found.map_err(Into::into).and_then(row)).collect()
+        })
     }
 
     /// Where joiners are told to find the tracker.
@@ -299,8 +317,10 @@ impl Registry {
     /// # Errors
     /// As the database answers.
     pub fn advertised(&self) -> Result<Vec<String>> {
-        let txn = self.0.begin_read()?;
-        Ok(txn.open_table(META)?.get(ADVERTISE)?.map(|a| read(a.value())).transpose()?.unwrap_or_default())
+        self.read(|txn| {
+            let advertised = txn.open_table(META)?.get(ADVERTISE)?.map(|a| read(a.value())).transpose()?;
+            Ok(advertised.unwrap_or_default())
+        })
     }
 
     /// Remembers it.
@@ -315,11 +335,25 @@ impl Registry {
     }
 }
 
+fn open(path: &Path) -> Result<Database> {
+    let named = || format!("opening {}", path.display());
+    let backend = FileBackend::new(safe_path::create_private(path).with_context(named)?).with_context(named)?;
+    // Without the check, redb may panic on a file that something else has damaged.
+    Database::builder().set_check_integrity_on_open(true).create_with_backend(backend).with_context(named)
+}
+
+/// By the clock, so that what a restored backup signs is newer than what the peers heard before.
 fn raise_epoch(txn: &WriteTransaction) -> Result<()> {
     let mut meta = txn.open_table(META)?;
     let epoch: u64 = meta.get(EPOCH)?.map(|e| e.value().parse()).transpose()?.unwrap_or(0);
-    meta.insert(EPOCH, (epoch + 1).to_string().as_str())?;
+    meta.insert(EPOCH, now().max(epoch + 1).to_string().as_str())?;
     Ok(())
+}
+
+fn all_members(txn: &ReadTransaction) -> Result<Vec<(PeerId, MemberRecord)>> {
+    let rows = txn.open_table(MEMBERS)?;
+    let row = |(k, v): (AccessGuard<'_, &str>, AccessGuard<'_, &str>)| Ok((k.value().parse()?, read(v.value())?));
+    rows.iter()?.map(|found| found.map_err(Into::into).and_then(row)).collect()
 }
 
 fn member(members: &impl ReadableTable<&'static str, &'static str>, name: &str) -> Result<Option<MemberRecord>> {
@@ -392,12 +426,15 @@ mod tests {
         registry.redeem(&base32(&ID), [9; 32], peer(1), HOUR).unwrap().unwrap();
         assert!(registry.set_revoked(peer(1), true).unwrap());
         assert!(!registry.set_revoked(peer(1), true).unwrap());
+        let first = registry.trust_list().unwrap().epoch;
+        assert!(first >= now() - 60, "a list of a restored backup must be newer than any before: {first}");
         registry.add_pin([5; 32]).unwrap();
         registry.add_pin([5; 32]).unwrap();
         drop(registry);
         let registry = Registry::open(&dir.path().join("tracker.redb")).unwrap();
         let list = registry.trust_list().unwrap();
-        assert_eq!((list.epoch, list.denied.contains(&peer(1)), list.tracker_pins.len()), (2, true, 1));
+        assert_eq!((list.denied.contains(&peer(1)), list.tracker_pins.len()), (true, 1));
+        assert!(list.epoch > first, "{} after {first}", list.epoch);
         assert_eq!(registry.renew(peer(1), HOUR).unwrap(), Err(Refusal::Revoked));
         assert_eq!(registry.redeem(&base32(&ID), [9; 32], peer(1), HOUR).unwrap(), Err(Refusal::Revoked));
         assert!(registry.set_revoked(peer(1), false).unwrap());

@@ -4,7 +4,6 @@
 //! it. Peers announce; peers and operators read.
 
 use std::{
-    net::SocketAddr,
     pin::Pin,
     sync::Arc,
     time::{Duration, Instant},
@@ -13,25 +12,29 @@ use std::{
 use futures_util::Stream;
 use tokio::{
     sync::{Semaphore, broadcast, mpsc},
-    time::timeout,
+    time::{MissedTickBehavior, interval, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
+    activity::{Activity, Report},
     authority::Authority,
-    store::{Heartbeat, Registered, Registration, Store, StoreError},
+    store::{Heartbeat, Registered, Registration, SWEEP_INTERVAL, Store, StoreError},
 };
 use crate::{
     catalog::{Announcement, Change, FileKey, Matcher, Query},
     content::ContentId,
     identity::{PeerId, Role},
+    metrics::LEASES_EXPIRED,
     net::Caller,
     proto::{
         self, HeartbeatRequest, HeartbeatResponse, ListFilesRequest, ListFilesResponse, RegisterHeader,
         RegisterRequest, RegisterResponse, SignedTrustList, WatchFilesRequest, WatchFilesResponse, heartbeat_response,
         register_request::Part, watch_files_response::Change as Told,
     },
+    request::carried,
     trust::Trust,
 };
 
@@ -52,23 +55,17 @@ pub struct Service {
     store: Arc<dyn Store>,
     authority: Arc<Authority>,
     trust: Arc<Trust>,
-    heartbeat: Duration,
-    lease: Duration,
+    activity: Arc<Activity>,
     watchers: Arc<Semaphore>,
     listings: Semaphore,
 }
 
 impl Service {
-    /// Answers from `store`; peers are told to call every `heartbeat` and are forgotten after `lease`.
+    /// Answers from `store`; what peers move, and the intervals that they are told, are in `activity`.
     #[must_use]
-    pub fn new(
-        store: Arc<dyn Store>,
-        authority: Arc<Authority>,
-        trust: Arc<Trust>,
-        (heartbeat, lease): (Duration, Duration),
-    ) -> Self {
+    pub fn new(store: Arc<dyn Store>, authority: Arc<Authority>, trust: Arc<Trust>, activity: Arc<Activity>) -> Self {
         let watchers = Arc::new(Semaphore::new(WATCHERS));
-        Self { store, authority, trust, heartbeat, lease, watchers, listings: Semaphore::new(LISTINGS) }
+        Self { store, authority, trust, activity, watchers, listings: Semaphore::new(LISTINGS) }
     }
 
     fn trust_list_after(&self, epoch: u64) -> Result<Option<SignedTrustList>, Status> {
@@ -88,20 +85,16 @@ impl Service {
             return Err(proto::WireError::TooMany(proto::MAX_ADDRESSES, "addresses").into());
         }
         let port = u16::try_from(header.port).map_err(|_| Status::invalid_argument("port is above 65,535"))?;
-        let mut addresses = proto::offered_addresses(&header.addresses);
-        if let Some(remote) = caller.remote
-            && port != 0
-        {
-            let seen = SocketAddr::new(remote.ip().to_canonical(), port).to_string();
-            if !addresses.contains(&seen) {
-                addresses.push(seen);
-            }
-        }
-        Ok(Announcement { peer, generation: header.generation, addresses, seen_over_loopback: caller.is_loopback() })
+        let announcement = proto::announcement(peer, &header.addresses, port, caller);
+        Ok(Announcement { generation: header.generation, ..announcement })
     }
 
-    async fn collect(&self, mut stream: Streaming<RegisterRequest>, caller: &Caller) -> Result<Registration, Status> {
-        let peer = require(caller, &[Role::Peer])?;
+    async fn collect(
+        &self,
+        mut stream: Streaming<RegisterRequest>,
+        peer: PeerId,
+        caller: &Caller,
+    ) -> Result<Registration, Status> {
         let Some(Part::Header(header)) = next(&mut stream).await?.and_then(|message| message.part) else {
             return Err(Status::invalid_argument("the first message must be the header"));
         };
@@ -165,6 +158,22 @@ fn millis(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
 }
 
+/// Forgets peers whose lease is over, until cancelled.
+pub(super) async fn sweep(store: Arc<dyn Store>, activity: Arc<Activity>, cancel: CancellationToken) {
+    let mut ticks = interval(SWEEP_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while cancel.run_until_cancelled(ticks.tick()).await.is_some() {
+        activity.expire(Instant::now());
+        match store.sweep(Instant::now()).await {
+            Ok(gone) => gone.iter().for_each(|peer| {
+                LEASES_EXPIRED.one();
+                tracing::info!(%peer, "lease expired");
+            }),
+            Err(error) => tracing::error!("{error}"),
+        }
+    }
+}
+
 #[tonic::async_trait]
 impl proto::tracker_service_server::TrackerService for Service {
     async fn register(
@@ -172,13 +181,18 @@ impl proto::tracker_service_server::TrackerService for Service {
         request: Request<Streaming<RegisterRequest>>,
     ) -> Result<Response<RegisterResponse>, Status> {
         let caller = caller(&request)?;
-        let registration = self.collect(request.into_inner(), &caller).await?;
+        let peer = require(&caller, &[Role::Peer])?;
+        let registration = self.collect(request.into_inner(), peer, &caller).await?;
         match self.store.register(registration, Instant::now()).await.map_err(exhausted)? {
-            Registered::Accepted => Ok(Response::new(RegisterResponse {
-                heartbeat_interval_ms: millis(self.heartbeat),
-                lease_ms: millis(self.lease),
-                trust_list: self.trust_list_after(0)?,
-            })),
+            Registered::Accepted => {
+                self.activity.heard(peer, None, Instant::now());
+                let (heartbeat, lease) = self.activity.intervals();
+                Ok(Response::new(RegisterResponse {
+                    heartbeat_interval_ms: millis(heartbeat),
+                    lease_ms: millis(lease),
+                    trust_list: self.trust_list_after(0)?,
+                }))
+            }
             Registered::Stale => {
                 Err(Status::failed_precondition("base_generation is not held here: send the full library"))
             }
@@ -189,20 +203,29 @@ impl proto::tracker_service_server::TrackerService for Service {
         let peer = require(&caller(&request)?, &[Role::Peer])?;
         let request = request.into_inner();
         own_id(&request.peer_id, peer)?;
+        let report = request.activity.map(Report::try_from).transpose()?;
         let state = if request.leaving {
-            self.store.leave(peer, request.generation).await.map_err(exhausted)?;
+            if self.store.leave(peer, request.generation).await.map_err(exhausted)? {
+                self.activity.left(peer);
+            }
             heartbeat_response::State::Left
         } else {
-            match self.store.heartbeat(peer, request.generation, Instant::now()).await.map_err(exhausted)? {
+            let met = self.store.heartbeat(peer, request.generation, Instant::now()).await.map_err(exhausted)?;
+            if met != Heartbeat::Unknown {
+                self.activity.heard(peer, report, Instant::now());
+            }
+            match met {
                 Heartbeat::Renewed => heartbeat_response::State::Renewed,
                 Heartbeat::Stale => heartbeat_response::State::Stale,
                 Heartbeat::Unknown => heartbeat_response::State::Unknown,
             }
         };
+        let (heartbeat, lease) = self.activity.intervals();
         Ok(Response::new(HeartbeatResponse {
             state: state.into(),
-            heartbeat_interval_ms: millis(self.heartbeat),
-            lease_ms: millis(self.lease),
+            heartbeat_interval_ms: millis(heartbeat),
+            busy_interval_ms: millis(self.activity.busy_interval()),
+            lease_ms: millis(lease),
             trust_list: self.trust_list_after(request.trust_epoch)?,
         }))
     }
@@ -249,13 +272,13 @@ impl proto::tracker_service_server::TrackerService for Service {
             loopback: caller.is_loopback(),
             sender,
         };
-        tokio::spawn(async move {
+        tokio::spawn(carried(async move {
             let _place = place;
             // The stream ends when the receiver has gone; there is nobody left to tell why.
             if let Err(status) = watch.run(request.skip_current).await {
                 tracing::debug!("watch ended: {status}");
             }
-        });
+        }));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 }

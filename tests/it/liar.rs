@@ -1,5 +1,5 @@
-//! A member that lies: it joined like any other, says that it holds a whole file, and gives wrong bytes, or a wrong
-//! manifest. The product has no switch for that, so it is played here, with the product's own library.
+//! A member that lies: it joined like any other, says that it holds a whole file, and gives wrong bytes, a wrong manifest,
+//! next to nothing, or nothing. The product has no switch for that, so it is played here, with the product's own library.
 
 use std::{
     fs,
@@ -7,26 +7,32 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
-use futures_util::{Stream, stream};
+use futures_util::{Stream, StreamExt as _, stream};
+use rustls::ServerConfig;
 use sprat::{
     content::{Hash32, Layout, Manifest, assemble, hash_piece},
     identity::{Identity, PEER_FILES},
     net::{self, Front, Limits, Listener},
     proto::{
-        self, Chunk, GetChunksRequest, GetChunksResponse, GetManifestRequest, GetManifestResponse, ManifestHeader,
-        RegisterBatch, RegisterHeader, RegisterRequest, WatchHaveRequest, WatchHaveResponse,
+        self, Chunk, ContentError, GetChunksRequest, GetChunksResponse, GetManifestRequest, GetManifestResponse,
+        HaveDelta, HaveMap, ManifestHeader, RangeError, RegisterBatch, RegisterHeader, RegisterRequest,
+        WatchHaveRequest, WatchHaveResponse,
         chunk_service_server::{ChunkService, ChunkServiceServer},
+        content_error::Code,
         get_chunks_response, get_manifest_response, register_request,
+        watch_have_response::Change,
     },
     tls::{self, Expect, LiveCertificate},
     trust::Trust,
 };
-use tokio::runtime::Runtime;
+use tokio::{net::TcpListener, runtime::Runtime, task::JoinSet};
+use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, service::Routes};
 
@@ -41,6 +47,19 @@ pub enum Lie {
     Hash,
     /// The size, so that hashes of half as many pieces, which fold to the same content id, would do.
     Size,
+    /// What it holds: nothing, although it says that it has all and has promised all to others. A piece that it is asked
+    /// for ends half-way.
+    Have,
+    /// What it holds: whatever it is asked for, it does not have.
+    Denial,
+    /// That it is of use: true bytes, one a second.
+    Trickle,
+    /// That it is of use: it takes a request, and says no more.
+    Silence,
+    /// That it is of use: it says no more after the handshake.
+    SilentTls,
+    /// That it is of use: it accepts connections, and says nothing.
+    SilentTcp,
 }
 
 /// A running liar; it ends when dropped.
@@ -48,6 +67,7 @@ pub struct Liar {
     /// Who it is.
     pub peer_id: String,
     asked: Arc<AtomicUsize>,
+    sent: Arc<AtomicU64>,
     _runtime: Runtime,
 }
 
@@ -57,17 +77,24 @@ impl Liar {
         let folder = format!("liar-{}", lie as u8);
         swarm.run("", ["join", &swarm.link(1), "--identity-only", &folder]).ok();
         let identity = Identity::load(&swarm.path(&folder), PEER_FILES).unwrap().unwrap();
-        let manifest = manifest(&fs::read(swarm.path(path)).unwrap());
-        let asked = Arc::default();
+        let bytes = Bytes::from(fs::read(swarm.path(path)).unwrap());
+        let manifest = manifest(&bytes);
+        let (asked, sent) = (Arc::default(), Arc::default());
+        let lies = Lies { lie, bytes, manifest, asked: Arc::clone(&asked), sent: Arc::clone(&sent) };
         let runtime = Runtime::new().unwrap();
         let peer_id = identity.key.peer_id().to_string();
-        runtime.block_on(begin(identity, swarm.address(), name, Lies { lie, manifest, asked: Arc::clone(&asked) }));
-        Self { peer_id, asked, _runtime: runtime }
+        runtime.block_on(begin(identity, swarm.address(), name, lies));
+        Self { peer_id, asked, sent, _runtime: runtime }
     }
 
-    /// How often it was believed enough to be asked for bytes.
+    /// How often it was believed enough to be asked for bytes; of one without a service, connected to.
     pub fn asked(&self) -> usize {
         self.asked.load(Ordering::Relaxed)
+    }
+
+    /// Wrong bytes that it could send before nobody listened any more.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
     }
 }
 
@@ -78,24 +105,47 @@ async fn begin(identity: Identity, tracker: &str, name: &str, lies: Lies) {
     let socket = net::bind("127.0.0.1:0".parse().unwrap(), 0).unwrap();
     let address = socket.local_addr().unwrap();
     let register = register(address, name, &lies.manifest);
-    let service = ChunkServiceServer::new(lies).max_encoding_message_size(proto::MAX_CHUNK_MESSAGE);
-    let listener = Listener {
-        members: Front {
-            tls: tls::member_server(&trust, certificate.clone(), certificate.clone()).unwrap(),
-            routes: Routes::new(service),
-        },
-        joiners: None,
-        limits: Limits { connections: 64, strangers_per_address: 64, per_member: 8, http2: net::DATA },
-        trust: trust.clone(),
-        cancel: CancellationToken::new(),
-        tasks: TaskTracker::new(),
-    };
-    tokio::spawn(listener.run(socket));
+    let tls = tls::member_server(&trust, certificate.clone(), certificate.clone()).unwrap();
+    match lies.lie {
+        Lie::SilentTcp => drop(tokio::spawn(say_nothing(socket, None, lies.asked))),
+        Lie::SilentTls => drop(tokio::spawn(say_nothing(socket, Some(tls.into()), lies.asked))),
+        _ => drop(tokio::spawn(serve(socket, tls, lies, trust.clone()))),
+    }
     let config = tls::member_client(&trust, &certificate, Expect::Tracker).unwrap();
     let connection = net::dial(&[tracker.to_owned()], config, "tracker.sprat.internal", net::CONTROL).await.unwrap();
     let origin = connection.origin();
     let mut client = proto::tracker_service_client::TrackerServiceClient::with_origin(connection, origin);
     client.register(stream::iter(register)).await.unwrap();
+}
+
+/// Accepts whoever comes, shakes hands if it has something for it, and holds the line.
+async fn say_nothing(socket: TcpListener, tls: Option<TlsAcceptor>, met: Arc<AtomicUsize>) {
+    let mut held = JoinSet::new();
+    while let Ok((stream, _)) = socket.accept().await {
+        let (tls, met) = (tls.clone(), met.clone());
+        held.spawn(async move {
+            let Some(tls) = tls else {
+                met.fetch_add(1, Ordering::Relaxed);
+                return std::future::pending::<()>().await;
+            };
+            let Ok(_stream) = tls.accept(stream).await else { return };
+            met.fetch_add(1, Ordering::Relaxed);
+            std::future::pending().await
+        });
+    }
+}
+
+async fn serve(socket: TcpListener, tls: Arc<ServerConfig>, lies: Lies, trust: Arc<Trust>) {
+    let service = ChunkServiceServer::new(lies).max_encoding_message_size(proto::MAX_CHUNK_MESSAGE);
+    let listener = Listener {
+        members: Front { tls, routes: Routes::new(service) },
+        joiners: None,
+        limits: Limits { connections: 64, strangers_per_address: 64, per_member: 8, http2: net::DATA },
+        trust,
+        cancel: CancellationToken::new(),
+        tasks: TaskTracker::new(),
+    };
+    listener.run(socket).await;
 }
 
 fn register(address: SocketAddr, name: &str, manifest: &Manifest) -> Vec<RegisterRequest> {
@@ -127,8 +177,10 @@ fn manifest(bytes: &[u8]) -> Manifest {
 
 struct Lies {
     lie: Lie,
+    bytes: Bytes,
     manifest: Manifest,
     asked: Arc<AtomicUsize>,
+    sent: Arc<AtomicU64>,
 }
 
 impl Lies {
@@ -136,15 +188,37 @@ impl Lies {
     fn hashes(&self) -> (u64, Vec<Hash32>) {
         let (size, mut hashes) = (self.manifest.layout().size(), self.manifest.hashes().to_vec());
         match self.lie {
-            Lie::Bytes => {}
             Lie::Hash => hashes[0][0] ^= 1,
             Lie::Size => {
                 hashes = hashes.chunks(2).map(|pair| merge(pair[0], pair[1])).collect();
                 return (size / 2, hashes);
             }
+            _ => {}
         }
         (size, hashes)
     }
+
+    /// The bytes of the first piece, one by one.
+    fn trickle(&self, request: &GetChunksRequest) -> impl Stream<Item = Result<GetChunksResponse, Status>> + use<> {
+        let start = u64::from(request.ranges[0].first_piece) * u64::from(self.manifest.layout().piece_len());
+        let bytes = self.bytes.slice(usize::try_from(start).unwrap()..);
+        stream::unfold(0, move |n| {
+            let data = bytes.slice(n..=n);
+            async move {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                let chunk = Chunk { range: 0, offset: start + n as u64, data };
+                Some((Ok(GetChunksResponse { part: Some(get_chunks_response::Part::Chunk(chunk)) }), n + 1))
+            }
+        })
+    }
+}
+
+/// None of it is there.
+fn deny(request: &GetChunksRequest) -> Vec<Result<GetChunksResponse, Status>> {
+    let ranges = 0..u32::try_from(request.ranges.len()).unwrap();
+    let error =
+        |range| RangeError { range, error: Some(ContentError { code: Code::NotFound.into(), ..<_>::default() }) };
+    ranges.map(|range| Ok(GetChunksResponse { part: Some(get_chunks_response::Part::Error(error(range))) })).collect()
 }
 
 /// The chaining value of a tree's node over those of its two halves.
@@ -178,7 +252,15 @@ impl ChunkService for Lies {
     }
 
     async fn watch_have(&self, _: Request<WatchHaveRequest>) -> Result<Response<Answers<WatchHaveResponse>>, Status> {
-        Err(Status::unimplemented("it says it has everything"))
+        if self.lie != Lie::Have {
+            return Err(Status::unimplemented("it says it has everything"));
+        }
+        let layout = self.manifest.layout();
+        let all = HaveMap { size: layout.size(), complete: true, ..<_>::default() };
+        let promised = HaveDelta { pieces: (0..layout.n_pieces()).collect() };
+        let news = [Change::Have(all), Change::Promised(promised)];
+        let news = news.map(|change| Ok(WatchHaveResponse { index: 0, change: Some(change) }));
+        Ok(Response::new(Box::pin(stream::iter(news).chain(stream::pending()))))
     }
 
     async fn get_chunks(
@@ -187,19 +269,31 @@ impl ChunkService for Lies {
     ) -> Result<Response<Answers<GetChunksResponse>>, Status> {
         self.asked.fetch_add(1, Ordering::Relaxed);
         let request = request.into_inner();
+        match self.lie {
+            Lie::Silence => return Ok(Response::new(Box::pin(stream::pending()))),
+            Lie::Trickle => return Ok(Response::new(Box::pin(self.trickle(&request)))),
+            Lie::Denial => return Ok(Response::new(Box::pin(stream::iter(deny(&request))))),
+            _ => {}
+        }
         let (layout, chunk_length) = (self.manifest.layout(), u64::from(request.chunk_length.clamp(16 << 10, 1 << 20)));
+        let sent = self.sent.clone();
         let lies = request.ranges.into_iter().zip(0..).flat_map(move |(range, index)| {
             let pieces =
                 (range.first_piece..range.first_piece + range.piece_count).filter_map(move |i| layout.piece(i));
+            let sent = sent.clone();
             pieces.flat_map(move |piece| {
+                let sent = sent.clone();
                 let (start, end) = (layout.offset(piece), layout.offset(piece) + u64::from(layout.len_of(piece)));
                 (start..end).step_by(usize::try_from(chunk_length).unwrap()).map(move |offset| {
                     let length = usize::try_from(chunk_length.min(end - offset)).unwrap();
+                    sent.fetch_add(length as u64, Ordering::Relaxed);
                     let chunk = Chunk { range: index, offset, data: vec![0x5a; length].into() };
                     Ok(GetChunksResponse { part: Some(get_chunks_response::Part::Chunk(chunk)) })
                 })
             })
         });
+        let most = if self.lie == Lie::Have { u64::from(layout.piece_len()) / 2 / chunk_length } else { u64::MAX };
+        let lies = lies.take(usize::try_from(most).unwrap());
         Ok(Response::new(Box::pin(stream::iter(lies))))
     }
 }

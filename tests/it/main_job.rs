@@ -96,7 +96,7 @@ fn liars_alone_are_told_by_the_exit_code() {
     let _liars = [(Lie::Size, 1), (Lie::Hash, 2), (Lie::Bytes, 3)].map(|(lie, n)| {
         let liar = Liar::start(&swarm, "film", FILM, lie);
         swarm.wait_listed("sink", FILM, n);
-        swarm.run("sink", ["get", FILM, "-o", "copy.mkv"]).fails(6, &["wrong"]);
+        swarm.run("sink", ["get", FILM, "-o", "copy.mkv"]).fails(6, &["sent wrong bytes", "every source"]);
         assert_eq!(liar.asked() > 0, lie == Lie::Bytes, "bytes are asked for once a manifest is proved");
         assert!(swarm.files_in(".").iter().all(|name| !name.contains("copy.mkv")), "nothing wrong is kept");
         liar
@@ -191,7 +191,7 @@ fn an_interrupted_get_says_so_and_continues() {
     let mut swarm = Swarm::start();
     let size = 48 * MIB + 7;
     swarm.write("film", size, "film");
-    let (_, _link) = slow_source(&mut swarm, "a", 16 * MIB);
+    let (_, _link) = slow_source(&mut swarm, "a", 8 * MIB);
     swarm.join("sink");
     swarm.wait_listed("sink", FILM, 1);
 
@@ -207,7 +207,8 @@ fn an_interrupted_get_says_so_and_continues() {
     get.kill();
     let summary = swarm.run("sink", ["get", FILM, "-o", "copy.mkv", "--json"]).ok().summary();
     let [resumed, fetched] = ["bytes_resumed", "bytes_fetched"].map(|name| summary[name].as_u64().unwrap());
-    assert!(resumed >= size * 3 / 5 && resumed + fetched == size, "{summary}");
+    // What the kill cost is what had not been synced since the last clean stop.
+    assert!(resumed >= size / 2 && resumed + fetched == size, "{summary}");
     swarm.assert_same("film", "copy.mkv");
     assert!(!swarm.path("copy.mkv.part").exists());
 }

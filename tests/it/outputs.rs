@@ -101,7 +101,7 @@ fn what_exists_is_never_replaced() {
     assert_eq!((&summary["bytes_fetched"], &summary["bytes_resumed"]), (&0.into(), &700_000.into()), "{summary}");
     assert_eq!(fs::metadata(swarm.path("once")).unwrap().modified().unwrap(), stamp);
 
-    // Two ways to go on.
+    // Three ways to go on.
     let skipped = swarm.run("sink", ["get", ALIEN, "-o", "different", "--skip", "--json"]).ok();
     assert!(!skipped.stdout.contains(r#""event":"file""#), "what differs is not what was asked for: {skipped:?}");
     let summary = skipped.summary();
@@ -110,6 +110,10 @@ fn what_exists_is_never_replaced() {
     swarm.run("sink", ["get", ALIEN, "-o", "different", "--rename"]).ok();
     assert_eq!(fs::read(swarm.path("different")).unwrap(), b"mine");
     swarm.assert_same(SOURCE, "different (2)");
+    swarm.run("sink", ["get", ALIEN, "-o", "dangling", "--overwrite"]).fails(9, &["dangling"]);
+    swarm.run("sink", ["get", ALIEN, "-o", "different", "--overwrite"]).ok();
+    swarm.assert_same(SOURCE, "different");
+    assert_eq!(fs::read_link(swarm.path("dangling")).unwrap().to_str(), Some("nowhere"));
     assert!(swarm.files_in(".").iter().all(|name| !name.ends_with(".part")));
 }
 

@@ -41,6 +41,8 @@ pub struct Swarm {
     /// Words before the command of a member, such as `ip netns exec NAME`.
     wrappers: BTreeMap<String, Vec<String>>,
     running: BTreeMap<String, Process>,
+    /// `HOST:PORT` of the operator page of each.
+    operators: BTreeMap<String, String>,
     address: String,
 }
 
@@ -48,8 +50,14 @@ impl Swarm {
     /// A folder, and nothing running yet.
     pub fn empty() -> Self {
         let folder = tempfile::Builder::new().prefix("sprat-it-").tempdir().unwrap();
-        let (environment, wrappers, running) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        Self { folder, environment, wrappers, running, address: String::new() }
+        Self {
+            folder,
+            environment: BTreeMap::new(),
+            wrappers: BTreeMap::new(),
+            running: BTreeMap::new(),
+            operators: BTreeMap::new(),
+            address: String::new(),
+        }
     }
 
     /// A running tracker.
@@ -100,6 +108,8 @@ impl Swarm {
                 command.env_remove(name);
             }
         }
+        // Side by side, tests would fight for the default ports.
+        command.envs([("SPRAT_TRACKER_OPERATOR", "127.0.0.1:0"), ("SPRAT_PEER_OPERATOR", "127.0.0.1:0")]);
         command.envs(&self.environment);
         command
     }
@@ -125,7 +135,7 @@ impl Swarm {
         let mut process = self.spawn(TRACKER, [&["tracker", "run", "--json"], flags].concat());
         let started = first_line(&mut process);
         self.address = started["advertised"][0].as_str().unwrap().to_owned();
-        self.running.insert(TRACKER.into(), process);
+        self.keep(TRACKER, process, &started);
     }
 
     /// A link for `uses` machines.
@@ -142,12 +152,28 @@ impl Swarm {
 
     /// Starts a peer that has joined, and waits until the tracker knows it; gives its peer id.
     pub fn start_peer(&mut self, member: &str, flags: &[&str]) -> String {
+        let peer_id = self.start_alone(member, flags);
+        self.wait_status(member, "is online", |status| status["tracker_state"] == "online");
+        peer_id
+    }
+
+    /// Starts a peer that has joined, whether or not there is a tracker; gives its peer id.
+    pub fn start_alone(&mut self, member: &str, flags: &[&str]) -> String {
         let listen: &[&str] = if flags.contains(&"--listen") { &[] } else { &["--listen", "127.0.0.1:0"] };
         let mut process = self.spawn(member, [&["peer", "--json"], listen, flags].concat());
         let started = first_line(&mut process);
-        self.running.insert(member.into(), process);
-        self.wait_status(member, "is online", |status| status["tracker_state"] == "online");
+        self.keep(member, process, &started);
         started["peer_id"].as_str().unwrap().to_owned()
+    }
+
+    fn keep(&mut self, member: &str, process: Process, started: &Value) {
+        self.operators.extend(started["operator"].as_str().map(|page| (member.to_owned(), page.to_owned())));
+        self.running.insert(member.into(), process);
+    }
+
+    /// `HOST:PORT` of a member's operator page.
+    pub fn operator(&self, member: &str) -> &str {
+        self.operators.get(member).unwrap_or_else(|| panic!("{member} has no operator page"))
     }
 
     /// Joins and starts a peer that shares the folder `MEMBER-files`; gives its peer id.

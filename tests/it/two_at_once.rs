@@ -70,6 +70,28 @@ fn one_target_is_written_by_one_get() {
 }
 
 #[test]
+fn a_killed_get_is_taken_over_by_the_next_while_the_peer_still_ends_it() {
+    let mut swarm = Swarm::start();
+    swarm.write("film", 192 * MIB, "film");
+    swarm.same("film", "a-files/film");
+    // What is left after the last kill lasts for seconds, so that its progress is told before it is over.
+    swarm.sharing_peer("a", &["--upload-limit", "32MiB"]);
+    swarm.join("sink");
+    swarm.start_peer("sink", &[]);
+    swarm.wait_listed("sink", "film", 1);
+    let get = |swarm: &Swarm| swarm.spawn("sink", ["get", "film", "-o", "copy", "--json"]);
+    // The more was written lately, the longer the end takes: all of it is made durable.
+    for share in [0.15, 0.3, 0.5] {
+        let mut killed = get(&swarm);
+        wait_progress(&mut killed, share);
+        killed.kill();
+    }
+    get(&swarm).finish(PATIENCE).ok();
+    swarm.assert_same("film", "copy");
+    assert!(!swarm.path("copy.part").exists());
+}
+
+#[test]
 fn a_second_peer_or_tracker_on_a_state_directory_is_refused() {
     let (mut swarm, _link) = network();
     swarm.start_peer("sink", &[]);

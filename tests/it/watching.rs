@@ -100,6 +100,7 @@ fn a_folder_may_be_shared_and_downloaded_to() {
     swarm.write("b-files/own", 10, "own");
     swarm.sharing_peer("b", &["--downloads", "b-files"]);
     swarm.wait_listed("b", "films/film", 1);
+    swarm.wait_listed("a", "own", 1);
     swarm.run("b", ["get", "**"]).ok();
     swarm.wait_listed("a", "films/film", 2);
     assert_eq!(names(&swarm.ls("a")), ["films/film", "own"]);

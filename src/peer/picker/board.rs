@@ -1,25 +1,20 @@
 //! The state of every piece of a Download.
 //!
-//! Invariant: every piece is in exactly one state: done; claimed, with one or two owners; or free, in the one set of
-//! `free` that its rarity names. A claimed piece was asked of each of its owners and has come from none.
+//! Invariant: every piece is in exactly one state: done; local, brought by this machine itself; claimed, with one or two
+//! owners; or free, in the one set of `free` that its rarity and promise name.
 //!
 //! A piece changes hands in constant time (and the logarithm of what is under way), a search leaps over gaps.
 
 use super::SourceKey;
+use super::claims::Claims;
 use super::piece_set::PieceSet;
+use super::promises::{Moment, Promises};
 use crate::have::HaveMap;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 /// Sets of free pieces by rarity; the last holds all that this many partial sources or more have.
 const RARITY_CLASSES: usize = 16;
-/// A piece is late when its owner has taken twice the time it was expected in, and at least this much longer.
-pub(super) const LATE_SLACK: Duration = Duration::from_secs(1);
-/// Each further owner doubles the patience with the next, up to this many times: should all sources be slower than
-/// expected, pieces do not fly between them.
-const MAX_PATIENCE_DOUBLINGS: u32 = 6;
-/// More owners than two do not bring a piece any faster, only more often.
-const MAX_OWNERS: usize = 2;
 
 /// What a source has.
 #[derive(Debug)]
@@ -30,50 +25,50 @@ pub(super) enum Have {
     Some(PieceSet),
 }
 
-/// A piece that is under way.
-#[derive(Debug, Default)]
-pub(super) struct Claimed {
-    /// One or two, the first to be asked first.
-    pub(super) owners: Vec<Owner>,
-    n_takeovers: u32,
-}
-
-/// A source that was asked for a piece.
-#[derive(Debug)]
-pub(super) struct Owner {
-    pub(super) key: SourceKey,
-    /// When the piece is expected.
-    pub(super) due: Instant,
-    /// How long it was to take.
-    pub(super) expected: Duration,
-    /// When others may take it.
-    pub(super) late: Instant,
+/// Which free pieces a search may find.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Among {
+    /// All of them.
+    All,
+    /// Those that are promised to nobody else.
+    Unpromised,
 }
 
 #[derive(Debug)]
 pub(super) struct Board {
     n_pieces: u32,
     done: PieceSet,
-    claimed: BTreeMap<u32, Claimed>,
-    n_claimed_by: BTreeMap<SourceKey, u32>,
-    /// By how many partial sources have it; complete ones raise all pieces alike and do not matter.
+    local: BTreeMap<u32, SourceKey>,
+    claims: Claims,
+    /// By how many partial sources have it; complete ones raise all pieces alike and do not matter. First those that are
+    /// promised to nobody else, then the same for those that are.
     free: Vec<PieceSet>,
+    n_free: u32,
+    /// How often a piece became free.
+    n_freed: u64,
+    promises: Promises,
+    /// The promised ones of `free`.
+    promised: BTreeSet<(Moment, u32)>,
     n_partial: Vec<u16>,
     n_complete: u32,
-    /// Pieces that are not done and that no partial source has.
+    /// Pieces that are neither done nor local and that no partial source has.
     n_without_partial: u32,
 }
 
 impl Board {
     pub(super) fn new(n_pieces: u32) -> Self {
-        let mut free = vec![PieceSet::empty(n_pieces); RARITY_CLASSES];
+        let mut free = vec![PieceSet::empty(n_pieces); 2 * RARITY_CLASSES];
         free[0] = PieceSet::full(n_pieces);
         Self {
             n_pieces,
             done: PieceSet::empty(n_pieces),
-            claimed: BTreeMap::new(),
-            n_claimed_by: BTreeMap::new(),
+            local: BTreeMap::new(),
+            claims: Claims::default(),
             free,
+            n_free: n_pieces,
+            n_freed: 0,
+            promises: Promises::default(),
+            promised: BTreeSet::new(),
             n_partial: vec![0; n_pieces as usize],
             n_complete: 0,
             n_without_partial: n_pieces,
@@ -82,6 +77,10 @@ impl Board {
 
     pub(super) fn n_pieces(&self) -> u32 {
         self.n_pieces
+    }
+
+    pub(super) fn claims(&self) -> &Claims {
+        &self.claims
     }
 
     pub(super) fn is_done(&self, piece: u32) -> bool {
@@ -93,94 +92,130 @@ impl Board {
         self.n_pieces - self.done.len()
     }
 
-    /// Pieces that are not done and that no counted source has.
+    /// Pieces that are neither done nor local and that no counted source has.
     pub(super) fn unavailable(&self) -> u32 {
         if self.n_complete > 0 { 0 } else { self.n_without_partial }
     }
 
-    /// True if every piece that some source has is done or claimed.
+    /// Pieces that sources shall bring and can.
+    pub(super) fn wanted(&self) -> u32 {
+        self.remaining() - u32::try_from(self.local.len()).unwrap_or(u32::MAX) - self.unavailable()
+    }
+
+    /// True if every piece that some source has is done, local or claimed.
     pub(super) fn is_tail(&self) -> bool {
-        self.free.iter().map(PieceSet::len).sum::<u32>() == self.unavailable()
+        self.n_free == self.unavailable()
+    }
+
+    pub(super) fn n_free(&self) -> u32 {
+        self.n_free
+    }
+
+    /// Free pieces that are promised to nobody else.
+    pub(super) fn n_unpromised(&self) -> u32 {
+        self.n_free - u32::try_from(self.promised.len()).unwrap_or(u32::MAX)
+    }
+
+    /// How often a piece became free: who found none finds none as long as this stays and it gets no new piece.
+    pub(super) fn n_freed(&self) -> u64 {
+        self.n_freed
+    }
+
+    /// Who is to bring this piece.
+    pub(super) fn owners(&self, piece: u32) -> impl Iterator<Item = SourceKey> {
+        self.local.get(&piece).copied().into_iter().chain(self.claims.owners(piece))
     }
 
     /// The piece is done, whoever was asked for it; false if it was already, or is none.
     pub(super) fn settle(&mut self, piece: u32) -> bool {
-        if piece >= self.n_pieces || !self.done.insert(piece) {
+        if piece >= self.n_pieces || self.is_done(piece) {
             return false;
         }
-        let rarity = self.rarity(piece);
-        self.free[rarity].remove(piece);
-        if self.n_partial[piece as usize] == 0 {
-            self.n_without_partial -= 1;
+        if self.local.remove(&piece).is_none() {
+            self.take_free(piece);
+            self.claims.clear(piece);
+            self.n_without_partial -= u32::from(self.n_partial[piece as usize] == 0);
         }
-        for owner in self.claimed.remove(&piece).into_iter().flat_map(|claimed| claimed.owners) {
-            self.unload(owner.key);
-        }
-        true
+        self.promises.forget(piece);
+        self.done.insert(piece)
     }
 
-    /// Makes `key`, which owns it not yet, an owner of a piece that is not done. Of two owners the one that is late for
-    /// longer gives way.
+    /// The piece is free again if it was done.
+    pub(super) fn lose(&mut self, piece: u32) {
+        if self.done.remove(piece) {
+            self.n_without_partial += u32::from(self.n_partial[piece as usize] == 0);
+            self.put_free(piece);
+        }
+    }
+
+    /// This machine itself brings the piece, if it is free.
+    pub(super) fn claim_local(&mut self, key: SourceKey, piece: u32) {
+        if piece < self.n_pieces && self.take_free(piece) {
+            self.n_without_partial -= u32::from(self.n_partial[piece as usize] == 0);
+            self.local.insert(piece, key);
+        }
+    }
+
+    /// Makes `key`, which owns it not yet, an owner of a piece that is free or claimed. Of two owners the one that is late
+    /// for longer gives way.
     pub(super) fn claim(&mut self, key: SourceKey, piece: u32, due: Instant, now: Instant) {
-        let rarity = self.rarity(piece);
-        self.free[rarity].remove(piece);
-        let claimed = self.claimed.entry(piece).or_default();
-        claimed.n_takeovers += u32::from(!claimed.owners.is_empty());
-        let mut displaced = None;
-        if claimed.owners.len() == MAX_OWNERS {
-            let first = usize::from(claimed.owners[1].late < claimed.owners[0].late);
-            displaced = Some(claimed.owners.remove(first).key);
-        }
-        let patience = 1 << claimed.n_takeovers.min(MAX_PATIENCE_DOUBLINGS);
-        let expected = due.saturating_duration_since(now);
-        let late = due + LATE_SLACK.max(expected) * patience;
-        claimed.owners.push(Owner { key, due, expected, late });
-        *self.n_claimed_by.entry(key).or_default() += 1;
-        if let Some(displaced) = displaced {
-            self.unload(displaced);
-        }
+        self.take_free(piece);
+        self.claims.add(key, piece, due, now);
     }
 
     /// `key` no longer owns the piece, if it did; without another owner the piece is free.
     pub(super) fn disown(&mut self, key: SourceKey, piece: u32) {
-        let Some(claimed) = self.claimed.get_mut(&piece) else { return };
-        let Some(at) = claimed.owners.iter().position(|owner| owner.key == key) else { return };
-        claimed.owners.remove(at);
-        if claimed.owners.is_empty() {
-            self.claimed.remove(&piece);
-            let rarity = self.rarity(piece);
-            self.free[rarity].insert(piece);
+        if self.local.get(&piece) == Some(&key) {
+            self.local.remove(&piece);
+            self.n_without_partial += u32::from(self.n_partial[piece as usize] == 0);
+            self.put_free(piece);
+        } else if self.claims.remove(key, piece) {
+            self.put_free(piece);
         }
-        self.unload(key);
     }
 
-    /// How many pieces `key` owns.
-    pub(super) fn n_claimed(&self, key: SourceKey) -> u32 {
-        self.n_claimed_by.get(&key).copied().unwrap_or(0)
+    /// What `key` owns is late now.
+    pub(super) fn hurry(&mut self, key: SourceKey, now: Instant) {
+        self.claims.hurry(key, now);
     }
 
-    /// The pieces that `key` owns, ascending.
-    pub(super) fn claims_of(&self, key: SourceKey) -> Vec<u32> {
-        let owned = |claimed: &Claimed| claimed.owners.iter().any(|owner| owner.key == key);
-        self.claimed.iter().filter(|(_, claimed)| owned(claimed)).map(|(piece, _)| *piece).collect()
+    /// A complete source promised the piece to another receiver. The first promise counts.
+    pub(super) fn promise(&mut self, piece: u32, now: Instant) {
+        if piece >= self.n_pieces || self.is_done(piece) || self.promises.since(piece).is_some() {
+            return;
+        }
+        let was_free = self.take_free(piece);
+        self.promises.note(piece, self.n_pieces, now);
+        if was_free {
+            self.insert_free(piece);
+        }
     }
 
-    pub(super) fn claimed(&self, piece: u32) -> Option<&Claimed> {
-        self.claimed.get(&piece)
+    /// When the first of the free pieces that were promised less than `hold` ago will have been promised that long ago.
+    pub(super) fn held_until(&self, hold: Duration, now: Instant) -> Option<Instant> {
+        let mut young = self.promised.range((self.promises.within(hold, now), 0)..);
+        Some(self.promises.instant(young.next()?.0)? + hold)
     }
 
-    /// Claimed pieces of `have` that `key` does not own, ascending.
-    pub(super) fn claimed_by_others(&self, key: SourceKey, have: &Have) -> impl Iterator<Item = (u32, &Claimed)> {
-        let by_others = move |claimed: &Claimed| claimed.owners.iter().all(|owner| owner.key != key);
-        let pieces = self.claimed.iter().map(|(piece, claimed)| (*piece, claimed));
-        pieces.filter(move |(piece, claimed)| have.contains(*piece) && by_others(claimed))
+    /// Whether any piece of `have` is free.
+    pub(super) fn has_free_in(&self, have: &Have) -> bool {
+        self.n_free > 0 && self.free.iter().any(|class| !class.is_empty() && have.next_in(class, 0).is_some())
     }
 
     /// Up to `limit` free pieces of `have`, the rarest first; of equal ones those from `preferred` on if that is free,
     /// else those from `start` on, around the end.
-    pub(super) fn free_in(&self, have: &Have, preferred: Option<u32>, start: u32, limit: usize) -> Vec<u32> {
+    pub(super) fn free_in(
+        &self,
+        have: &Have,
+        among: Among,
+        (preferred, start): (Option<u32>, u32),
+        limit: usize,
+    ) -> Vec<u32> {
+        let (unpromised, promised) = self.free.split_at(RARITY_CLASSES);
+        let classes =
+            unpromised.iter().zip(promised).flat_map(|(one, other)| [(one, true), (other, among == Among::All)]);
         let mut found = Vec::new();
-        for class in self.free.iter().filter(|class| !class.is_empty()) {
+        for (class, _) in classes.filter(|(class, allowed)| *allowed && !class.is_empty()) {
             let from = preferred.filter(|at| class.contains(*at) && have.contains(*at)).unwrap_or(start);
             for (mut at, end) in [(from, self.n_pieces), (0, from)] {
                 while found.len() < limit
@@ -206,51 +241,72 @@ impl Board {
 
     /// A partial source offers the piece, or (not `more`) does so no longer.
     pub(super) fn count_piece(&mut self, piece: u32, more: bool) {
-        let before = self.rarity(piece);
+        let before = self.class(piece);
         let n = &mut self.n_partial[piece as usize];
         *n = if more { *n + 1 } else { *n - 1 };
         match (more, *n) {
-            _ if self.done.contains(piece) => {}
+            _ if self.done.contains(piece) || self.local.contains_key(&piece) => {}
             (true, 1) => self.n_without_partial -= 1,
             (false, 0) => self.n_without_partial += 1,
             _ => {}
         }
-        let after = self.rarity(piece);
+        let after = self.class(piece);
         if before != after && self.free[before].remove(piece) {
             self.free[after].insert(piece);
         }
     }
 
-    fn rarity(&self, piece: u32) -> usize {
-        usize::from(self.n_partial[piece as usize]).min(RARITY_CLASSES - 1)
+    fn class(&self, piece: u32) -> usize {
+        let rarity = usize::from(self.n_partial[piece as usize]).min(RARITY_CLASSES - 1);
+        if self.promises.since(piece).is_some() { RARITY_CLASSES + rarity } else { rarity }
     }
 
-    fn unload(&mut self, key: SourceKey) {
-        if let Some(n) = self.n_claimed_by.get_mut(&key) {
-            *n -= 1;
-            if *n == 0 {
-                self.n_claimed_by.remove(&key);
-            }
+    fn put_free(&mut self, piece: u32) {
+        self.n_freed += 1;
+        self.insert_free(piece);
+    }
+
+    fn insert_free(&mut self, piece: u32) {
+        let class = self.class(piece);
+        self.free[class].insert(piece);
+        self.n_free += 1;
+        if let Some(since) = self.promises.since(piece) {
+            self.promised.insert((since, piece));
         }
+    }
+
+    /// True if it was free.
+    fn take_free(&mut self, piece: u32) -> bool {
+        let class = self.class(piece);
+        let was_free = self.free[class].remove(piece);
+        self.n_free -= u32::from(was_free);
+        if let Some(since) = self.promises.since(piece).filter(|_| was_free) {
+            self.promised.remove(&(since, piece));
+        }
+        was_free
     }
 
     /// Panics unless the counts agree with the pieces. Walks over everything.
     #[cfg(test)]
     pub(super) fn check(&self) {
-        let (mut n_without_partial, mut n_claims, mut n_free) = (0, 0, 0);
+        let (mut n_without_partial, mut n_free, mut promised) = (0, 0, BTreeSet::new());
         for piece in 0..self.n_pieces {
-            let owners = self.claimed.get(&piece).map(|claimed| claimed.owners.len());
-            match (self.is_done(piece), owners, self.free[self.rarity(piece)].contains(piece)) {
-                (true, None, false) | (false, Some(1..=MAX_OWNERS), false) => {}
-                (false, None, true) => n_free += 1,
-                state => panic!("piece {piece} is in no state, or in several: {state:?}"),
+            let is_free = self.free[self.class(piece)].contains(piece);
+            let is_local = self.local.contains_key(&piece);
+            let states = [self.is_done(piece), is_local, self.claims.contains(piece), is_free];
+            assert_eq!(states.into_iter().filter(|is| *is).count(), 1, "piece {piece} is in one state: {states:?}");
+            n_free += u32::from(is_free);
+            let is_bare = !self.is_done(piece) && !is_local && self.n_partial[piece as usize] == 0;
+            n_without_partial += u32::from(is_bare);
+            if let Some(since) = self.promises.since(piece) {
+                assert!(!self.is_done(piece));
+                promised.extend(is_free.then_some((since, piece)));
             }
-            n_claims += owners.unwrap_or(0);
-            n_without_partial += u32::from(!self.is_done(piece) && self.n_partial[piece as usize] == 0);
         }
-        assert_eq!(n_free, self.free.iter().map(PieceSet::len).sum::<u32>(), "free in one set only");
+        assert_eq!((n_free, n_free), (self.n_free, self.free.iter().map(PieceSet::len).sum()), "free in one set only");
         assert_eq!(n_without_partial, self.n_without_partial);
-        assert_eq!(n_claims, self.n_claimed_by.values().map(|n| *n as usize).sum::<usize>());
+        assert_eq!(promised, self.promised);
+        self.claims.check();
     }
 }
 
@@ -260,11 +316,7 @@ impl Have {
         if map.is_complete() && map.len() == n_pieces {
             return Self::All;
         }
-        let mut pieces = PieceSet::empty(n_pieces);
-        for piece in map.iter().take_while(|piece| *piece < n_pieces) {
-            pieces.insert(piece);
-        }
-        Self::Some(pieces)
+        Self::Some(PieceSet::of(map, n_pieces))
     }
 
     pub(super) fn contains(&self, piece: u32) -> bool {

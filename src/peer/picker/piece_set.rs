@@ -4,6 +4,8 @@
 //! set. Invariant: a summary bit is set if and only if its word is not zero. A look-up costs one word per level (four for
 //! 16 million pieces).
 
+use crate::have::HaveMap;
+
 /// Members of a fixed space 0..n.
 #[derive(Clone, Debug)]
 pub(super) struct PieceSet {
@@ -31,6 +33,15 @@ impl PieceSet {
     pub(super) fn full(n: u32) -> Self {
         let mut set = Self::empty(n);
         for piece in 0..n {
+            set.insert(piece);
+        }
+        set
+    }
+
+    /// The pieces of a map that lie below `n`.
+    pub(super) fn of(map: &HaveMap, n: u32) -> Self {
+        let mut set = Self::empty(n);
+        for piece in map.iter().take_while(|piece| *piece < n) {
             set.insert(piece);
         }
         set

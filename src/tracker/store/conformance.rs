@@ -144,6 +144,18 @@ async fn rows_and_sources(store: &Shared) {
     let at = store.rows_at(&[key("b", 2), key("b", 1), key("nobody", 2)], false).await.unwrap();
     assert_eq!(at, [listed[3].clone()]);
 
+    let surveyed: Vec<_> = store
+        .survey()
+        .await
+        .unwrap()
+        .into_iter()
+        .map(|row| (row.key, row.size, row.n_complete, row.n_partial))
+        .collect();
+    let counts = [(2, 0), (1, 0), (2, 0), (1, 0), (2, 1), (2, 1)];
+    let expected: Vec<_> =
+        listed.iter().zip(counts).map(|(row, (whole, part))| (row.key(), row.size, whole, part)).collect();
+    assert_eq!(surveyed, expected);
+
     let liar = FileInfo { size: 1, ..file("a", 1) };
     full(store, 4, 1, &[liar]).await;
     let again = store.rows_at(&[key("a", 1)], false).await.unwrap().remove(0);
@@ -323,6 +335,7 @@ async fn ten_thousand(store: &Shared) {
         assert_eq!(found[0].source_count, 2);
     }
     assert_eq!(everything(store).await.len(), 10_001);
+    assert_eq!(store.survey().await.unwrap().len(), 10_001, "slice after slice");
     let nothing = Query { text: Some("not there".into()), ..Query::default() };
     assert_eq!(names(store, nothing).await, [""; 0]);
     assert!(begin.elapsed() < Duration::from_secs(20), "took {:?}", begin.elapsed());

@@ -26,6 +26,8 @@ use crate::{
     safe_path::SafeName,
 };
 
+mod survey;
+
 /// Entries worked on while the lock is held once.
 pub(super) const SLICE: usize = 2048;
 /// More contents than this with one prefix are found by looking at every row.

@@ -14,8 +14,8 @@ use tokio::{sync::broadcast, task::yield_now};
 
 use super::{
     Budget, Heartbeat, Held, MAX_DELTA, PAUSE, PageInMaking, Registered, Registration, Stats, Store, StoreError,
-    check_bounds,
-    index::{Index, Phase, SLICE, SlotIdx, file_bytes, slot_bytes},
+    Surveyed, check_bounds,
+    index::{Index, Phase, SLICE, Slot, SlotIdx, file_bytes, slot_bytes},
 };
 use crate::{
     catalog::{Announcement, Change, FileKey, Matcher, Page, PeerRecord, Row},
@@ -355,9 +355,16 @@ impl Store for MemoryStore {
     async fn peers(&self) -> Result<Vec<PeerRecord>, StoreError> {
         let index = &self.lock().index;
         let slots = index.peers.values().map(|idx| index.slot(*idx));
-        Ok(slots
-            .map(|slot| PeerRecord { announcement: slot.announcement.clone(), n_files: slot.files.len() })
-            .collect())
+        let record = |slot: &Slot| PeerRecord { announcement: slot.announcement.clone(), n_files: slot.files.len() };
+        Ok(slots.map(record).collect())
+    }
+
+    async fn survey(&self) -> Result<Vec<Surveyed>, StoreError> {
+        let (mut surveyed, mut after) = (Vec::new(), None);
+        while self.lock().index.survey(&mut surveyed, &mut after) {
+            yield_now().await;
+        }
+        Ok(surveyed)
     }
 
     async fn sweep(&self, now: Instant) -> Result<Vec<PeerId>, StoreError> {

@@ -116,6 +116,19 @@ pub struct Stats {
     pub budget_bytes: u64,
 }
 
+/// A row as an overview needs it: how many hold its content, but not who.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Surveyed {
+    /// Which row.
+    pub key: FileKey,
+    /// Bytes, as announced.
+    pub size: u64,
+    /// Peers that hold the whole content, under whatever name.
+    pub n_complete: u32,
+    /// Peers that hold some of it.
+    pub n_partial: u32,
+}
+
 /// Keeps the soft state. Safe to call from many tasks; a call that is dropped half-way leaves the store sound.
 #[tonic::async_trait]
 pub trait Store: Send + Sync {
@@ -148,6 +161,9 @@ pub trait Store: Send + Sync {
 
     /// Everybody who is here.
     async fn peers(&self) -> Result<Vec<PeerRecord>, StoreError>;
+
+    /// Every row with the number of its holders, in order. What changes meanwhile is told as before or as after.
+    async fn survey(&self) -> Result<Vec<Surveyed>, StoreError>;
 
     /// Forgets peers whose lease is over, in slices that let other calls through, and says whom.
     async fn sweep(&self, now: Instant) -> Result<Vec<PeerId>, StoreError>;

@@ -1,0 +1,144 @@
+//! What a source shall do next: how much of what is free, what was promised to others, what is worth a race.
+//!
+//! Invariant: what is handed out is had by the source, and claimed for it before anybody else is asked.
+
+use super::board::{Among, Have};
+use super::{Next, Picker, Source, SourceKey};
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+/// A race must bring the piece in less than its owner's remaining time divided by this ...
+const RACE_FACTOR: u32 = 2;
+/// ... and gain more than this, or it is not worth the double bytes.
+const RACE_MIN_GAIN: Duration = Duration::from_millis(100);
+/// A promised piece is not asked of a complete source for so many times what one takes there, within bounds.
+const HOLD_PIECES: u32 = 4;
+/// All receivers together ask a complete source for one free piece in so many at once ...
+const SPREAD: u32 = 16;
+/// ... but for so many, and each for one: then first copies are whole soon and nobody waits for another's long claim.
+const LEAST_SPREAD: u32 = 16;
+const SHORTEST_HOLD: Duration = Duration::from_millis(500);
+const LONGEST_HOLD: Duration = Duration::from_secs(10);
+impl Picker {
+    /// What the source shall do about the free pieces that it has; none if there are none.
+    pub(super) fn free_for(&mut self, key: SourceKey, max_pieces: u32, start: u32, now: Instant) -> Option<Next> {
+        let source = &self.sources[&key];
+        let order = (source.cursor, start);
+        if !self.board.has_free_in(&source.have) {
+            let n_freed = self.board.n_freed();
+            self.sources.get_mut(&key)?.idle_since = Some(n_freed);
+            return None;
+        }
+        if matches!(source.have, Have::Some(_)) {
+            let limit = self.fair_share(key, now).clamp(1, max_pieces);
+            let pieces = self.board.free_in(&source.have, Among::All, order, limit as usize);
+            self.claim(key, &pieces, now);
+            return Some(Next::Claim(pieces));
+        }
+        let is_repeat = self.board.n_unpromised() == 0;
+        let hold = (source.piece_time * HOLD_PIECES).clamp(SHORTEST_HOLD, LONGEST_HOLD);
+        if is_repeat
+            && self.can_come_from_others()
+            && let Some(until) = self.board.held_until(hold, now)
+        {
+            return Some(Next::Wait(Some(until)));
+        }
+        let room = self.room(key);
+        if room == 0 {
+            return Some(Next::Wait(None));
+        }
+        let limit = self.fair_share(key, now).clamp(1, max_pieces).min(room);
+        let among = if is_repeat { Among::All } else { Among::Unpromised };
+        let pieces = self.board.free_in(&source.have, among, order, limit as usize);
+        self.claim(key, &pieces, now);
+        Some(if is_repeat { Next::Repeat(pieces) } else { Next::Claim(pieces) })
+    }
+
+    /// Is anybody known who could have been promised a piece? Else the promise is a lie, or was made to one who left.
+    fn can_come_from_others(&self) -> bool {
+        self.sources.values().any(|source| source.counted && matches!(source.have, Have::Some(_)))
+    }
+
+    /// Sources that fetch the same themselves.
+    fn n_receivers(&self) -> u32 {
+        let receivers = self.sources.values().filter(|source| source.counted && source.is_receiver).count();
+        u32::try_from(receivers).unwrap_or(u32::MAX)
+    }
+
+    /// How many pieces more a complete source may be asked for, so that the other receivers get theirs.
+    fn room(&self, key: SourceKey) -> u32 {
+        let receivers = self.n_receivers();
+        if receivers == 0 {
+            return u32::MAX;
+        }
+        let free = match self.board.n_unpromised() {
+            0 => self.board.n_free(),
+            unpromised => unpromised,
+        };
+        let most = (free / SPREAD).max(LEAST_SPREAD) / receivers.saturating_add(1);
+        most.max(1).saturating_sub(self.board.claims().n_of(key))
+    }
+
+    pub(super) fn claim(&mut self, key: SourceKey, pieces: &[u32], now: Instant) {
+        let n_claimed = self.board.claims().n_of(key);
+        let source = self.sources.get_mut(&key).expect("only a known source claims");
+        let mut due = source.free_at(n_claimed, now);
+        for &piece in pieces {
+            due += source.piece_time;
+            self.board.claim(key, piece, due, now);
+        }
+        source.busy_until = Some(due);
+        source.cursor = pieces.last().map(|last| last + 1);
+    }
+
+    /// How many pieces more the source can do until all sources at work, itself included, are through with what can be
+    /// fetched.
+    fn fair_share(&self, key: SourceKey, now: Instant) -> u32 {
+        let at_work = |other: SourceKey, source: &Source| {
+            other == key || self.board.claims().n_of(other) > 0 && !source.is_behind(now)
+        };
+        let rates = self.sources.iter().filter(|(other, source)| at_work(**other, source));
+        let all: u64 = rates.map(|(_, source)| source.pieces_per_hour()).sum();
+        let work = u64::from(self.board.wanted());
+        let share = (work * self.sources[&key].pieces_per_hour()).div_ceil(all);
+        u32::try_from(share).unwrap_or(u32::MAX).saturating_sub(self.board.claims().n_of(key))
+    }
+
+    /// Pieces that others were asked for and that the source should fetch as well: the late ones first, then those whose
+    /// owner needs longest.
+    pub(super) fn worth_stealing(&self, key: SourceKey, limit: usize, now: Instant) -> Vec<u32> {
+        let source = &self.sources[&key];
+        let fits = |piece| self.is_others(key, &source.have, piece);
+        let late = self.board.claims().late(now).filter(|piece| fits(*piece)).take(limit);
+        let mut candidates: BTreeSet<(Reverse<Duration>, u32)> =
+            late.map(|piece| (Reverse(Duration::MAX), piece)).collect();
+        let mut needs = source.free_at(self.board.claims().n_of(key), now) - now;
+        // The uplink of a source that many receivers want is worth more than a piece sooner for one of them.
+        let is_wanted_by_many = matches!(source.have, Have::All) && self.n_receivers() > 0;
+        if self.board.is_tail() && !is_wanted_by_many {
+            let more_than = (needs + source.piece_time) * RACE_FACTOR + RACE_MIN_GAIN;
+            let slow = self.board.claims().slow(now, more_than, limit, fits).into_iter();
+            candidates.extend(slow.map(|(left, piece)| (Reverse(left), piece)));
+        }
+        if candidates.is_empty() {
+            return Vec::new();
+        }
+        let mut picked = Vec::new();
+        let share = self.fair_share(key, now).max(1) as usize;
+        for (Reverse(left), piece) in candidates.into_iter().take(limit.min(share)) {
+            needs += source.piece_time;
+            if left <= needs * RACE_FACTOR + RACE_MIN_GAIN {
+                break;
+            }
+            picked.push(piece);
+        }
+        picked.sort_unstable();
+        picked
+    }
+
+    /// Whether sources other than `key` own the piece, which `have` has.
+    pub(super) fn is_others(&self, key: SourceKey, have: &Have, piece: u32) -> bool {
+        have.contains(piece) && self.board.claims().owners(piece).all(|owner| owner != key)
+    }
+}

@@ -1,0 +1,99 @@
+//! Group commit: the data of many files made durable together, and the folders that hold their names.
+//!
+//! Invariant: the order of each file stays: its data is durable before it gets its name, its folder after that. A failure is
+//! that of every file it may concern.
+
+use std::{collections::HashMap, io, path::PathBuf, sync::Arc};
+
+use super::{Ledger, Storage, StorageError};
+use crate::{
+    peer::hasher::Stamp,
+    safe_path::{Folder, PartFile, PublishError, SafeName, with_path},
+};
+
+/// From so many files on one file system on, the whole file system is synced at once instead of one file after the other.
+const MIN_GROUP: usize = 8;
+
+/// Makes the data of complete contents durable, so that they may get their names. The outcomes are in the same order. Waits
+/// for writes under way.
+pub fn sync_data(storages: &[&Storage]) -> Vec<Result<(), StorageError>> {
+    let parts: Vec<_> = storages.iter().map(|storage| storage.settle()).collect();
+    let mut devices: HashMap<u64, Vec<&PartFile>> = HashMap::new();
+    for part in parts.iter().flatten() {
+        devices.entry(part.id().0).or_default().push(part);
+    }
+    devices.retain(|_, parts| parts.len() >= MIN_GROUP);
+    let outcomes = devices.into_iter().filter_map(|(device, parts)| Some((device, parts[0].sync_file_system()?)));
+    let outcomes: HashMap<u64, io::Result<()>> = outcomes.collect();
+    let end = |(storage, part): (&&Storage, Result<Arc<PartFile>, StorageError>)| {
+        let part = part?;
+        let outcome = match outcomes.get(&part.id().0) {
+            Some(outcome) => again(outcome).and_then(|()| storage.may_sync()),
+            None => storage.sync_file(&part),
+        };
+        storage.data_synced(&part, outcome)?;
+        storage.end_sync(true);
+        Ok(())
+    };
+    storages.iter().zip(parts).map(end).collect()
+}
+
+/// Makes the names durable that these storages were given, each folder once. The outcomes are in the same order.
+pub fn sync_folders(storages: &[&Storage]) -> Vec<Result<(), StorageError>> {
+    let mut synced: HashMap<*const Folder, (Arc<Folder>, io::Result<()>)> = HashMap::new();
+    let sync = |storage: &&Storage| {
+        let part = storage.part()?;
+        let folder = part.folder();
+        let (_, outcome) = synced.entry(Arc::as_ptr(folder)).or_insert_with(|| (folder.clone(), folder.sync()));
+        again(outcome).map_err(StorageError::Io)
+    };
+    storages.iter().map(sync).collect()
+}
+
+/// One outcome for many.
+fn again(outcome: &io::Result<()>) -> io::Result<()> {
+    match outcome {
+        Ok(()) => Ok(()),
+        Err(e) => Err(io::Error::new(e.kind(), e.to_string())),
+    }
+}
+
+impl Storage {
+    /// Gives the complete file, whose data [`sync_data`] made durable, its name, which has to be free, or, to `replace`, that of a
+    /// regular file in the same folder. Returns the absolute path. Durable after [`sync_folders`].
+    pub fn name(&self, name: &SafeName, replace: bool) -> Result<PathBuf, StorageError> {
+        let part = self.part()?;
+        let named = if replace { part.rename_over(name) } else { part.rename_to(name) };
+        let path = named.map_err(|e| match e {
+            PublishError::Exists(path) => StorageError::Exists(path),
+            PublishError::Io(e) => StorageError::Io(e),
+        })?;
+        self.lock().is_named = true;
+        Ok(path)
+    }
+
+    /// Ends what [`name`](Self::name) and [`sync_folders`] began: the journal goes. The stamp of the file as it is now.
+    pub fn end(&self) -> Result<Stamp, StorageError> {
+        let part = self.part()?;
+        if self.is_single() {
+            // Thousands of these may be kept; their descriptors are not.
+            self.lock_part().take();
+        } else if let Err(error) = part.remove_journal() {
+            tracing::warn!("removing a journal: {error}");
+        }
+        Stamp::of(part.file()).map_err(|e| self.failed(e))
+    }
+
+    /// The `.part` of a complete content, with its sync begun.
+    fn settle(&self) -> Result<Arc<PartFile>, StorageError> {
+        let part = self.part()?;
+        drop(self.wait(self.lock(), Ledger::is_idle));
+        if self.begin_sync(|ledger| ledger.have.is_complete()) {
+            return Ok(part);
+        }
+        match self.manifest.layout().n_pieces() - self.lock().have.count() {
+            0 => Err(with_path(&part.path(), io::Error::other("has its name already")).into()),
+            n_missing => Err(StorageError::Incomplete { n_missing }),
+        }
+    }
+}

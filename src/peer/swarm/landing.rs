@@ -1,0 +1,224 @@
+//! From the network to the disk: while a claim's bytes come in, the pieces that are whole are verified and written beside
+//! it, each in one go on the blocking pool.
+//!
+//! Invariant: a lane reads on only while less than [`IN_FLIGHT`] is being verified or written for it (or a single piece),
+//! so memory is bounded by lanes x that, plus a piece each that is being put together. Of a source that is not proven it
+//! reads on only when nothing is, so one wrong piece is all that such a source can make us receive. A piece is struck off
+//! what the lane holds once it is written, so one that was under way when the lane ended is given back.
+
+use std::{
+    sync::{Arc, Mutex, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use futures_util::{StreamExt, stream::FuturesUnordered};
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use super::{Swarm, held::Held};
+use crate::{
+    content::{PieceIndex, VerifiedPiece},
+    metrics,
+    peer::{
+        pace::Pace,
+        source::{Arrived, Event, Source, SourceError},
+        spent::{Spent, Stage},
+        storage::{Storage, StorageError},
+    },
+};
+
+/// Bytes being verified or written for a lane.
+const IN_FLIGHT: usize = 1 << 20;
+
+/// Bytes that are worth a hop to the blocking pool.
+const TOGETHER: usize = 128 << 10;
+
+/// A piece that is on its way to the disk.
+struct Landed {
+    /// Position of its content in the batch.
+    at: usize,
+    index: PieceIndex,
+    len: usize,
+    done: Result<(), Failed>,
+}
+
+enum Failed {
+    Source(SourceError),
+    /// The piece is good, but not written.
+    Disk(StorageError, VerifiedPiece),
+}
+
+/// The pieces of a lane that are on their way.
+#[derive(Default)]
+struct Landing {
+    /// The source has sent a good piece.
+    is_proven: bool,
+    jobs: FuturesUnordered<JoinHandle<Vec<Landed>>>,
+    /// Small pieces that wait for company: one hop for each would cost more than hashing them.
+    waiting: Vec<(usize, Arc<Storage>, Arrived)>,
+    waiting_bytes: usize,
+    bytes: usize,
+}
+
+impl Landing {
+    const fn has_room(&self) -> bool {
+        self.bytes < if self.is_proven { IN_FLIGHT } else { 1 }
+    }
+
+    fn add(&mut self, at: usize, storage: Arc<Storage>, piece: Arrived, spent: &Arc<Spent>) {
+        self.bytes += piece.size();
+        self.waiting_bytes += piece.size();
+        self.waiting.push((at, storage, piece));
+        if self.waiting_bytes >= TOGETHER {
+            self.start(spent);
+        }
+    }
+
+    /// Nothing more comes at once: whatever waits begins.
+    fn start(&mut self, spent: &Arc<Spent>) {
+        let (pieces, spent) = (std::mem::take(&mut self.waiting), spent.clone());
+        self.waiting_bytes = 0;
+        self.jobs.push(spawn_blocking(move || {
+            let land = |(at, storage, piece): (usize, Arc<Storage>, Arrived)| {
+                let (len, index) = (piece.size(), piece.piece());
+                Landed { at, index, len, done: land(&storage, piece, &spent) }
+            };
+            pieces.into_iter().map(land).collect()
+        }));
+    }
+
+    async fn next(&mut self) -> Option<Vec<Landed>> {
+        loop {
+            // A job fails only when the pool is shutting down, and we with it.
+            if let Ok(landed) = self.jobs.next().await? {
+                self.bytes -= landed.iter().map(|landed| landed.len).sum::<usize>();
+                return Some(landed);
+            }
+        }
+    }
+}
+
+fn land(storage: &Storage, piece: Arrived, spent: &Spent) -> Result<(), Failed> {
+    let start = Instant::now();
+    let verified = piece.verify();
+    let hashed = Instant::now();
+    spent.add(Stage::Hashing, hashed - start);
+    let piece = verified.map_err(Failed::Source)?;
+    let written = storage.write(&piece);
+    spent.add(Stage::Disk, hashed.elapsed());
+    written.map_err(|error| Failed::Disk(error, piece))
+}
+
+impl Swarm {
+    /// Fetches what a lane was promised. The first wrong piece ends it, after the good ones before and after it that had
+    /// come have been written.
+    pub(super) async fn fetch(
+        &self,
+        source: &Source,
+        lane: usize,
+        held: &Held<'_>,
+        first_copies: bool,
+        pace: &Mutex<Pace>,
+    ) -> Result<(), SourceError> {
+        let (claim, works) = self.claim(held);
+        let mut fetch = source.fetch(lane, &claim, first_copies, pace).await?;
+        if lane > 0 {
+            self.until_proven(source.id).await;
+        }
+        let is_proven = self.account(source.id, |account| account.is_proven);
+        let mut landing = Landing { is_proven, ..Landing::default() };
+        let mut ended = None;
+        loop {
+            let (waiting, stage) = (Instant::now(), if landing.has_room() { Stage::Network } else { Stage::Full });
+            let event = tokio::select! {
+                biased;
+                Some(landed) = landing.next() => {
+                    self.spent.add(stage, waiting.elapsed());
+                    for piece in landed {
+                        match self.landed(source, held, piece).await {
+                            Ok(()) => landing.is_proven = true,
+                            Err(error) => ended = Some(worst(ended, error)),
+                        }
+                    }
+                    if ended.is_none() && !held.is_wanted() {
+                        ended = Some(Ok(()));
+                    }
+                    continue;
+                }
+                event = fetch.next(), if ended.is_none() && landing.has_room() => event,
+                () = std::future::ready(()), if !landing.waiting.is_empty() => {
+                    landing.start(&self.spent);
+                    continue;
+                }
+                else => break,
+            };
+            self.spent.add(stage, waiting.elapsed());
+            match event {
+                Ok(Some(Event::Piece(piece))) => {
+                    let at = works[piece.range];
+                    let number = self.work[at].first + piece.piece().get();
+                    if landing.is_proven && self.picker().has(number) {
+                        held.settle(number);
+                        self.waste(source.id, piece.size() as u64);
+                    } else {
+                        landing.add(at, self.work[at].storage.clone(), piece, &self.spent);
+                    }
+                }
+                Ok(Some(Event::Missing(range, done, why))) => {
+                    let (first, end) = (claim[range].first.get(), claim[range].first.get() + claim[range].count);
+                    self.missing(held, works[range], first + done..end, why).await;
+                }
+                Ok(None) => ended = Some(Ok(())),
+                Err(error) => ended = Some(Err(error)),
+            }
+        }
+        let [disk, limit, network] = fetch.at_source().map(Duration::from_micros);
+        self.spent.add(Stage::SourceDisk, disk);
+        self.spent.add(Stage::SourceLimit, limit);
+        self.spent.add(Stage::SourceNetwork, network);
+        self.spent.add(Stage::Tls, source.take_tls_time());
+        ended.unwrap_or(Ok(()))
+    }
+
+    async fn landed(&self, source: &Source, held: &Held<'_>, landed: Landed) -> Result<(), SourceError> {
+        let Landed { at, index, len, done } = landed;
+        let unwritten = match done {
+            Ok(()) => None,
+            Err(Failed::Source(error)) => return Err(error),
+            Err(Failed::Disk(error, piece)) => Some((error, piece)),
+        };
+        self.account(source.id, |account| account.is_proven = true);
+        if let Some((error, piece)) = unwritten {
+            let is_full = error.is_no_space();
+            self.failed(at, error).await;
+            if !is_full {
+                return Ok(());
+            }
+            self.wait_for_room(&self.work[at]).await;
+            if !self.with_room(at, move |storage| storage.write(&piece).map(|()| true)).await {
+                return Ok(());
+            }
+        }
+        held.settle(self.work[at].first + index.get());
+        self.wake(source.id);
+        let count = |len| {
+            metrics::PIECES_VERIFIED.one();
+            metrics::BYTES_RECEIVED.add(len);
+            self.fetched.fetch_add(len, Ordering::Relaxed);
+            self.account(source.id, |account| account.bytes += len);
+        };
+        if !self.counts(held.key, at, index, count).await {
+            self.waste(source.id, len as u64);
+        }
+        Ok(())
+    }
+}
+
+/// A wrong piece tells more of a source than whatever else ended the claim; the bytes of several add up.
+fn worst(before: Option<Result<(), SourceError>>, error: SourceError) -> Result<(), SourceError> {
+    Err(match (before, error) {
+        (Some(Err(SourceError::BadPiece(text, bytes))), SourceError::BadPiece(_, more)) => {
+            SourceError::BadPiece(text, bytes + more)
+        }
+        (_, error) => error,
+    })
+}

@@ -1,0 +1,279 @@
+//! One connection to one source: lanes that fetch claims, and a watch on what the source holds.
+//!
+//! Invariant: what the source tells goes to the picker and nowhere else; the first lane that fails ends the others; of a
+//! source from which no good piece came yet, or none since its last lie, one lane reads alone.
+
+use std::{
+    convert::Infallible,
+    ops::Range,
+    pin::pin,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::time::sleep;
+
+use super::{Report, Swarm, held::Held, work};
+use crate::{
+    identity::PeerId,
+    peer::{
+        account::State,
+        pace::Pace,
+        picker::{Next, SourceKey},
+        source::{News, Source, SourceError, Wanted},
+        spent::Stage,
+    },
+    proto::{MAX_CONTENTS, content_error::Code},
+};
+
+/// Claims under way per connection: while one ends, the next is on its way.
+const LANES: usize = 2;
+/// Over a long line the first claim of every other lane is so many times longer: else the two lanes of a connection end
+/// theirs together, and it idles for a round trip.
+const APART: u32 = 4;
+/// With so many sources one claim of each is enough: another one is always on its way, and the fewer there are under
+/// way, the sooner each of them is a piece that others can have.
+const MANY: usize = 4;
+/// How long a piece may take at a source whose speed is not known yet.
+const UNKNOWN: Duration = Duration::from_secs(2);
+/// Next to nothing is less than so many bytes in that time.
+const SILENCE: Duration = Duration::from_secs(2);
+const NEXT_TO_NOTHING: u64 = 16 << 10;
+/// Bytes of the first claim over a short line. Receivers that begin together do not know of one another yet, and what they
+/// are sent side by side keeps all of them from having a piece to pass on: with four pieces each, 16 receivers of 64 MiB at
+/// 100 Mbit/s stood nearly idle for two seconds.
+const FIRST_TASTE: u32 = 256 << 10;
+/// The longest that a lane stands still before it looks again.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// A source that is worked with.
+struct AtWork<'a>(&'a AtomicUsize);
+
+impl<'a> AtWork<'a> {
+    fn begin(n: &'a AtomicUsize) -> Self {
+        n.fetch_add(1, Ordering::Relaxed);
+        Self(n)
+    }
+}
+
+impl Drop for AtWork<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Swarm {
+    /// Connects and works until the batch is done.
+    pub(super) async fn session(
+        &self,
+        peer: PeerId,
+        key: SourceKey,
+        addresses: &[String],
+        connected: Option<Source>,
+        pace: &Mutex<Pace>,
+    ) -> Result<Source, SourceError> {
+        let source = match connected {
+            Some(source) => source,
+            None => {
+                self.account(peer, |account| account.state = State::Connecting);
+                Source::connect(&self.membership, peer, addresses).await?
+            }
+        };
+        let address = source.address();
+        self.account(peer, |account| (account.state, account.address) = (State::Active, address));
+        let _at_work = AtWork::begin(&self.n_at_work);
+        let n_lanes = LANES * source.connections();
+        let lanes = futures_util::future::try_join_all((0..n_lanes).map(|lane| self.lane(lane, &source, key, pace)));
+        let ended = tokio::select! {
+            // Before the first claim: a source promises first copies to those who watch.
+            biased;
+            Err(error) = self.watch(&source, key) => Err(error),
+            ended = lanes => ended.map(drop),
+        };
+        ended.map(|()| source)
+    }
+
+    async fn lane(&self, lane: usize, source: &Source, key: SourceKey, pace: &Mutex<Pace>) -> Result<(), SourceError> {
+        let (limit, piece_len) = (self.limit.lane(source.id), self.mean_piece_len());
+        let wake = self.known(source.id, |known| known.wake.clone());
+        // Over a long line it asks at once, and only does not read on.
+        if lane > 0 && source.connections() == 1 {
+            self.until_proven(source.id).await;
+        }
+        loop {
+            if lane > 0 && self.n_at_work.load(Ordering::Relaxed) >= MANY && !self.is_done() {
+                sleep(LOOK).await;
+                continue;
+            }
+            let pieces = limit.at_once(self.claim_pieces(lane, source, pace), piece_len);
+            // Before the claim, so that its pieces are not kept from the others meanwhile.
+            let paid = pieces.saturating_mul(piece_len);
+            self.spent.add(Stage::Limit, limit.take(paid).await);
+            let (mut changed, mut woken) = (pin!(self.changed.notified()), pin!(wake.notified()));
+            changed.as_mut().enable();
+            woken.as_mut().enable();
+            let next = {
+                let pace = pace.lock().expect("no panic while the lock is held");
+                let (sizes, goodput) = ((pace.chunk_length(), pieces), pace.goodput().unwrap_or(0));
+                self.account(source.id, |account| (account.sizes, account.goodput) = (sizes, goodput));
+                // Of a source that has shown nothing yet, nothing is late soon.
+                let doubt = if pace.goodput().is_none() { UNKNOWN * pieces } else { Duration::ZERO };
+                self.picker().next(key, pieces, pace.expected(pieces).max(doubt), Instant::now())
+            };
+            limit.correct(paid, work::bytes(&self.work, next.pieces()));
+            let (pieces, first_copies) = match next {
+                Next::Done => return Ok(()),
+                Next::Wait(_) if source.is_closed() => return Err(SourceError::Broken("it hung up".into())),
+                Next::Wait(until) => {
+                    // A look now and then also notices a source that hung up while it had nothing to do.
+                    let until = until.map_or(LOOK, |at| at.saturating_duration_since(Instant::now()));
+                    let until = until.clamp(Duration::from_millis(5), LOOK);
+                    tokio::select! { () = changed => {}, () = woken => {}, () = sleep(until) => {} }
+                    continue;
+                }
+                Next::Claim(pieces) => (pieces, true),
+                Next::Repeat(pieces) | Next::Steal(pieces) => (pieces, false),
+            };
+            let held = Held { swarm: self, key, pieces: Mutex::new(pieces) };
+            tokio::select! {
+                ended = self.fetch(source, lane, &held, first_copies, pace) => ended?,
+                never = self.look_on(key, pace) => match never {},
+            }
+        }
+    }
+
+    /// While next to nothing comes from a source, what it was promised is there for those who have nothing else to fetch.
+    async fn look_on(&self, key: SourceKey, pace: &Mutex<Pace>) -> Infallible {
+        loop {
+            let bytes = || pace.lock().expect("no panic while the lock is held").bytes();
+            let before = bytes();
+            sleep(SILENCE).await;
+            if bytes() - before < NEXT_TO_NOTHING {
+                self.picker().hurry(key, Instant::now());
+                self.changed.notify_waiters();
+            }
+        }
+    }
+
+    /// Waits for the first good piece of a source, or the end of the batch.
+    pub(super) async fn until_proven(&self, peer: PeerId) {
+        let wake = self.known(peer, |known| known.wake.clone());
+        loop {
+            let (mut changed, mut woken) = (pin!(self.changed.notified()), pin!(wake.notified()));
+            changed.as_mut().enable();
+            woken.as_mut().enable();
+            if self.is_done() || self.account(peer, |account| account.is_proven) {
+                return;
+            }
+            tokio::select! { () = changed => {}, () = woken => {} }
+        }
+    }
+
+    /// Pieces of a lane's next claim. Several connections carry a part of the source's speed each, so the last claims get
+    /// shorter, for all of them to end together.
+    fn claim_pieces(&self, lane: usize, source: &Source, pace: &Mutex<Pace>) -> u32 {
+        let (pieces, is_first) = {
+            let pace = pace.lock().expect("no panic while the lock is held");
+            (pace.claim_pieces(), pace.goodput().is_none())
+        };
+        let connections = source.connections();
+        if connections == 1 {
+            let taste = (FIRST_TASTE / self.mean_piece_len()).max(1);
+            return if is_first { pieces.min(taste) } else { pieces };
+        }
+        let pieces = if is_first && lane < connections { pieces.saturating_mul(APART) } else { pieces };
+        let share = u32::try_from(2 * LANES * connections).unwrap_or(u32::MAX);
+        pieces.min(self.picker().remaining().div_ceil(share)).max(1)
+    }
+
+    /// Turns the promised pieces into ranges of contents, and gives back what would be too long for one request.
+    pub(super) fn claim(&self, held: &Held<'_>) -> (Vec<Wanted>, Vec<usize>) {
+        let mut pieces = held.pieces.lock().expect("no panic while the lock is held");
+        let (claim, works, taken) = work::ranges(&self.work, &pieces);
+        let rest = pieces.split_off(taken);
+        if !rest.is_empty() {
+            self.picker().release(held.key, &rest);
+            self.changed.notify_waiters();
+        }
+        (claim, works)
+    }
+
+    /// The source does not serve these pieces of a content now.
+    pub(super) async fn missing(&self, held: &Held<'_>, at: usize, pieces: Range<u32>, why: Code) {
+        let work = &self.work[at];
+        if why == Code::OutOfRange && work.layout().is_single() {
+            return self.report(Report::Disputed(at)).await;
+        }
+        {
+            let mut picker = self.picker();
+            for piece in pieces.map(|piece| work.first + piece) {
+                if !held.settle(piece) {
+                    continue;
+                }
+                if why == Code::Promised {
+                    // Of the others in the range nothing is known; they are given back with the claim.
+                    picker.release(held.key, &[piece]);
+                    picker.promised([piece], Instant::now());
+                    break;
+                }
+                picker.remove_have(held.key, piece);
+            }
+        }
+        self.changed.notify_waiters();
+    }
+
+    /// Follows what the source holds. Ends only with an error.
+    async fn watch(&self, source: &Source, key: SourceKey) -> Result<Infallible, SourceError> {
+        let is_open = |work: &&super::Work| !work.layout().is_single() && work.left() > 0;
+        let open: Vec<_> = self.work.iter().filter(is_open).take(MAX_CONTENTS).collect();
+        let contents: Vec<_> = open.iter().map(|work| (work.want.id, work.layout())).collect();
+        if contents.is_empty() {
+            return std::future::pending().await;
+        }
+        let here = self.here.clone();
+        let Some(mut watch) = source.watch_have(&contents, here.addresses, here.port).await? else {
+            return std::future::pending().await;
+        };
+        while let Some((at, news)) = watch.next().await? {
+            let id = contents[at].0;
+            if let News::Peer(peer, addresses) = news {
+                self.report(Report::Met(peer, addresses, id)).await;
+            } else if let Some(at) = self.position(&id) {
+                self.hear(source.id, key, at, news);
+            }
+        }
+        Err(SourceError::Broken("it ended its news".into()))
+    }
+
+    fn hear(&self, peer: PeerId, key: SourceKey, at: usize, news: News) {
+        let work = &self.work[at];
+        let first = work.first;
+        if let News::Have(map) = &news
+            && map.is_complete()
+        {
+            return self.holds(peer, &[work.want.id].into());
+        }
+        let frees = matches!(news, News::Have(_) | News::Gone);
+        {
+            let mut picker = self.picker();
+            match news {
+                News::Promised(pieces) => picker.promised(pieces.iter().map(|piece| first + piece), Instant::now()),
+                News::Added(pieces) => pieces.iter().for_each(|piece| picker.add_have(key, first + piece)),
+                News::Have(map) => {
+                    map.iter().for_each(|piece| picker.add_have(key, first + piece));
+                    map.missing().for_each(|piece| picker.remove_have(key, first + piece));
+                }
+                News::Gone => work.pieces().for_each(|piece| picker.remove_have(key, piece)),
+                News::Peer(..) => {}
+            }
+        }
+        if frees {
+            self.known(peer, |known| known.complete.remove(&at));
+            self.changed.notify_waiters();
+        }
+        self.wake(peer);
+    }
+}

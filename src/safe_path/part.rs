@@ -1,0 +1,288 @@
+//! A file on its way to its name, the journal beside it, and the folder that holds both.
+//!
+//! Invariant: everything happens through the open folder, on plain names in it. A name that is taken is left alone
+//! unless the caller asks for it and a regular file has it. What a call says is durable is so; the rest is not before
+//! [`Folder::sync`] or [`PartFile::sync`].
+//!
+//! The names of our own files end in `.part` and `.part.part`. No [`SafeName`] ends in `.part`, so that no two files of
+//! ours meet, whatever the downloads are called.
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::fd::{AsFd, BorrowedFd},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use rustix::{
+    fs::{
+        AtFlags, FileType, Mode, OFlags, RenameFlags, linkat, openat, renameat, renameat_with, statat, syncfs, unlinkat,
+    },
+    io::Errno,
+};
+use thiserror::Error;
+
+use super::{MAX_COMPONENT_LEN, PART_SUFFIX, SafeName, cut, refuse, with_path};
+
+const JOURNAL_SUFFIX: &str = ".journal.part.part";
+const NEW_JOURNAL_SUFFIX: &str = ".journal-new.part.part";
+/// The first Linux whose `syncfs` tells of failed writes.
+const SYNCFS_TELLS: (u32, u32) = (5, 8);
+
+/// An open folder beneath a root.
+#[derive(Debug)]
+pub struct Folder {
+    dir: File,
+    path: PathBuf,
+    /// The folder that this one was made in, until that is durable.
+    made_in: Mutex<Option<Arc<Self>>>,
+}
+
+impl AsFd for Folder {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+}
+
+impl Folder {
+    pub(super) fn new(dir: File, path: PathBuf, made_in: Option<Arc<Self>>) -> Self {
+        Self { dir, path, made_in: Mutex::new(made_in) }
+    }
+
+    /// Whether anything in it has this name, a symbolic link included.
+    pub fn has(&self, file_name: &str) -> io::Result<bool> {
+        match statat(self, file_name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => Ok(false),
+            other => other.map(|_| true).map_err(|e| with_path(&self.path.join(file_name), e)),
+        }
+    }
+
+    /// Makes its entries durable, and itself if it was made for a download. File systems without such a call keep them in
+    /// order by themselves.
+    pub fn sync(&self) -> io::Result<()> {
+        match self.dir.sync_all() {
+            Err(e) if Errno::from_io_error(&e) == Some(Errno::INVAL) => {}
+            other => other.map_err(|e| with_path(&self.path, e))?,
+        }
+        let above = self.made_in.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(above) = above {
+            above.sync()?;
+            *self.made_in.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+        Ok(())
+    }
+
+    /// Removes the journal that a finished download of this name left, if a crash kept it from doing so.
+    pub fn remove_orphan_journal(&self, file_name: &str) -> io::Result<()> {
+        if self.has(&part_name(file_name))? { Ok(()) } else { self.remove_journal(file_name) }
+    }
+
+    fn remove_journal(&self, file_name: &str) -> io::Result<()> {
+        self.remove(&own_name(file_name, NEW_JOURNAL_SUFFIX))?;
+        self.remove(&own_name(file_name, JOURNAL_SUFFIX))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        match unlinkat(self, name, AtFlags::empty()) {
+            Err(Errno::NOENT) => Ok(()),
+            other => other.map_err(|e| with_path(&self.path.join(name), e)),
+        }
+    }
+}
+
+/// Why a finished file did not get its name. The `.part` is still there and still locked.
+#[derive(Debug, Error)]
+pub enum PublishError {
+    /// Something has that name; it was left alone.
+    #[error("{} exists already", super::escape(&.0.to_string_lossy()))]
+    Exists(PathBuf),
+    /// Anything else.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// A file being downloaded: open for positional reads and writes, and locked against other writers until dropped.
+/// Dropping it leaves the `.part` for a later run.
+#[derive(Debug)]
+pub struct PartFile {
+    root: Arc<Path>,
+    folder: Arc<Folder>,
+    pub(super) name: SafeName,
+    part: String,
+    file: Arc<File>,
+    /// Device and inode.
+    id: (u64, u64),
+    existed: bool,
+}
+
+impl PartFile {
+    pub(super) fn new(
+        root: Arc<Path>,
+        folder: Arc<Folder>,
+        name: SafeName,
+        part: String,
+        file: File,
+        id: (u64, u64),
+        existed: bool,
+    ) -> Self {
+        Self { root, folder, name, part, file: Arc::new(file), id, existed }
+    }
+
+    /// The open file. The lock lasts as long as a handle of it.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// The folder it lies in.
+    pub fn folder(&self) -> &Arc<Folder> {
+        &self.folder
+    }
+
+    /// Where the `.part` lies, for messages.
+    pub fn path(&self) -> PathBuf {
+        self.folder.path.join(&self.part)
+    }
+
+    /// Device and inode.
+    pub fn id(&self) -> (u64, u64) {
+        self.id
+    }
+
+    /// Whether the `.part` was left by an earlier run, and may hold pieces worth verifying.
+    pub fn existed(&self) -> bool {
+        self.existed
+    }
+
+    /// Makes the content and the length durable. After a failure the content is in doubt.
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.sync_all().map_err(|e| with_path(&self.path(), e))
+    }
+
+    /// Makes everything on this file system durable; `None` if a failure might go untold.
+    pub fn sync_file_system(&self) -> Option<io::Result<()>> {
+        let release = rustix::system::uname();
+        let mut numbers = release.release().to_str().unwrap_or("").split('.').map_while(|n| n.parse::<u32>().ok());
+        let tells = (numbers.next()?, numbers.next()?) >= SYNCFS_TELLS;
+        tells.then(|| syncfs(&self.file).map_err(|e| with_path(&self.path(), e)))
+    }
+
+    /// Gives the file its final name, which must be free and in the same folder. Returns the absolute path. The caller has
+    /// made the content durable, and syncs the folder afterwards.
+    pub fn rename_to(&self, name: &SafeName) -> Result<PathBuf, PublishError> {
+        let target = self.begin_rename(name)?;
+        match rename_to_free_name(&self.folder, &self.part, name.file_name()) {
+            Err(Errno::EXIST) => Err(PublishError::Exists(target)),
+            other => Ok(other.map(|()| target).map_err(|e| with_path(&self.path(), e))?),
+        }
+    }
+
+    /// Like [`rename_to`](Self::rename_to), but a regular file of this name is replaced. Anything else in its place is
+    /// [`PublishError::Exists`].
+    pub fn rename_over(&self, name: &SafeName) -> Result<PathBuf, PublishError> {
+        let target = self.begin_rename(name)?;
+        match statat(&self.folder, name.file_name(), AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => return self.rename_to(name),
+            Err(e) => return Err(with_path(&target, e).into()),
+            Ok(found) if FileType::from_raw_mode(found.st_mode) == FileType::RegularFile => {}
+            Ok(_) => return Err(PublishError::Exists(target)),
+        }
+        renameat(&self.folder, &self.part, &self.folder, name.file_name()).map_err(|e| with_path(&target, e))?;
+        Ok(target)
+    }
+
+    fn begin_rename(&self, name: &SafeName) -> io::Result<PathBuf> {
+        let target = self.root.join(name.as_path());
+        if name.as_path().parent() != self.name.as_path().parent() {
+            return Err(refuse(io::ErrorKind::InvalidInput, &target, "not in the folder of its .part"));
+        }
+        if !self.is_named()? {
+            return Err(refuse(io::ErrorKind::NotFound, &self.path(), "moved or replaced while it was written"));
+        }
+        Ok(target)
+    }
+
+    /// Removes the `.part`, unless something else has taken its name.
+    pub fn discard(&self) -> io::Result<()> {
+        if self.is_named()? { self.folder.remove(&self.part) } else { Ok(()) }
+    }
+
+    /// Whether its name is still this very file.
+    fn is_named(&self) -> io::Result<bool> {
+        match statat(&self.folder, &self.part, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => Ok(false),
+            other => other.map(|found| (found.st_dev, found.st_ino) == self.id).map_err(|e| with_path(&self.path(), e)),
+        }
+    }
+
+    /// What the journal holds, at most `max` bytes; `None` if there is no regular file of that name and length, or it cannot
+    /// be read.
+    pub fn read_journal(&self, max: usize) -> Option<Vec<u8>> {
+        let name = own_name(self.name.file_name(), JOURNAL_SUFFIX);
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file: File = openat(&self.folder, &name, flags, Mode::empty()).ok()?.into();
+        let len = file.metadata().ok().filter(|metadata| metadata.is_file())?.len();
+        if len > max as u64 {
+            return None;
+        }
+        let mut bytes = Vec::new();
+        file.take(len).read_to_end(&mut bytes).ok()?;
+        Some(bytes)
+    }
+
+    /// Replaces the journal as a whole; durable when this returns.
+    pub fn write_journal(&self, bytes: &[u8]) -> io::Result<()> {
+        let new = own_name(self.name.file_name(), NEW_JOURNAL_SUFFIX);
+        let journal = own_name(self.name.file_name(), JOURNAL_SUFFIX);
+        self.folder.remove(&new)?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let write = || {
+            let mut file: File = openat(&self.folder, &new, flags, Mode::from_raw_mode(0o666))?.into();
+            file.write_all(bytes)?;
+            file.sync_all()?;
+            Ok::<_, io::Error>(renameat(&self.folder, &new, &self.folder, &journal)?)
+        };
+        if let Err(error) = write() {
+            let _ = self.folder.remove(&new);
+            return Err(with_path(&self.folder.path.join(journal), error));
+        }
+        self.folder.sync()
+    }
+
+    /// Removes the journal; nothing if there is none.
+    pub fn remove_journal(&self) -> io::Result<()> {
+        self.folder.remove_journal(self.name.file_name())
+    }
+}
+
+/// Renames within a folder; EXIST if the new name is taken by anything. Network file systems that cannot promise this
+/// in a rename can in a link.
+fn rename_to_free_name(folder: &Folder, from: &str, to: &str) -> rustix::io::Result<()> {
+    match renameat_with(folder, from, folder, to, RenameFlags::NOREPLACE) {
+        Err(Errno::INVAL | Errno::NOSYS) => link_to_free_name(folder, from, to),
+        other => other,
+    }
+}
+
+pub(super) fn link_to_free_name(folder: &Folder, from: &str, to: &str) -> rustix::io::Result<()> {
+    linkat(folder, from, folder, to, AtFlags::empty())?;
+    unlinkat(folder, from, AtFlags::empty())
+}
+
+/// The name of a file while it is being downloaded: `name.part`.
+pub(super) fn part_name(file_name: &str) -> String {
+    own_name(file_name, PART_SUFFIX)
+}
+
+/// A file's name with our ending. A name too long for that is cut, and told apart from its like by a fingerprint (FNV-1a;
+/// a chance or forged meeting costs a wait or a re-download, never a wrong byte).
+fn own_name(file_name: &str, suffix: &str) -> String {
+    if file_name.len() + suffix.len() <= MAX_COMPONENT_LEN {
+        return format!("{file_name}{suffix}");
+    }
+    let fingerprint = file_name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let tail = format!("~{fingerprint:016x}{suffix}");
+    format!("{}{tail}", cut(file_name, MAX_COMPONENT_LEN - tail.len()))
+}
