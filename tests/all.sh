@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that must hold, from a clean clone: format, lints, docs, build, tests, the demo, a client in another
-# language, and the policy for outside crates. Needs Debian (or its like) and cargo; installs what else is missing when
-# run as root, and says at the end what it had to skip. Goes on after a failure; fails if anything failed.
+# Everything that must hold, from a clean clone: format, lints, docs, build, a release and its service units, tests, the
+# demo, a client in another language, Prometheus, downloads that are killed again and again, small benches, and the
+# policy for outside crates. Needs Debian (or its like) and cargo; installs what else is missing when run as root, and
+# says at the end what it had to skip. Goes on after a failure; fails if anything failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 exec </dev/null
@@ -47,10 +48,12 @@ step() {
 # Debian packages for the commands that the tests call.
 system_tools() {
     local missing=() pair
-    for pair in b3sum:b3sum cc:gcc curl:curl ip:iproute2 openssl:openssl tmux:tmux python3:python3; do
+    for pair in b3sum:b3sum cc:gcc chromium:chromium curl:curl faketime:faketime ip:iproute2 openssl:openssl tmux:tmux \
+        python3:python3 systemd-analyze:systemd; do
         have "${pair%%:*}" || missing+=("${pair#*:}")
     done
     have cc || missing+=(libc6-dev)
+    have docker && ! have debootstrap && missing+=(debootstrap)
     python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
     [ ${#missing[@]} -eq 0 ] && return
     if [ "$(id -u)" -ne 0 ] || ! have apt-get; then
@@ -61,11 +64,31 @@ system_tools() {
         skip "what needs these packages, which apt-get could not install: ${missing[*]}"
 }
 
-# What tests/clients imports.
+# What tests/clients and tests/dashboard import; again after the lists changed.
 python_tools() {
-    "$venv/bin/python3" -c 'import grpc, grpc_tools, blake3, cryptography' 2>/dev/null && return
-    python3 -m venv "$venv" && "$venv/bin/pip" install --quiet grpcio grpcio-tools blake3 cryptography ||
-        skip "the Python client: its packages could not be installed"
+    local wanted=(clients/python/requirements-dev.txt tests/dashboard/requirements.txt)
+    cmp -s <(cat "${wanted[@]}") "$venv/installed.txt" && return
+    python3 -m venv "$venv" && "$venv/bin/pip" install --quiet "${wanted[@]/#/-r}" &&
+        cat "${wanted[@]}" >"$venv/installed.txt" ||
+        skip "the Python client and the operator's page: their packages could not be installed"
+}
+
+# Prometheus and promtool, unpacked beside the other tools: to install the package would start a service.
+prometheus_tools() {
+    have promtool && have prometheus && return
+    local folder=$tools/prometheus
+    rm -rf "$folder" && mkdir -p "$folder" "$tools/bin"
+    (cd "$folder" && { apt-get -qq update || true; } && apt-get -qq download prometheus && dpkg -x prometheus_*.deb . &&
+        cp usr/bin/prometheus usr/bin/promtool "$tools/bin/") 2>"$logs/prometheus-tools.log" ||
+        skip "what Prometheus makes of deploy/monitoring: its Debian package cannot be fetched"
+}
+
+# Whether this user and this kernel can make network namespaces with slow links.
+slow_links() {
+    local name=sprat-probe-$$ can=1
+    ip netns add "$name" && tc -n "$name" qdisc add dev lo root tbf rate 1mbit burst 32kb latency 50ms && can=0
+    ip netns del "$name"
+    return $can
 }
 
 # cargo_tool COMMAND CRATE VERSION: unoptimised, because it builds sooner than it would pay off.
@@ -77,6 +100,7 @@ cargo_tool() {
 heading "tools"
 system_tools
 python_tools
+prometheus_tools
 cargo_tool grpcurl grpcurl-rs 0.2.1
 cargo_tool cargo-deny cargo-deny 0.20.2
 
@@ -85,9 +109,25 @@ step "format" cargo fmt --check
 step "lints" cargo clippy --release --all-targets --locked -- -D warnings
 step "docs" env RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --no-deps --document-private-items
 step "build" cargo build --release --locked
+step "release" bash tests/release.sh
 step "tests" cargo test --release --locked --no-fail-fast
 step "demo" cargo run --release --locked -- demo
 [ -e tests/clients/run.sh ] && step "clients" bash tests/clients/run.sh
+have promtool && have prometheus && step "monitoring" python3 tests/monitoring/check.py target/release/sprat
+step "containers" python3 tests/compose/run.py
+step "page" env PICTURES="$logs/pictures" bash tests/dashboard/run.sh
+if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    [ -e "$venv/installed.txt" ] &&
+        step "capacity" "$venv/bin/python" tests/bench/capacity.py --peers 20 --files 1000 --shared 1000 --seconds 1
+    step "kills" python3 tests/bench/kill_resume.py --cycles 20 --mib 16
+    if slow_links 2>/dev/null; then
+        step "swarm bench" python3 tests/bench/bench.py swarm --peers 2 --mib 8 --reps 1 --dir "$PWD/target/bench"
+    else
+        skip "the swarm bench: needs root, the commands ip and tc, and a kernel with tbf"
+    fi
+else
+    skip "kills and the swarm bench: need Python 3.11"
+fi
 if have cargo-deny; then
     deny=(cargo deny --locked --config deploy/deny.toml)
     step "crates" "${deny[@]}" check --hide-inclusion-graph licenses bans sources

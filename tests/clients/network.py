@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
+import itertools
 import os
 import re
 import subprocess
@@ -12,32 +12,44 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from cryptography import x509
-from sprat_client import Client, Link, Member, base32, join, key_hash
+import sprat
+from sprat.identity import Link
 
 SPRAT = Path(os.environ["SPRAT"])
+# Without operator pages, whose default ports all processes would fight for.
+QUIET = os.environ | {"SPRAT_TRACKER_OPERATOR": "none", "SPRAT_PEER_OPERATOR": "none"}
 T = TypeVar("T")
 
 
-class Network:
-    """Starts a tracker; everything ends and disappears with `stop`, or with the process."""
+class Processes:
+    """Starts a tracker; everything ends and disappears with `stop`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *tracker_words: str) -> None:
         self.temporary = tempfile.TemporaryDirectory(prefix="sprat-clients-")
         self.folder = Path(self.temporary.name)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        atexit.register(self.stop)
+        self.numbers = itertools.count()
         self.state = self.folder / "tracker"
-        self.run("tracker", "tracker", "run", "--listen", "127.0.0.1:0")
-        printed = self.folder / "tracker.out"
-        found = self.wait_for("the tracker's join link", lambda: re.search(r"sprat://\S+", printed.read_text()))
+        try:
+            self.run("tracker", "tracker", "run", "--listen", "127.0.0.1:0", *tracker_words)
+            printed = self.folder / "tracker.out"
+            found = self.wait_for("the tracker's join link", lambda: re.search(r"sprat://\S+", printed.read_text()))
+        except BaseException:
+            self.stop()
+            raise
         self.tracker = Link.parse(found[0]).address
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def run(self, name: str, *words: str) -> None:
         """Starts a process that runs until `stop`, with the state directory `name`."""
         command = [str(SPRAT), *words, "--state-dir", str(self.folder / name)]
         with (self.folder / f"{name}.out").open("wb") as out, (self.folder / f"{name}.err").open("wb") as err:
-            self.processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+            self.processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=QUIET)
 
     def wait_for(self, what: str, probe: Callable[[], T | None], seconds: float = 60) -> T:
         """The first true answer of `probe`, which is asked again and again while all processes live."""
@@ -72,17 +84,23 @@ class Network:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         self.sprat(name, "join", self.link())
-        certificate = (self.folder / name / "identity" / "peer.crt").read_bytes()
-        peer_id = base32(key_hash(x509.load_pem_x509_certificate(certificate)))
         self.run(name, "peer", "--share", str(self.folder / f"{name}.share"), "--listen", "127.0.0.1:0")
-        with Client(self.member()) as client:
-            listed = lambda: {row.name for row in client.list_files(peer_id=peer_id)}
+        # A peer's state directory is an identity as good as another.
+        with sprat.Network.open(self.folder / name) as network:
+            peer_id = network.peer_id
+            listed = lambda: {file.name for file in network.list(peer_id=peer_id)}
             self.wait_for(f"the files of {name}", lambda: listed() == {*files})
         return peer_id
 
-    def member(self) -> Member:
-        """A new member, who joined as any program may."""
-        return join(Link.parse(self.link()))
+    def identity(self) -> Path:
+        """The folder of a new member, who joined as any program may."""
+        folder = self.folder / f"member-{next(self.numbers)}"
+        sprat.join(self.link(), folder)
+        return folder
+
+    def member(self) -> sprat.Network:
+        """A new member's connection, to be closed by the caller."""
+        return sprat.Network.open(self.identity())
 
     def stop(self) -> None:
         for process in self.processes.values():

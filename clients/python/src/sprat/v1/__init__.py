@@ -1,0 +1,1 @@
+"""Generated from proto/sprat/v1 by generate.py."""
