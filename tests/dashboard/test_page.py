@@ -208,6 +208,7 @@ def test_a_thousand_peers_and_a_hundred_thousand_files(crowd: Lab, open_page: Op
     page.locator("#files-form select").select_option("last")
     expect(page.locator("#files-table tbody tr").first).to_contain_text("last copy")
     page.locator("#files-form select").select_option("all")
+    expect(page.locator("#files-pager")).not_to_contain_text("match")
     page.locator("#files-table button[data-sort=size]").click()
     page.locator("#files-table button[data-sort=size]").click()
     expect(page.locator("#files-table tbody tr").first).to_contain_text("4.0 GiB")
@@ -221,6 +222,28 @@ def test_a_thousand_peers_and_a_hundred_thousand_files(crowd: Lab, open_page: Op
     dark = open_page(crowd.url, color_scheme="dark")
     expect(dark.locator("#picture .node")).to_have_count(40)
     picture(dark, "crowd-dark")
+
+
+def test_the_page_that_was_asked_for_last_is_shown(crowd: Lab, open_page: Open) -> None:
+    page = open_page(crowd.url)
+    page.locator("#files-form select").select_option("last")
+    expect(page.locator("#said")).to_have_text(re.compile("page 1 of"))
+    # Before the table has begun to follow the choice.
+    page.evaluate(
+        """() => {
+            const choice = document.querySelector('#files-form select');
+            choice.value = 'all';
+            choice.dispatchEvent(new Event('input', { bubbles: true }));
+            const number = document.querySelector('#files-pager input');
+            number.value = 4000;
+            number.dispatchEvent(new Event('change'));
+        }"""
+    )
+    expect(page.locator("#said")).to_have_text("100,000 files, page 4000 of 4,000")
+    for _ in range(2):
+        with page.expect_response("**/api/files?*") as again:
+            again.value.finished()
+    expect(page.locator("#said")).to_have_text("100,000 files, page 4000 of 4,000")
 
 
 def test_a_tracker_that_is_gone_is_said_to_be_gone(browser: Browser) -> None:

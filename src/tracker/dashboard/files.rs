@@ -64,10 +64,11 @@ pub(super) struct Part {
 }
 
 impl Part {
-    /// The wanted part of `all`, and where it begins.
+    /// The wanted part of `all`, or its last page if it ends before that, and where it begins.
     pub(super) fn of<T>(self, all: &[T]) -> (usize, &[T]) {
         let limit = if self.limit == 0 { PAGE.0 } else { self.limit.min(PAGE.1) };
-        let offset = self.offset.min(all.len());
+        let last_page = all.len().saturating_sub(1) / limit * limit;
+        let offset = if self.offset < all.len() { self.offset } else { last_page };
         (offset, &all[offset..all.len().min(offset + limit)])
     }
 }

@@ -38,9 +38,9 @@ export class Table {
     this.turn(0);
   }
 
-  query() {
+  query(offset) {
     const head = this.table.querySelector('th[aria-sort]');
-    const query = new URLSearchParams({ limit: ROWS, offset: this.offset, sort: head.querySelector('button').dataset.sort });
+    const query = new URLSearchParams({ limit: ROWS, offset, sort: head.querySelector('button').dataset.sort });
     if (head.getAttribute('aria-sort') === 'descending') query.set('descending', 'true');
     for (const [name, value] of new FormData(this.form)) if (value !== '') query.set(name, value);
     return query;
@@ -61,13 +61,13 @@ export class Table {
     the(`${this.of}-pager`).append(this.back, this.next, element('label', {}, 'Page ', this.page), this.pages, this.found);
   }
 
-  // Goes to a page because somebody asked for it.
+  // Goes to a page because somebody asked for it, or to the last: which that is, the tracker knows.
   async turn(offset) {
-    const last = Math.max(0, Math.ceil(this.matching / ROWS) - 1) * ROWS;
-    this.offset = Math.min(Math.max(0, offset || 0), offset === 0 ? 0 : last);
-    await this.load();
-    const pages = Math.max(1, Math.ceil(this.matching / ROWS));
-    say(`${count(this.matching, this.thing)}, page ${this.offset / ROWS + 1} of ${whole(pages)}`);
+    clearTimeout(this.typing);
+    if (!(await this.load(Math.max(0, offset || 0)))) return;
+    const page = this.offset / ROWS + 1;
+    this.page.value = page;
+    say(`${count(this.matching, this.thing)}, page ${page} of ${whole(Math.max(1, Math.ceil(this.matching / ROWS)))}`);
   }
 
   // Looks again now and then.
@@ -75,20 +75,23 @@ export class Table {
     if (performance.now() - this.asked > AGAIN && !this.busy) this.load();
   }
 
-  async load() {
+  // True if it came to show the answer.
+  async load(offset = this.offset) {
     this.asked = performance.now();
     this.asking?.abort();
     this.asking = new AbortController();
     this.busy = true;
     try {
-      const answer = await fetch(`/api/${this.of}?${this.query()}`, { signal: this.asking.signal });
+      const answer = await fetch(`/api/${this.of}?${this.query(offset)}`, { signal: this.asking.signal });
       if (!answer.ok) throw new Error(await answer.text());
       this.show(await answer.text());
       this.busy = false;
+      return true;
     } catch (error) {
-      if (error.name === 'AbortError') return;
+      if (error.name === 'AbortError') return false;
       this.busy = false;
       put(this.found, `not answered: ${error.message.trim()}`);
+      return false;
     }
   }
 
@@ -96,7 +99,7 @@ export class Table {
     if (text === this.shown) return;
     this.shown = text;
     const { rows, total, matching, offset } = JSON.parse(text);
-    Object.assign(this, { total, matching, offset: Math.floor(offset / ROWS) * ROWS });
+    Object.assign(this, { total, matching, offset });
     this.fill(rows);
     const pages = Math.max(1, Math.ceil(matching / ROWS));
     if (document.activeElement !== this.page) this.page.value = this.offset / ROWS + 1;
