@@ -75,6 +75,8 @@ struct Known {
     wake: Arc<Notify>,
     /// Contents, by their position, that it holds whole.
     complete: BTreeSet<usize>,
+    /// Its first news has come, or it tells none.
+    has_told: bool,
 }
 
 /// The shared state of one batch.
@@ -90,6 +92,8 @@ pub struct Swarm {
     is_tail: AtomicBool,
     /// Sources that are connected.
     n_at_work: AtomicUsize,
+    /// Others fetch the same: lines to sources are shared, and what is measured over them is mostly a wait for others.
+    in_company: AtomicBool,
     accounts: Accounts,
     known: Mutex<HashMap<PeerId, Known>>,
     reports: mpsc::Sender<Report>,
@@ -134,6 +138,7 @@ impl Swarm {
             changed,
             is_tail: AtomicBool::new(false),
             n_at_work: AtomicUsize::new(0),
+            in_company: AtomicBool::new(false),
             accounts,
             known,
             reports,
@@ -180,6 +185,7 @@ impl Swarm {
             key: next,
             wake: Arc::default(),
             complete: BTreeSet::new(),
+            has_told: false,
         }))
     }
 

@@ -88,6 +88,13 @@ impl Crowds {
         Watch { crowds: self.clone(), number, announcement, contents }
     }
 
+    /// Does anybody but `peer` watch one of these contents?
+    pub(super) fn has_others(&self, contents: impl IntoIterator<Item = ContentId>, peer: PeerId) -> bool {
+        let crowds = self.lock();
+        let mut watchers = contents.into_iter().filter_map(|id| crowds.get(&id)).flat_map(|crowd| crowd.watchers.values());
+        watchers.any(|other| other.peer != peer)
+    }
+
     /// How many of these pieces, from the first on, `peer` may have now, after `n_sent` in the same range. All of them,
     /// unless it wants `first_copies` only and there are others who watch: then one, or none if that is another's or `peer`
     /// had its share for once. They are promised to it if it is in the crowd and others can reach it.
@@ -209,8 +216,10 @@ mod tests {
         assert!(b.promised(&ID, &mut seen).is_empty());
         assert_eq!(a.promised(&ID, &mut twice), [4, 5, 6, 7]);
         assert_eq!(a.others(&ID).len(), 1);
+        assert!(crowds.has_others([ID], peer(1)) && crowds.has_others([ID], peer(2)));
         assert_eq!(crowds.promise(ID, 8..99, peer(1), true, 8), 0, "half of a round is the most for one of two");
         drop(a);
+        assert!(!crowds.has_others([ID], peer(2)));
         assert_eq!(crowds.promise(ID, 0..4, peer(2), true, 0), 4, "promises end with their receiver");
         drop(b);
         assert!(crowds.lock().is_empty());

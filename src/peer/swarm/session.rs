@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::{Report, Swarm, held::Held, work};
 use crate::{
@@ -86,6 +86,7 @@ impl Swarm {
         self.account(peer, |account| (account.state, account.address) = (State::Active, address));
         let _at_work = AtWork::begin(&self.n_at_work);
         let n_lanes = LANES * source.connections();
+        self.known(peer, |known| known.has_told = false);
         let lanes = futures_util::future::try_join_all((0..n_lanes).map(|lane| self.lane(lane, &source, key, pace)));
         let ended = tokio::select! {
             // Before the first claim: a source promises first copies to those who watch.
@@ -100,11 +101,14 @@ impl Swarm {
         let (limit, piece_len) = (self.limit.lane(source.id), self.mean_piece_len());
         let wake = self.known(source.id, |known| known.wake.clone());
         // Over a long line it asks at once, and only does not read on.
-        if lane > 0 && source.connections() == 1 {
-            self.until_proven(source.id).await;
+        match (lane, source.connections()) {
+            (0, _) => {}
+            (_, 1) => self.until_proven(source.id).await,
+            _ => self.until_told(source.id).await,
         }
         loop {
-            if lane > 0 && self.n_at_work.load(Ordering::Relaxed) >= MANY && !self.is_done() {
+            let is_too_much = lane > 0 && self.n_at_work.load(Ordering::Relaxed) >= MANY;
+            if (is_too_much || lane >= LANES && self.in_company()) && !self.is_done() {
                 sleep(LOOK).await;
                 continue;
             }
@@ -172,6 +176,34 @@ impl Swarm {
         }
     }
 
+    /// Waits for the first news of a source: whether others fetch from it, too. What looks like a long line may be a short
+    /// one that is full of their bytes; with several connections and long claims over it, now this and now that one of 8
+    /// receivers was 0.3 s to a second behind the rest.
+    async fn until_told(&self, peer: PeerId) {
+        let wake = self.known(peer, |known| known.wake.clone());
+        let told = async {
+            loop {
+                let mut woken = pin!(wake.notified());
+                woken.as_mut().enable();
+                if self.known(peer, |known| known.has_told) {
+                    return;
+                }
+                woken.await;
+            }
+        };
+        // One that says nothing is not waited for.
+        let _ = timeout(LOOK, told).await;
+    }
+
+    fn told(&self, peer: PeerId) {
+        self.known(peer, |known| known.has_told = true);
+        self.wake(peer);
+    }
+
+    fn in_company(&self) -> bool {
+        self.in_company.load(Ordering::Relaxed)
+    }
+
     /// Pieces of a lane's next claim. Several connections carry a part of the source's speed each, so the last claims get
     /// shorter, for all of them to end together.
     fn claim_pieces(&self, lane: usize, source: &Source, pace: &Mutex<Pace>) -> u32 {
@@ -180,7 +212,7 @@ impl Swarm {
             (pace.claim_pieces(), pace.goodput().is_none())
         };
         let connections = source.connections();
-        if connections == 1 {
+        if connections == 1 || self.in_company() || !self.known(source.id, |known| known.has_told) {
             let taste = (FIRST_TASTE / self.mean_piece_len()).max(1);
             return if is_first { pieces.min(taste) } else { pieces };
         }
@@ -230,16 +262,23 @@ impl Swarm {
         let is_open = |work: &&super::Work| !work.layout().is_single() && work.left() > 0;
         let open: Vec<_> = self.work.iter().filter(is_open).take(MAX_CONTENTS).collect();
         let contents: Vec<_> = open.iter().map(|work| (work.want.id, work.layout())).collect();
-        if contents.is_empty() {
-            return std::future::pending().await;
-        }
         let here = self.here.clone();
-        let Some(mut watch) = source.watch_have(&contents, here.addresses, here.port).await? else {
+        let watch = match contents.is_empty() {
+            true => None,
+            false => source.watch_have(&contents, here.addresses, here.port).await?,
+        };
+        let Some(mut watch) = watch else {
+            self.told(source.id);
             return std::future::pending().await;
         };
+        let mut is_first = true;
         while let Some((at, news)) = watch.next().await? {
+            if std::mem::take(&mut is_first) {
+                self.told(source.id);
+            }
             let id = contents[at].0;
             if let News::Peer(peer, addresses) = news {
+                self.in_company.store(true, Ordering::Relaxed);
                 self.report(Report::Met(peer, addresses, id)).await;
             } else if let Some(at) = self.position(&id) {
                 self.hear(source.id, key, at, news);
