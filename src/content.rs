@@ -29,7 +29,7 @@ mod layout;
 
 pub use id::{ContentId, NotAContentId};
 
-pub use layout::{Layout, MAX_PIECE_LEN, MAX_PIECES, MAX_SIZE, MIN_PIECE_LEN, PieceIndex};
+pub use layout::{Layout, MAX_PIECE_LEN, MAX_PIECES, MAX_SINGLE, MAX_SIZE, MIN_PIECE_LEN, PieceIndex};
 
 /// A BLAKE3 chaining value: the hash of a subtree below the root.
 pub type Hash32 = [u8; 32];
@@ -97,7 +97,7 @@ impl Manifest {
         if parts.layout.is_single() { Self::single(id, size) } else { Ok(Self(Arc::new(parts))) }
     }
 
-    /// The manifest of a file of at most [`MIN_PIECE_LEN`] bytes. Its size is only a claim until they are verified.
+    /// The manifest of a file of at most [`MAX_SINGLE`] bytes. Its size is only a claim until they are verified.
     ///
     /// Fails if the file is longer than that, or if just one of "zero bytes" and "the id of zero bytes" is true.
     pub fn single(id: ContentId, size: u64) -> Result<Self, VerifyError> {
@@ -356,6 +356,8 @@ mod tests {
 
     const PIECE: u64 = MIN_PIECE_LEN as u64;
 
+    const SINGLE: u64 = MAX_SINGLE as u64;
+
     /// Sizes at which something changes.
     const AWKWARD_SIZES: &[u64] = &[
         0,                     // the empty root; no piece
@@ -363,18 +365,19 @@ mod tests {
         1023,                  // one byte short of a chunk
         1024,                  // one complete chunk
         1025,                  // two chunks: the first parent
-        PIECE - 1,             // one piece, not full
-        PIECE,                 // one full piece: the last size without hashes
-        PIECE + 1,             // two pieces; the last is one chunk of one byte, so its right edge is empty
-        PIECE + 1024,          // the last piece is one complete chunk
-        PIECE + 1025,          // the last piece has two chunks, so one subtree on the edge
-        2 * PIECE - 1024,      // the last piece lacks one chunk
-        2 * PIECE - 1,         // the last piece is complete but for a byte: the edge is at its longest
-        2 * PIECE,             // the last piece is complete
-        2 * PIECE + 1,         // three pieces, the odd one moves up
-        3 * PIECE + 1,         // four pieces, a full tree of pieces
+        PIECE + 1,             // one piece, longer than others
+        SINGLE - 1,            // one piece, not full
+        SINGLE,                // one full piece: the last size without hashes
+        SINGLE + 1,            // five pieces; the last is one chunk of one byte, so its right edge is empty
+        SINGLE + 1024,         // the last piece is one complete chunk
+        SINGLE + 1025,         // the last piece has two chunks, so one subtree on the edge
+        5 * PIECE - 1024,      // the last piece lacks one chunk
+        5 * PIECE - 1,         // the last piece is complete but for a byte: the edge is at its longest
+        5 * PIECE,             // the last piece is complete
+        6 * PIECE + 1,         // seven pieces, the odd one moves up
+        7 * PIECE + 1,         // eight pieces, a full tree of pieces
         5 * PIECE + PIECE / 2, // the last piece is one complete subtree of half its length
-        5 * PIECE + 77_777,    // six pieces; nothing is round
+        5 * PIECE + 17_777,    // six pieces; nothing is round
         8 * PIECE,             // a complete tree
         9 * PIECE - 1023,      // nine pieces: the last moves up three times; its last chunk is one byte
     ];
@@ -420,14 +423,14 @@ mod tests {
 
     #[test]
     fn the_size_of_a_single_piece_is_proven_too() {
-        let bytes: Vec<u8> = (0..PIECE).map(|i| (i % 251) as u8).collect();
-        for size in [1, 2, 1023, 1024, 1025, 2048, 3000, 4096, 5000, 65_536, PIECE - 1, PIECE] {
+        let bytes: Vec<u8> = (0..SINGLE).map(|i| (i % 251) as u8).collect();
+        for size in [1, 2, 1023, 1024, 1025, 2048, 3000, 4096, 5000, 65_536, SINGLE - 1, SINGLE] {
             let bytes = &bytes[..size as usize];
             let id = ContentId(*blake3::hash(bytes).as_bytes());
             let (last_chunk, right_edge) = prove_single(bytes).unwrap();
             let claim = |size| Manifest::accept(id, size, vec![], last_chunk, &right_edge).map(|m| m.layout().size());
             assert_eq!(claim(size), Ok(size));
-            for lie in [0, 1, size - 1, size + 1, size * 2, size / 2, size + 1024, PIECE, PIECE + 1, PIECE * 2] {
+            for lie in [0, 1, size - 1, size + 1, size * 2, size / 2, size + 1024, SINGLE, SINGLE + 1, SINGLE * 2] {
                 assert!(lie == size || claim(lie).is_err(), "{size} passed for {lie}");
             }
             let mut bent = last_chunk.to_vec();
@@ -435,7 +438,7 @@ mod tests {
             assert!(Manifest::accept(id, size, vec![], &bent, &right_edge).is_err());
             assert!(Manifest::accept(id, size, vec![[0; 32]], last_chunk, &right_edge).is_err());
         }
-        assert!(prove_single(&[]).is_none() && prove_single(&vec![0; PIECE as usize + 1]).is_none());
+        assert!(prove_single(&[]).is_none() && prove_single(&vec![0; SINGLE as usize + 1]).is_none());
         assert!(Manifest::accept(ContentId::EMPTY, 0, vec![], &[], &[]).is_ok());
     }
 
@@ -458,7 +461,7 @@ mod tests {
             assert_eq!(whole, bytes);
             let stored = manifest.to_bytes();
             assert_eq!(Manifest::from_bytes(&stored).unwrap().to_bytes(), stored, "size {size}");
-            if size > PIECE {
+            if size > SINGLE {
                 assert_eq!(manifest.last_chunk(), &bytes[bytes.len() - ((bytes.len() - 1) % 1024 + 1)..]);
                 assert!(accept(&manifest, size).is_ok());
             } else {
@@ -472,7 +475,7 @@ mod tests {
     #[test]
     fn longer_pieces_have_longer_edges() {
         // Layouts of files of up to 1 TiB, at sizes that can be hashed here.
-        for (doubling, edge) in (1..=6).zip(9..) {
+        for (doubling, edge) in (1..=8).zip(7..) {
             let piece_len = MIN_PIECE_LEN << doubling;
             for size in [u64::from(piece_len) * 2, u64::from(piece_len) + 1] {
                 let bytes = content(size);
@@ -482,7 +485,7 @@ mod tests {
                 assert_eq!(manifest.0.prove(), Ok(()));
             }
         }
-        assert_eq!(MIN_PIECE_LEN << 6, MAX_PIECE_LEN);
+        assert_eq!(MIN_PIECE_LEN << 8, MAX_PIECE_LEN);
     }
 
     #[test]
@@ -491,7 +494,7 @@ mod tests {
         const SIZE: u64 = (1 << 32) + 77_824;
         const ID: &str = "8fbaf398f24611abbbd7d6ad645c77ed4f905cdec6e5a5da5f535ce0480ba98b";
         let layout = Layout::new(SIZE).unwrap();
-        let zeros = vec![0; MIN_PIECE_LEN as usize];
+        let zeros = vec![0; layout.piece_len() as usize];
         let hash = |piece| hash_piece(layout, piece, &zeros[..layout.len_of(piece) as usize]).unwrap();
         let manifest = assemble(layout, layout.pieces().map(hash).collect()).unwrap();
         assert_eq!(manifest.id().to_string(), ID);
@@ -507,8 +510,8 @@ mod tests {
         assert!(Manifest::single(ContentId::EMPTY, 0).is_ok());
         assert_eq!(Manifest::single(other, 0).map(|_| ()), Err(VerifyError::WrongRoot));
         assert_eq!(Manifest::single(ContentId::EMPTY, 1).map(|_| ()), Err(VerifyError::WrongRoot));
-        assert!(Manifest::single(other, PIECE).is_ok());
-        assert!(Manifest::single(other, PIECE + 1).is_err());
+        assert!(Manifest::single(other, SINGLE).is_ok());
+        assert!(Manifest::single(other, SINGLE + 1).is_err());
         assert!(Manifest::single(other, u64::MAX).is_err());
     }
 
@@ -528,49 +531,50 @@ mod tests {
 
     #[test]
     fn the_layer_above_is_refused_as_a_file_of_half_the_size() {
-        let honest = manifest(&content(8 * PIECE));
+        let honest = manifest(&content(16 * PIECE));
         let (hashes, chunk, edge) = (honest.hashes(), honest.last_chunk(), honest.right_edge());
         // One subtree more on the edge, and one step less at its end.
-        let deeper: Vec<_> = [&hashes[6..7], &edge[..7]].concat();
-        assert_lie_refused(honest.id(), 4 * PIECE, &parents(hashes), &[(chunk, edge), (chunk, &deeper)]);
+        let deeper: Vec<_> = [&hashes[14..15], &edge[..5]].concat();
+        assert_lie_refused(honest.id(), 8 * PIECE, &parents(hashes), &[(chunk, edge), (chunk, &deeper)]);
 
         // The same with the last parent's two children passed off as a chunk of 64 bytes.
-        let bytes = content(8 * PIECE);
+        let bytes = content(16 * PIECE);
         let two_chunks = &bytes[bytes.len() - 2048..];
-        let children = [subtree(8 * PIECE - 2048, &two_chunks[..1024]), subtree(8 * PIECE - 1024, &two_chunks[1024..])];
-        assert_eq!(merge_edge(&deeper, parents(&children)[0]), parents(hashes)[3]);
+        let children =
+            [subtree(16 * PIECE - 2048, &two_chunks[..1024]), subtree(16 * PIECE - 1024, &two_chunks[1024..])];
+        assert_eq!(merge_edge(&deeper, parents(&children)[0]), parents(hashes)[7]);
         assert_lie_refused(
             honest.id(),
-            4 * PIECE - 1024 + 64,
+            8 * PIECE - 1024 + 64,
             &parents(hashes),
             &[(children.as_flattened(), &deeper), (children.as_flattened(), edge)],
         );
 
         // A last piece of one chunk: everything about the last node is true but the chunk's place.
-        let honest = manifest(&content(7 * PIECE + 900));
+        let honest = manifest(&content(15 * PIECE + 900));
         let (hashes, chunk) = (honest.hashes(), honest.last_chunk());
-        assert_eq!(merge_edge(&hashes[6..7], hashes[7]), parents(hashes)[3]);
-        assert_lie_refused(honest.id(), 3 * PIECE + 1024 + 900, &parents(hashes), &[(chunk, &hashes[6..7])]);
+        assert_eq!(merge_edge(&hashes[14..15], hashes[15]), parents(hashes)[7]);
+        assert_lie_refused(honest.id(), 7 * PIECE + 1024 + 900, &parents(hashes), &[(chunk, &hashes[14..15])]);
     }
 
     #[test]
     fn the_layer_below_is_refused_as_a_file_of_double_the_size() {
-        let bytes = content(4 * PIECE);
+        let bytes = content(8 * PIECE);
         let honest = manifest(&bytes);
         let half = PIECE / 2;
-        let halves: Vec<_> = (0..8).zip(bytes.chunks(PIECE as usize / 2)).map(|(i, b)| subtree(i * half, b)).collect();
+        let halves: Vec<_> = (0..16).zip(bytes.chunks(PIECE as usize / 2)).map(|(i, b)| subtree(i * half, b)).collect();
         let (chunk, edge) = (honest.last_chunk(), honest.right_edge());
         // Everything about the last node is true but its place.
-        assert_lie_refused(honest.id(), 7 * PIECE + half, &halves, &[(chunk, &edge[1..])]);
-        assert_lie_refused(honest.id(), 8 * PIECE, &halves, &[(chunk, edge)]);
+        assert_lie_refused(honest.id(), 15 * PIECE + half, &halves, &[(chunk, &edge[1..])]);
+        assert_lie_refused(honest.id(), 16 * PIECE, &halves, &[(chunk, edge)]);
     }
 
     #[test]
     fn a_part_of_a_layer_is_refused_as_a_piece() {
-        // The first two pieces' parent stands as one piece; the last piece is the real one.
-        let honest = manifest(&content(2 * PIECE + 5000));
-        let merged = [parents(&honest.hashes()[..2])[0], honest.hashes()[2]];
-        assert_lie_refused(honest.id(), PIECE + 5000, &merged, &[(honest.last_chunk(), honest.right_edge())]);
+        // The parents of all pairs stand as pieces; the last piece is the real one.
+        let honest = manifest(&content(14 * PIECE + 5000));
+        let merged = [&parents(&honest.hashes()[..14])[..], &honest.hashes()[14..]].concat();
+        assert_lie_refused(honest.id(), 7 * PIECE + 5000, &merged, &[(honest.last_chunk(), honest.right_edge())]);
     }
 
     #[test]
@@ -596,24 +600,24 @@ mod tests {
 
     #[test]
     fn a_manifest_of_another_file_is_refused() {
-        let (mine, other) = (manifest(&content(3 * PIECE)), manifest(&content(3 * PIECE + 1)[1..]));
+        let (mine, other) = (manifest(&content(5 * PIECE)), manifest(&content(5 * PIECE + 1)[1..]));
         let (hashes, chunk, edge) = (other.hashes().to_vec(), other.last_chunk(), other.right_edge());
-        let lie = Manifest::accept(mine.id(), 3 * PIECE, hashes, chunk, edge);
+        let lie = Manifest::accept(mine.id(), 5 * PIECE, hashes, chunk, edge);
         assert_eq!(lie.map(|_| ()), Err(VerifyError::WrongRoot));
     }
 
     #[test]
     fn a_piece_is_refused_elsewhere_and_at_another_length() {
         // All pieces are alike but for their place.
-        let bytes = vec![7; 3 * PIECE as usize];
+        let bytes = vec![7; 5 * PIECE as usize];
         let manifest = manifest(&bytes);
         let piece = |i| manifest.layout().piece(i).unwrap();
-        let swapped = [1, 0, 2].map(|i| manifest.hashes()[i]);
+        let swapped = [1, 0, 2, 3, 4].map(|i| manifest.hashes()[i]);
         let lie =
-            Manifest::accept(manifest.id(), 3 * PIECE, swapped.into(), manifest.last_chunk(), manifest.right_edge());
+            Manifest::accept(manifest.id(), 5 * PIECE, swapped.into(), manifest.last_chunk(), manifest.right_edge());
         assert_eq!(lie.map(|_| ()), Err(VerifyError::WrongRoot));
 
-        let other = manifest_with(manifest.layout(), &[vec![7; PIECE as usize], content(2 * PIECE)].concat());
+        let other = manifest_with(manifest.layout(), &[vec![7; PIECE as usize], content(4 * PIECE)].concat());
         assert!(other.check(piece(0), &bytes[..PIECE as usize]));
         let refused = |i, len: u64| {
             other.verify(piece(i), Bytes::copy_from_slice(&bytes[..len as usize])).map(|_| ()).unwrap_err()
@@ -626,7 +630,7 @@ mod tests {
 
     #[test]
     fn a_piece_index_of_another_layout_is_harmless() {
-        let small = manifest(&content(PIECE + 1));
+        let small = manifest(&content(SINGLE + 1));
         let far = Layout::new(MAX_SIZE).unwrap().piece(MAX_PIECES - 1).unwrap();
         assert_eq!(small.layout().len_of(far), 0);
         for bytes in [vec![], content(PIECE)] {
@@ -638,29 +642,29 @@ mod tests {
 
     #[test]
     fn pieces_are_assembled_in_order_and_all() {
-        let layout = Layout::new(3 * PIECE).unwrap();
+        let layout = Layout::new(5 * PIECE).unwrap();
         let bytes = content(PIECE);
         let hashes = |layout: Layout, order: &[u32]| {
             order.iter().map(|i| hash_piece(layout, layout.piece(*i).unwrap(), &bytes).unwrap()).collect::<Vec<_>>()
         };
-        assert!(assemble(layout, hashes(layout, &[0, 1, 2])).is_ok());
-        for wrong in [&[][..], &[0, 1], &[0, 2, 1], &[0, 1, 1], &[0, 1, 2, 2]] {
+        assert!(assemble(layout, hashes(layout, &[0, 1, 2, 3, 4])).is_ok());
+        for wrong in [&[][..], &[0, 1, 2, 3], &[0, 2, 1, 3, 4], &[0, 1, 1, 3, 4], &[0, 1, 2, 3, 4, 4]] {
             assert!(assemble(layout, hashes(layout, wrong)).is_err());
         }
-        assert!(assemble(layout, hashes(Layout::new(4 * PIECE).unwrap(), &[0, 1, 2])).is_err());
+        assert!(assemble(layout, hashes(Layout::new(6 * PIECE).unwrap(), &[0, 1, 2, 3, 4])).is_err());
     }
 
     /// Sizes of a few pieces, the awkward ones included.
     fn multi_piece_size() -> impl Strategy<Value = u64> {
-        let awkward: Vec<_> = AWKWARD_SIZES.iter().copied().filter(|size| *size > PIECE).collect();
-        prop_oneof![prop::sample::select(awkward), PIECE + 1..5 * PIECE]
+        let awkward: Vec<_> = AWKWARD_SIZES.iter().copied().filter(|size| *size > SINGLE).collect();
+        prop_oneof![prop::sample::select(awkward), SINGLE + 1..9 * PIECE]
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
-        fn any_size_is_plain_blake3(size in 0..6 * PIECE) {
+        fn any_size_is_plain_blake3(size in 0..12 * PIECE) {
             let bytes = content(size);
             let manifest = manifest(&bytes);
             prop_assert_eq!(manifest.id().0, *blake3::hash(&bytes).as_bytes());
@@ -683,13 +687,13 @@ mod tests {
         }
 
         #[test]
-        fn any_flipped_bit_of_a_piece_is_refused(size in 1..4 * PIECE, bit in any::<prop::sample::Index>()) {
+        fn any_flipped_bit_of_a_piece_is_refused(size in 1..9 * PIECE, bit in any::<prop::sample::Index>()) {
             let mut bytes = content(size);
             let manifest = manifest(&bytes);
             let bit = bit.index(bytes.len() * 8);
             bytes[bit / 8] ^= 1 << (bit % 8);
             for piece in manifest.layout().pieces() {
-                let hit = u64::from(piece.get()) == bit as u64 / 8 / PIECE;
+                let hit = u64::from(piece.get()) == bit as u64 / 8 / u64::from(manifest.layout().piece_len());
                 prop_assert_eq!(manifest.check(piece, piece_of(manifest.layout(), piece, &bytes)), !hit);
             }
         }
@@ -721,7 +725,7 @@ mod tests {
         #[test]
         fn arbitrary_manifests_are_refused(
             id: [u8; 32],
-            size in prop_oneof![any::<u64>(), 0..=MAX_SIZE, 0..5 * PIECE],
+            size in prop_oneof![any::<u64>(), 0..=MAX_SIZE, 0..9 * PIECE],
             hashes in prop::collection::vec(any::<Hash32>(), 0..6),
             last_chunk in prop::collection::vec(any::<u8>(), 0..2050),
             right_edge in prop::collection::vec(any::<Hash32>(), 0..16),

@@ -1,12 +1,25 @@
 //! How a file is divided into pieces: a plain function of its size, and all arithmetic on it.
 //!
+//! The plan was 256 KiB for all files up to 16 GiB. A swarm of N loses about the time of N pieces at its start, until each
+//! receiver has one to pass on, and again at its end, until the last of the seed's have gone around: with 64 MiB and 16
+//! receivers a quarter of the whole. So small files have shorter pieces; each costs time, so large ones have not.
+//!
 //! Invariant: a [`Layout`] has at most [`MAX_PIECES`] pieces, all of them [`Layout::piece_len`] long but the last,
 //! which has at least one byte.
 
 use super::VerifyError;
 
-/// Length in bytes of a piece of all but very large files, and the longest file that has no piece hashes.
-pub const MIN_PIECE_LEN: u32 = 256 * 1024;
+/// The longest file, in bytes, that is one piece and has no piece hashes.
+pub const MAX_SINGLE: u32 = 256 << 10;
+
+/// Length in bytes of the shortest pieces but a last one.
+pub const MIN_PIECE_LEN: u32 = 64 << 10;
+
+/// Length in bytes of a piece of all but small and very large files.
+const COMMON_PIECE_LEN: u32 = 256 << 10;
+
+/// Pieces that a file shall have before they are made longer, up to [`COMMON_PIECE_LEN`].
+const ENOUGH_PIECES: u64 = 1024;
 
 /// Length in bytes of a piece of the largest files.
 pub const MAX_PIECE_LEN: u32 = 16 << 20;
@@ -33,7 +46,8 @@ impl PieceIndex {
 
 /// How a file of some size is divided into pieces.
 ///
-/// Pieces are [`MIN_PIECE_LEN`] long, doubling until there are at most [`MAX_PIECES`]; the last may be shorter. A
+/// A file of at most [`MAX_SINGLE`] bytes is one piece. Pieces of others are 64 KiB long, or 128 KiB, if there are more than
+/// 1,024 of them, or 256 KiB, and doubled from there until there are at most [`MAX_PIECES`]; the last may be shorter. A
 /// [`PieceIndex`] that another layout made is harmless: beyond the end of this one, a piece has length 0.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Layout {
@@ -47,8 +61,11 @@ impl Layout {
         if size > MAX_SIZE {
             return Err(VerifyError::TooLarge(size));
         }
-        let mut piece_len = MIN_PIECE_LEN;
-        while size.div_ceil(piece_len.into()) > MAX_PIECES.into() {
+        let mut piece_len = if size <= MAX_SINGLE.into() { MAX_SINGLE } else { MIN_PIECE_LEN };
+        let n_pieces = |len: u32| size.div_ceil(len.into());
+        while piece_len < COMMON_PIECE_LEN && n_pieces(piece_len) > ENOUGH_PIECES
+            || n_pieces(piece_len) > MAX_PIECES.into()
+        {
             piece_len *= 2;
         }
         Ok(Self { size, piece_len })
@@ -124,19 +141,30 @@ impl Layout {
 mod tests {
     use super::*;
 
-    const PIECE: u64 = MIN_PIECE_LEN as u64;
+    fn shape(size: u64) -> (u32, u32) {
+        let layout = Layout::new(size).unwrap();
+        (layout.piece_len(), layout.n_pieces())
+    }
 
     #[test]
     fn a_layout_follows_from_the_size() {
-        let longest_with = |doubling| (PIECE << doubling) * u64::from(MAX_PIECES);
+        let (kib, single) = (1 << 10, u64::from(MAX_SINGLE));
+        assert_eq!((shape(1), shape(single)), ((256 << 10, 1), (256 << 10, 1)));
+        assert_eq!((shape(single + 1), shape(64 << 20)), ((64 << 10, 5), (64 << 10, 1024)));
+        assert_eq!((shape((64 << 20) + 1), shape(128 << 20)), ((128 << 10, 513), (128 << 10, 1024)));
+        assert_eq!((shape((128 << 20) + 1), shape(4 << 30)), ((256 * kib, 513), (256 * kib, 16_384)));
+        let longest_with = |doubling| (u64::from(COMMON_PIECE_LEN) << doubling) * u64::from(MAX_PIECES);
         for doubling in 0..=6 {
             let full = Layout::new(longest_with(doubling)).unwrap();
-            assert_eq!((full.piece_len(), full.n_pieces()), (MIN_PIECE_LEN << doubling, MAX_PIECES));
+            assert_eq!((full.piece_len(), full.n_pieces()), (COMMON_PIECE_LEN << doubling, MAX_PIECES));
             let last = full.piece(MAX_PIECES - 1).unwrap();
             assert_eq!(full.offset(last) + u64::from(full.len_of(last)), full.size());
             if doubling < 6 {
                 let next = Layout::new(longest_with(doubling) + 1).unwrap();
-                assert_eq!((next.piece_len(), next.n_pieces()), (MIN_PIECE_LEN << (doubling + 1), MAX_PIECES / 2 + 1));
+                assert_eq!(
+                    (next.piece_len(), next.n_pieces()),
+                    (COMMON_PIECE_LEN << (doubling + 1), MAX_PIECES / 2 + 1)
+                );
                 assert_eq!(next.len_of(next.piece(MAX_PIECES / 2).unwrap()), 1);
             }
         }

@@ -52,7 +52,7 @@ use super::{
     tracker_client::TrackerClient,
 };
 use crate::{
-    content::MIN_PIECE_LEN,
+    content::{Layout, MAX_PIECES},
     exit::{Exit, Failed},
     identity::PeerId,
     proto::MAX_CONTENTS,
@@ -67,7 +67,7 @@ const BATCH_LONG_FILES: usize = MAX_CONTENTS;
 /// Complete contents that are made durable and named in one go.
 const GROUP_FILES: usize = 1024;
 /// Pieces in one batch: each costs some bytes in the picker.
-const BATCH_PIECES: u64 = 1 << 20;
+const BATCH_PIECES: u32 = 1 << 20;
 /// How long earlier Gets that were dropped may take to make durable what they wrote: the next one may want their files.
 const ENDING: Duration = Duration::from_secs(10);
 /// Groups of files that are made durable and named at once.
@@ -155,8 +155,8 @@ fn batches(jobs: Vec<Job>) -> Vec<Vec<Job>> {
             again.push(job);
             continue;
         }
-        // A lower bound of the piece length; the manifest will tell.
-        let n = job.want.size.div_ceil(MIN_PIECE_LEN.into()).min(crate::content::MAX_PIECES.into()).max(1);
+        // As the listing says; the manifest will tell.
+        let n = Layout::new(job.want.size).map_or(MAX_PIECES, |layout| layout.n_pieces()).max(1);
         pieces += n;
         long += usize::from(n > 1);
         match batches.last_mut() {

@@ -20,7 +20,7 @@ use redb::{
 };
 
 use crate::{
-    content::{ContentId, MIN_PIECE_LEN, Manifest},
+    content::{ContentId, MAX_SINGLE, Manifest},
     peer::hasher::{Hashed, Stamp},
     safe_path::{create_private, set_aside},
 };
@@ -246,7 +246,7 @@ fn path_key(path: &Path) -> &[u8] {
 
 /// At most one piece.
 const fn is_short(stamp: &Stamp) -> bool {
-    stamp.size <= MIN_PIECE_LEN as u64
+    stamp.size <= MAX_SINGLE as u64
 }
 
 /// The tables of one write transaction.

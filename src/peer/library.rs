@@ -588,7 +588,7 @@ mod tests {
     #[test]
     fn a_download_serves_the_pieces_it_has() {
         let shelf = Shelf::new();
-        let bytes = vec![7; 3 * MIN_PIECE_LEN as usize - 5];
+        let bytes = vec![7; 5 * MIN_PIECE_LEN as usize - 5];
         let manifest = manifest(&bytes);
         let id = manifest.id();
         let mut file = tempfile::tempfile().unwrap();

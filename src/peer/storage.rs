@@ -370,9 +370,10 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::content::{Layout, MIN_PIECE_LEN, assemble, hash_piece};
+    use crate::content::{Layout, MAX_SINGLE, MIN_PIECE_LEN, assemble, hash_piece};
 
     const PIECE: usize = MIN_PIECE_LEN as usize;
+    const SINGLE: usize = MAX_SINGLE as usize;
 
     /// Bytes that differ from piece to piece.
     fn content(len: usize) -> Bytes {
@@ -482,10 +483,10 @@ mod tests {
 
     #[test]
     fn a_file_of_any_size_is_stored_and_named() {
-        for len in [0, 1, 1023, 1024, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE - 1, 3 * PIECE, 3 * PIECE + 1025] {
+        for len in [0, 1, 1023, 1024, SINGLE - 1, SINGLE, SINGLE + 1, 6 * PIECE - 1, 6 * PIECE, 6 * PIECE + 1025] {
             let world = World::new(len);
             let storage = world.open();
-            if len > PIECE {
+            if len > SINGLE {
                 assert_eq!(fs::metadata(world.part()).unwrap().len(), len as u64, "the length is reserved");
             } else {
                 assert!(!world.part().exists(), "nothing to keep");
@@ -530,7 +531,7 @@ mod tests {
 
     #[test]
     fn what_was_not_looked_at_before_a_clean_stop_stays_doubtful() {
-        let world = World::new(3 * PIECE);
+        let world = World::new(5 * PIECE);
         let storage = world.open();
         [0, 1].iter().for_each(|i| storage.write(&world.piece(*i)).unwrap());
         drop(storage);
@@ -569,7 +570,7 @@ mod tests {
 
     #[test]
     fn j20_a_part_cut_short_is_missing_pieces() {
-        let world = World::new(3 * PIECE);
+        let world = World::new(5 * PIECE);
         let storage = world.open();
         world.write_all(&storage);
         storage.sync_now().unwrap();
@@ -577,18 +578,18 @@ mod tests {
         File::options().write(true).open(world.part()).unwrap().set_len(2 * PIECE as u64 - 1).unwrap();
         let storage = world.open();
         assert_eq!(held(&storage.recover()), [0]);
-        assert!(matches!(storage.finish(), Err(StorageError::Incomplete { n_missing: 2 })));
+        assert!(matches!(storage.finish(), Err(StorageError::Incomplete { n_missing: 4 })));
     }
 
     #[test]
     fn a_journal_that_lies_makes_nobody_believe_it() {
-        let world = World::new(3 * PIECE);
+        let world = World::new(5 * PIECE);
         let storage = world.open();
         storage.write(&world.piece(1)).unwrap();
         let part = storage.part().unwrap();
-        let good = HaveMap::full(3);
+        let good = HaveMap::full(5);
         let stamp = Stamp { ctime_ns: 1, ..Stamp::of(part.file()).unwrap() };
-        storage.write_journal(&part, &Journal { good, doubtful: HaveMap::empty(3), closed: Some(stamp) }).unwrap();
+        storage.write_journal(&part, &Journal { good, doubtful: HaveMap::empty(5), closed: Some(stamp) }).unwrap();
         drop((storage, part));
         let storage = world.open();
         assert!(storage.have().is_empty());
@@ -600,7 +601,7 @@ mod tests {
             assert!(storage.have().is_empty() && storage.doubtful().contains(1), "where there is data");
             assert_eq!(held(&storage.recover()), [1]);
         }
-        let other = World::new(4 * PIECE);
+        let other = World::new(6 * PIECE);
         fs::copy(world.part(), other.temp.path().join("file.bin.part")).unwrap();
         let storage = Storage::open(&other.root, &name("file.bin"), other.manifest.clone()).unwrap();
         assert!(storage.have().is_empty() && storage.recover().count() <= 1, "journal and bytes of another content");
@@ -608,7 +609,7 @@ mod tests {
 
     #[test]
     fn a_journal_without_its_part_is_cleaned_away() {
-        let world = World::new(3 * PIECE);
+        let world = World::new(5 * PIECE);
         let storage = world.open();
         world.write_all(&storage);
         storage.close().unwrap();
@@ -622,7 +623,7 @@ mod tests {
 
     #[test]
     fn j11_a_failed_sync_costs_what_came_since_the_last_good_one() {
-        let world = World::new(4 * PIECE);
+        let world = World::new(6 * PIECE);
         let storage = world.open();
         storage.write(&world.piece(0)).unwrap();
         storage.sync_now().unwrap();
@@ -633,10 +634,10 @@ mod tests {
         assert!(error.to_string().contains("a/file.bin.part"), "{error}");
         assert_eq!(held(&storage.have()), [0]);
         storage.fail_to_sync(false);
-        assert!(matches!(storage.finish(), Err(StorageError::Incomplete { n_missing: 3 })));
+        assert!(matches!(storage.finish(), Err(StorageError::Incomplete { n_missing: 5 })));
         world.write_all(&storage);
         storage.fail_to_sync(true);
-        assert!(matches!(storage.finish(), Err(StorageError::Lost { pieces, .. }) if pieces.len() == 3));
+        assert!(matches!(storage.finish(), Err(StorageError::Lost { pieces, .. }) if pieces.len() == 5));
         assert!(!world.temp.path().join("a/file.bin").exists());
         storage.fail_to_sync(false);
         world.write_all(&storage);
@@ -645,7 +646,7 @@ mod tests {
 
     #[test]
     fn the_end_of_a_part_that_was_moved_away_is_an_error() {
-        let world = World::new(2 * PIECE);
+        let world = World::new(5 * PIECE);
         let storage = world.open();
         world.write_all(&storage);
         let away = world.temp.path().join("away");
@@ -657,7 +658,7 @@ mod tests {
 
     #[test]
     fn what_lies_for_seconds_is_journaled() {
-        let world = World::new(3 * PIECE);
+        let world = World::new(5 * PIECE);
         let storage = world.open();
         storage.write(&world.piece(2)).unwrap();
         storage.tick().unwrap();
@@ -676,29 +677,29 @@ mod tests {
         let storage = world.open();
         (0..99).for_each(|i| storage.write(&world.piece(i)).unwrap());
         assert!(!world.journal().exists());
-        let world = World::new(300 * PIECE);
+        let world = World::new(75 << 20);
         let storage = world.open();
         thread::scope(|scope| {
             for part in 0..4 {
                 let (world, storage) = (&world, &storage);
                 scope.spawn(move || {
-                    (0..299).filter(|i| i % 4 == part).for_each(|i| storage.write(&world.piece(i)).unwrap())
+                    (0..599).filter(|i| i % 4 == part).for_each(|i| storage.write(&world.piece(i)).unwrap())
                 });
             }
         });
         drop(storage);
         let storage = world.open();
         let n = storage.doubtful().count();
-        assert!((299 - 256..=299).contains(&n) && storage.have().is_empty(), "{n} of 299, 64 MiB are 256 pieces");
+        assert!((599 - 512..=599).contains(&n) && storage.have().is_empty(), "{n} of 599, 64 MiB are 512 pieces");
         assert_eq!(storage.recover().count(), n);
     }
 
     #[test]
     fn an_incomplete_file_gets_no_name() {
-        let world = World::new(2 * PIECE);
+        let world = World::new(5 * PIECE);
         let storage = world.open();
         storage.write(&world.piece(0)).unwrap();
-        assert!(matches!(storage.finish(), Err(StorageError::Incomplete { n_missing: 1 })));
+        assert!(matches!(storage.finish(), Err(StorageError::Incomplete { n_missing: 4 })));
         assert!(world.part().exists() && !world.temp.path().join("a/file.bin").exists());
         storage.discard().unwrap();
         assert!(!world.part().exists());
@@ -706,12 +707,12 @@ mod tests {
 
     #[test]
     fn only_pieces_of_this_content_are_written_and_only_held_ones_read() {
-        let (world, other) = (World::new(2 * PIECE), World::new(3 * PIECE));
+        let (world, other) = (World::new(5 * PIECE), World::new(6 * PIECE));
         let storage = world.open();
-        assert!(matches!(storage.write(&other.piece(2)), Err(StorageError::Io(_))));
+        assert!(matches!(storage.write(&other.piece(5)), Err(StorageError::Io(_))));
         storage.write(&world.piece(1)).unwrap();
         let layout = world.manifest.layout();
-        assert_eq!(storage.read(layout.piece(1).unwrap()).unwrap(), world.bytes.slice(PIECE..));
+        assert_eq!(storage.read(layout.piece(1).unwrap()).unwrap(), world.bytes.slice(PIECE..2 * PIECE));
         let error = storage.read(layout.piece(0).unwrap()).unwrap_err().to_string();
         assert!(error.contains("a/file.bin.part"), "{error}");
     }
@@ -741,7 +742,7 @@ mod tests {
         first.write(&small.piece(0)).unwrap();
         assert!(matches!(second.write(&small.piece(0)), Err(StorageError::Busy(_))));
         first.finish().unwrap();
-        let world = World::new(2 * PIECE);
+        let world = World::new(5 * PIECE);
         let _held = world.open();
         let second = Storage::open(&world.root, &name("a/file.bin"), world.manifest.clone());
         assert!(matches!(second, Err(StorageError::Busy(_))));
@@ -773,7 +774,7 @@ mod tests {
 
     #[test]
     fn many_files_are_committed_together() {
-        let worlds: Vec<_> = (0..12).map(|i| World::new(if i == 5 { 2 * PIECE } else { 10 + i })).collect();
+        let worlds: Vec<_> = (0..12).map(|i| World::new(if i == 5 { 5 * PIECE } else { 10 + i })).collect();
         let root = &worlds[0].root;
         let open = |(i, world): (usize, &World)| {
             let storage = Storage::open(root, &name(&format!("d{}/f{i}", i % 3)), world.manifest.clone()).unwrap();
@@ -883,7 +884,7 @@ mod tests {
     #[test]
     fn a_folder_that_cannot_be_written_is_named() {
         let root = Root::open(Path::new("/proc")).unwrap();
-        let error = Storage::open(&root, &name("file"), World::new(2 * PIECE).manifest).unwrap_err().to_string();
+        let error = Storage::open(&root, &name("file"), World::new(5 * PIECE).manifest).unwrap_err().to_string();
         assert!(error.starts_with("/proc/file.part: "), "{error}");
     }
 }

@@ -22,7 +22,7 @@ use super::{
     storage::{Storage, StorageError, sync_data, sync_folders},
 };
 use crate::{
-    content::{ContentId, MIN_PIECE_LEN, Manifest},
+    content::{ContentId, MAX_SINGLE, Manifest},
     exit::{Exit, Failed},
     safe_path::{Root, SafeName, escape},
 };
@@ -130,7 +130,7 @@ impl Disk {
             return Ok(Target::Free(want.target.clone()));
         }
         if self.is_identical(want)? {
-            if want.size > MIN_PIECE_LEN.into()
+            if want.size > MAX_SINGLE.into()
                 && let Some(folder) = self.root.folder_of(&want.target).map_err(unwritable)?
             {
                 folder.remove_orphan_journal(want.target.file_name()).map_err(unwritable)?;
@@ -321,7 +321,7 @@ mod tests {
     use super::*;
     use crate::peer::{library::Have, shares::SharesConfig};
 
-    const PIECE: usize = MIN_PIECE_LEN as usize;
+    const PIECE: usize = crate::content::MIN_PIECE_LEN as usize;
 
     struct Bench {
         temp: TempDir,
@@ -456,12 +456,12 @@ mod tests {
     #[tokio::test]
     async fn a_library_file_that_changed_costs_its_pieces_and_nothing_else() {
         let bench = Bench::new();
-        let old = content(4 * PIECE, 0);
+        let old = content(5 * PIECE, 0);
         bench.put("old", &old);
         let (want, manifest) = wanted("copy", &old);
         let opened = bench.open(&want, &want.target, &manifest);
         File::options().write(true).open(bench.path("old")).unwrap().write_all_at(b"?", 5).unwrap();
-        assert!(bring(&opened) < 4);
+        assert!(bring(&opened) < 5);
         fetch(&opened.storage, &old);
         assert!(fs::read(bench.finish(&opened.storage, &want, Existing::Refuse).unwrap()).unwrap() == old);
     }
@@ -513,7 +513,7 @@ mod tests {
     #[tokio::test]
     async fn only_a_regular_file_is_overwritten() {
         let bench = Bench::new();
-        let bytes = content(2 * PIECE, 0);
+        let bytes = content(5 * PIECE, 0);
         let (want, manifest) = wanted("f", &bytes);
         fs::create_dir(bench.path("f")).unwrap();
         assert!(bench.disk.look(&want, Existing::Overwrite).is_err());
@@ -527,7 +527,7 @@ mod tests {
     #[tokio::test]
     async fn a_journal_that_a_crash_left_behind_goes() {
         let bench = Bench::new();
-        let bytes = content(2 * PIECE, 0);
+        let bytes = content(5 * PIECE, 0);
         bench.put("f", &bytes);
         fs::write(bench.path("f.journal.part.part"), "left").unwrap();
         let (want, _) = wanted("f", &bytes);

@@ -9,10 +9,23 @@ import pytest
 from blake3 import blake3
 from sprat import Untrusted
 from sprat.names import safe_name
-from sprat.tree import CHUNK, MAX_PIECES, MAX_SIZE, MIN_PIECE, Layout, Manifest, fold, piece_length, subtree, subtrees
+from sprat.tree import (
+    CHUNK,
+    COMMON_PIECE,
+    MAX_PIECES,
+    MAX_SINGLE,
+    MAX_SIZE,
+    MIN_PIECE,
+    Layout,
+    Manifest,
+    fold,
+    piece_length,
+    subtree,
+    subtrees,
+)
 
-SIZES = [0, 1, 63, 64, 65, 1023, 1024, 1025, 2048, 2049, 3 * 1024, 5000, MIN_PIECE - 1, MIN_PIECE, MIN_PIECE + 1]
-SIZES += [2 * MIN_PIECE, 2 * MIN_PIECE + 1025, 3 * MIN_PIECE, 5 * MIN_PIECE + 77_777, 8 * MIN_PIECE]
+SIZES = [0, 1, 63, 64, 65, 1023, 1024, 1025, 2048, 2049, 3 * 1024, 5000, MAX_SINGLE - 1, MAX_SINGLE, MAX_SINGLE + 1]
+SIZES += [MIN_PIECE + 1, 5 * MIN_PIECE, 5 * MIN_PIECE + 1025, 7 * MIN_PIECE, 9 * MIN_PIECE + 17_777, 16 * MIN_PIECE]
 
 
 def content(size: int) -> bytes:
@@ -60,7 +73,7 @@ def test_any_flipped_bit_is_found_in_its_piece(size: int) -> None:
         bit = chance.randrange(8 * size)
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
-        assert made.wrong(list(enumerate(cut(bytes(changed))))) == {bit // 8 // MIN_PIECE}
+        assert made.wrong(list(enumerate(cut(bytes(changed))))) == {bit // 8 // Layout(size).piece}
 
 
 @pytest.mark.parametrize("size", [size for size in SIZES if size])
@@ -103,17 +116,17 @@ def test_any_changed_manifest_is_refused(size: int) -> None:
 
 
 def test_the_layers_above_and_below_are_refused_as_files_of_other_sizes() -> None:
-    data = content(8 * MIN_PIECE)
+    data = content(16 * MIN_PIECE)
     honest = manifest(data)
     above = parents(honest.hashes)
     assert fold(above) == honest.content_id  # which is why folding alone proves nothing
     below = [subtree(data[at : at + MIN_PIECE // 2], at) for at in range(0, len(data), MIN_PIECE // 2)]
     assert fold(below) == honest.content_id
-    deeper = [honest.hashes[6], *honest.right_edge]
+    deeper = [honest.hashes[14], *honest.right_edge]
     for size, hashes, edges in (
-        (4 * MIN_PIECE, above, (honest.right_edge, deeper, deeper[:8], deeper[1:])),
-        (16 * MIN_PIECE, below, (honest.right_edge, honest.right_edge[1:])),
-        (15 * MIN_PIECE + MIN_PIECE // 2, below, (honest.right_edge, honest.right_edge[1:])),
+        (8 * MIN_PIECE, above, (honest.right_edge, deeper, deeper[:6], deeper[1:])),
+        (32 * MIN_PIECE, below, (honest.right_edge, honest.right_edge[1:])),
+        (31 * MIN_PIECE + MIN_PIECE // 2, below, (honest.right_edge, honest.right_edge[1:])),
     ):
         for edge in edges:
             with pytest.raises(Untrusted):
@@ -121,11 +134,11 @@ def test_the_layers_above_and_below_are_refused_as_files_of_other_sizes() -> Non
 
 
 def test_a_piece_is_refused_elsewhere_and_at_another_length() -> None:
-    data = bytes(3 * MIN_PIECE)
+    data = bytes(4 * MIN_PIECE)
     honest = manifest(data + content(5000))
     piece = data[:MIN_PIECE]
     assert honest.wrong([(0, piece), (1, piece), (2, piece)]) == set()
-    assert honest.wrong([(0, piece[1:]), (1, piece + b"x"), (2, b""), (3, piece)]) == {0, 1, 2, 3}
+    assert honest.wrong([(0, piece[1:]), (1, piece + b"x"), (2, b""), (4, piece)]) == {0, 1, 2, 4}
     # All chunks are alike but for their place.
     values = subtrees([(i * MIN_PIECE, piece) for i in range(3)])
     assert len({*values}) == 3
@@ -144,8 +157,11 @@ def test_longer_pieces_and_far_offsets() -> None:
 
 
 def test_pieces_double_when_there_would_be_too_many() -> None:
+    sizes = [(1, 256), (MAX_SINGLE, 256), (MAX_SINGLE + 1, 64), (64 << 20, 64), ((64 << 20) + 1, 128)]
+    sizes += [(128 << 20, 128), ((128 << 20) + 1, 256)]
+    assert [(size, piece_length(size) >> 10) for size, _ in sizes] == sizes
     for doubling in range(7):
-        length = MIN_PIECE << doubling
+        length = COMMON_PIECE << doubling
         assert piece_length(length * MAX_PIECES) == length
         if doubling < 6:
             assert piece_length(length * MAX_PIECES + 1) == 2 * length

@@ -54,7 +54,7 @@ fn what_happened_is_counted() {
     wait_for(&swarm, "sink", "sprat_transfers_total{result=\"done\"}", |n| n == 1.0);
     wait_for(&swarm, "sink", "sprat_transfers_total{result=\"failed\"}", |n| n == 1.0);
     wait_for(&swarm, "sink", "sprat_transfer_bytes_total{direction=\"received\"}", |n| n == size);
-    wait_for(&swarm, "sink", "sprat_pieces_total{outcome=\"verified\"}", |n| n == 20.0);
+    wait_for(&swarm, "sink", "sprat_pieces_total{outcome=\"verified\"}", |n| n == 80.0);
     wait_for(&swarm, "sink", "sprat_pieces_total{outcome=\"bad\"}", |n| n == 0.0);
     wait_for(&swarm, "sink", "sprat_chunk_length_bytes_count{direction=\"received\"}", |n| n >= 1.0);
     wait_for(&swarm, "sink", "sprat_library_files", |n| n == 1.0);

@@ -11,7 +11,7 @@ use crate::{
 
 const FILM: &str = "movies/film.mkv";
 const SIZE: u64 = 24 * MIB + 4_321;
-const PIECE: u64 = 256 << 10;
+const PIECE: u64 = 64 << 10;
 /// What a source may be asked for before its first piece was looked at; no more than that piece is read.
 const FIRST_CLAIM: u64 = MIB;
 /// Wrong pieces by which a source is given up; from the second on it is asked for one at a time.

@@ -15,7 +15,7 @@ use crate::{
 
 const IMAGE: &str = "images/disk.img";
 const SIZE: u64 = 64 * MIB;
-const PIECE: u64 = 256 << 10;
+const PIECE: u64 = 64 << 10;
 /// The updated version: this much of it, from here on, is other than in the older one.
 const CHANGED: u64 = MIB;
 const CHANGED_AT: u64 = 20 * MIB + 1_000;

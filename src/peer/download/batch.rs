@@ -18,7 +18,7 @@ use tokio::{
 
 use super::{Job, Run, blocking};
 use crate::{
-    content::{ContentId, MIN_PIECE_LEN, Manifest},
+    content::{ContentId, MAX_SINGLE, Manifest},
     exit::{Exit, Failed},
     identity::PeerId,
     peer::{
@@ -50,7 +50,7 @@ impl Run {
     /// Fetches a batch; gives back what has another size than the listing says.
     pub(super) async fn batch(&mut self, jobs: Vec<Job>) -> Result<Vec<Job>> {
         let contents = jobs.iter().map(|job| job.want.id).collect();
-        let is_soon = jobs.iter().all(|job| job.want.size <= MIN_PIECE_LEN.into())
+        let is_soon = jobs.iter().all(|job| job.want.size <= MAX_SINGLE.into())
             && self.found.covers(jobs.iter().map(|job| &job.want.id));
         let pause = if is_soon { SOON } else { Duration::ZERO };
         let mut finder = Finder::start(self.get.tracker.clone(), self.get.membership.id(), contents, pause);
@@ -97,7 +97,7 @@ impl Run {
         let mut unknown = vec![];
         for job in jobs {
             let Want { id, size, .. } = job.want;
-            let small = || (!job.is_disputed && size <= MIN_PIECE_LEN.into()).then(|| Manifest::single(id, size).ok());
+            let small = || (!job.is_disputed && size <= MAX_SINGLE.into()).then(|| Manifest::single(id, size).ok());
             let empty = || (id == ContentId::EMPTY).then(|| Manifest::single(id, 0).ok());
             match self.get.disk.library.manifest(&id).or_else(|| empty().or_else(small).flatten()) {
                 Some(manifest) => _ = manifests.insert(id, manifest),

@@ -91,7 +91,8 @@ impl Crowds {
     /// Does anybody but `peer` watch one of these contents?
     pub(super) fn has_others(&self, contents: impl IntoIterator<Item = ContentId>, peer: PeerId) -> bool {
         let crowds = self.lock();
-        let mut watchers = contents.into_iter().filter_map(|id| crowds.get(&id)).flat_map(|crowd| crowd.watchers.values());
+        let mut watchers =
+            contents.into_iter().filter_map(|id| crowds.get(&id)).flat_map(|crowd| crowd.watchers.values());
         watchers.any(|other| other.peer != peer)
     }
 

@@ -20,7 +20,11 @@ from sprat.errors import Untrusted
 
 CHUNK = 1024
 """Length of BLAKE3's own chunk, a leaf of the tree, in bytes."""
-MIN_PIECE = 256 << 10
+MAX_SINGLE = 256 << 10
+"""The longest file that is one piece and has no piece hashes."""
+MIN_PIECE = 64 << 10
+COMMON_PIECE = 256 << 10
+ENOUGH_PIECES = 1024
 MAX_PIECES = 65_536
 MAX_SIZE = 1 << 40
 HASH = 32
@@ -179,9 +183,12 @@ def fold(hashes: Sequence[bytes]) -> bytes:
 
 
 def piece_length(size: int) -> int:
-    """256 KiB, doubled until 65,536 pieces are enough for a file of `size` bytes."""
-    length = MIN_PIECE
-    while size > length * MAX_PIECES:
+    """256 KiB for a file of at most that; else 64 KiB, doubled until 1,024 are enough for `size` bytes.
+
+    Once it is 256 KiB, until 65,536 are.
+    """
+    length = MAX_SINGLE if size <= MAX_SINGLE else MIN_PIECE
+    while size > length * (ENOUGH_PIECES if length < COMMON_PIECE else MAX_PIECES):
         length *= 2
     return length
 
