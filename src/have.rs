@@ -107,6 +107,19 @@ impl HaveMap {
         (0..self.n_pieces).filter(|i| !self.contains(*i))
     }
 
+    /// The pieces held that `before`, a map of the same content, did not hold, ascending; none if it held others.
+    pub fn added_since(&self, before: &Self) -> Option<Vec<u32>> {
+        let pairs = || (0..).zip(self.bits.iter().zip(&before.bits));
+        if self.n_pieces != before.n_pieces || pairs().any(|(_, (now, then))| then & !now != 0) {
+            return None;
+        }
+        let added = |(at, (now, then)): (u32, (&u8, &u8))| {
+            let new = now & !then;
+            (0..8).filter(move |bit| new >> bit & 1 == 1).map(move |bit| 8 * at + bit)
+        };
+        Some(pairs().flat_map(added).collect())
+    }
+
     fn clear_spare_bits(&mut self) {
         if let Some(last) = self.bits.last_mut() {
             *last &= last_byte_mask(self.n_pieces);
@@ -169,6 +182,14 @@ mod tests {
             prop_assert_eq!(union(&a, &a), a.clone());
             prop_assert_eq!(union(&a, &HaveMap::empty(n)), a.clone());
             prop_assert_eq!(union(&a, &HaveMap::full(n)), HaveMap::full(n));
+        }
+
+        #[test]
+        fn what_was_added_is_the_difference((n, [x, y, _]) in three_sets()) {
+            let (a, both) = (map(n, &x), map(n, &(&x | &y)));
+            prop_assert_eq!(both.added_since(&a), Some((&y - &x).into_iter().collect()));
+            prop_assert_eq!(a.added_since(&both).is_some(), y.is_subset(&x));
+            prop_assert_eq!(a.added_since(&HaveMap::full(n + 1)), None);
         }
 
         #[test]

@@ -74,13 +74,14 @@ impl Watching {
             let size = self.library.manifest(id).map_or(0, |manifest| manifest.layout().size());
             match (&have, told.have.take().flatten()) {
                 (None, _) => news.push(Change::Error(content_error(&ServeError::NotFound))),
-                (Some(Have::Partial(now)), Some(Have::Partial(before)))
-                    if before.iter().all(|piece| now.contains(piece)) =>
-                {
-                    let added: Vec<u32> = now.iter().filter(|piece| !before.contains(*piece)).collect();
-                    news.extend(deltas(&added).map(Change::Added));
+                (Some(Have::Partial(now)), before) => {
+                    let before =
+                        before.and_then(|before| if let Have::Partial(map) = before { Some(map) } else { None });
+                    match before.and_then(|before| now.added_since(&before)) {
+                        Some(added) => news.extend(deltas(&added).map(Change::Added)),
+                        None => news.push(Change::Have(HaveMap { size, ..now.into() })),
+                    }
                 }
-                (Some(Have::Partial(now)), _) => news.push(Change::Have(HaveMap { size, ..now.into() })),
                 (Some(Have::Complete), _) => {
                     news.push(Change::Have(HaveMap { size, complete: true, ..HaveMap::default() }));
                 }
