@@ -74,6 +74,12 @@ def remove(*paths):
     os.sync()
 
 
+def in_turn(tools, rep):
+    """All of them, each round another one first: what comes first may find a colder machine."""
+    tools = list(tools.items())
+    return tools[rep % len(tools):] + tools[:rep % len(tools)]
+
+
 def single(bench):
     """One source, one sink, one machine: sprat, curl from nginx, cp with and without fsync, in turn."""
     size = bench.options.mib * MIB
@@ -93,7 +99,7 @@ def single(bench):
         if server:
             tools["curl from nginx"] = lambda: (bench.command(fetch("payload", copy), place), server)
         for rep in bench.reps():
-            for tool, start in tools.items():
+            for tool, start in in_turn(tools, rep):
                 costs = bench.costs(*start())
                 payload.same_file(folder / "payload", copy)
                 bench.record(tool=tool, rep=rep, bytes=size, **costs)
@@ -127,7 +133,7 @@ def small(bench):
                     if daemon:
                         tools["rsync daemon"] = lambda: (
                             bench.command(fetch(f"{name}/".lstrip("/"), target), place), daemon)
-                    for tool, start in tools.items():
+                    for tool, start in in_turn(tools, rep):
                         (copy if tool == "sprat" else target).mkdir(parents=True)
                         costs = bench.costs(*start())
                         payload.same_tree(folder / name, target)
@@ -159,7 +165,7 @@ def wan(bench):
             if server:
                 tools["curl from nginx"] = lambda: (bench.command(fetch("payload", copy), far), server)
             for rep in bench.reps():
-                for tool, start in tools.items():
+                for tool, start in in_turn(tools, rep):
                     costs = bench.costs(*start())
                     payload.same_file(folder / "payload", copy)
                     bench.record(tool=tool, setting=setting, rep=rep, bytes=size, **costs)
