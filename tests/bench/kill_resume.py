@@ -8,6 +8,7 @@ code 1 at the first wrong byte, or if a download does not come to its end. The s
 import argparse
 import asyncio
 import collections
+import contextlib
 import os
 import pathlib
 import random
@@ -67,9 +68,12 @@ class SlowLink:
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """None of those that the kernel gives to outgoing connections meanwhile."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Story:

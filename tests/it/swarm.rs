@@ -11,6 +11,7 @@ use std::{
     net::TcpListener,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::atomic::{AtomicU16, Ordering},
     thread,
     time::Duration,
 };
@@ -29,9 +30,17 @@ pub fn skip(reason: &str) {
     let _ = writeln!(io::stderr(), "SKIPPED: {reason}");
 }
 
-/// A port that nobody listens on now.
+/// A port that nobody listens on, and that nobody is given meanwhile: not one of those that the kernel takes for outgoing
+/// connections and for listeners who do not mind, and each only once.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = u16::try_from(std::process::id() % 10).unwrap() * 1_000;
+    loop {
+        let port = 20_000 + (first + NEXT.fetch_add(1, Ordering::Relaxed)) % 10_000;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// A tracker and its peers.
