@@ -5,6 +5,7 @@
 //! handshake, preface, stream and connection has a limit and a deadline (`serve.rs`); Unix sockets serve the same user
 //! only, the operator port this machine only (`http.rs`); data never shares a connection with control.
 
+mod client_tls;
 mod dial;
 mod first_byte;
 mod http;

@@ -23,19 +23,20 @@ use rustls::{
 };
 use time::OffsetDateTime;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, BufReader},
+    io::{AsyncRead, AsyncWrite},
     net::{TcpStream, lookup_host},
     sync::watch,
     time::timeout,
 };
-use tokio_rustls::TlsConnector;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::{body::Body, service::Routes};
 use tower::Service;
 
 use super::{
-    Caller, Http2, Line, READ_BUFFER, connect_unix,
-    line::{Clock, Timed, Tuned},
+    Caller, Http2, Line,
+    client_tls::{ClientTls, Clock},
+    connect_unix,
+    line::Tuned,
     serve::serve_h2,
 };
 use crate::request::{self, RequestId};
@@ -228,21 +229,19 @@ async fn dial_one(
     let remote = stream.peer_addr().ok();
     stream.set_nodelay(true).map_err(unreachable)?;
     let clock = Clock::default();
-    let stream = Tuned::new(stream, Line::default(), clock.clone());
-    let stream = BufReader::with_capacity(READ_BUFFER, stream);
+    let stream = Tuned::new(stream, Line::default());
     let name = ServerName::try_from(name).map_err(|e| refused(e.to_string()))?;
     let shaking = Instant::now();
-    let tls = timeout(CONNECT, TlsConnector::from(config).connect(name, stream))
+    let tls = timeout(CONNECT, ClientTls::connect(stream, config, name, clock.clone()))
         .await
         .map_err(late)
         .and_then(|tls| tls)
         .map_err(|error| refused(explain(&error)))?;
-    if tls.get_ref().1.alpn_protocol() != Some(b"h2") {
+    if tls.protocol() != Some(b"h2") {
         return Err(refused("it does not speak HTTP/2: not a sprat".into()));
     }
     // A TLS 1.3 handshake takes one round trip, too, and a busy machine seldom delays both.
     let round_trip = round_trip.min(shaking.elapsed());
-    let tls = Timed { io: tls, clock: clock.clone() };
     let connection = Connection::over(tls, http2, remote).await;
     let connection = connection.map_err(|error| refused(format!("the connection broke: {error}")))?;
     Ok(Connection { round_trip, clock, ..connection })

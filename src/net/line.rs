@@ -12,10 +12,10 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicU64, Ordering},
+        atomic::{AtomicU8, Ordering},
     },
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use rustix::net::sockopt::set_tcp_congestion;
@@ -47,17 +47,16 @@ impl Line {
     }
 }
 
-/// A TCP connection that obeys its [`Line`] and knows how long it took to read.
+/// A TCP connection that obeys its [`Line`].
 pub(super) struct Tuned {
     stream: TcpStream,
     line: Line,
     applied: u8,
-    clock: Clock,
 }
 
 impl Tuned {
-    pub(super) fn new(stream: TcpStream, line: Line, clock: Clock) -> Self {
-        Self { stream, line, applied: UNKNOWN, clock }
+    pub(super) const fn new(stream: TcpStream, line: Line) -> Self {
+        Self { stream, line, applied: UNKNOWN }
     }
 
     fn tune(&mut self) {
@@ -75,10 +74,7 @@ impl Tuned {
 
 impl AsyncRead for Tuned {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let start = Instant::now();
-        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
-        self.clock.0.socket.fetch_add(nanos(start), Ordering::Relaxed);
-        polled
+        Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
@@ -110,70 +106,6 @@ impl AsyncWrite for Tuned {
     }
 }
 
-/// Tells the time that TLS takes to read from the time that the socket below it takes. Clones share it.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Clock(Arc<Times>);
-
-#[derive(Debug, Default)]
-struct Times {
-    socket: AtomicU64,
-    tls: AtomicU64,
-}
-
-impl Clock {
-    /// Time in TLS since this was last asked.
-    pub(super) fn take(&self) -> Duration {
-        Duration::from_nanos(self.0.tls.swap(0, Ordering::Relaxed))
-    }
-}
-
-fn nanos(since: Instant) -> u64 {
-    u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// TLS over a [`Tuned`] with the same clock.
-pub(super) struct Timed<I> {
-    pub(super) io: I,
-    pub(super) clock: Clock,
-}
-
-impl<I: AsyncRead + Unpin> AsyncRead for Timed<I> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let start = Instant::now();
-        let polled = Pin::new(&mut self.io).poll_read(cx, buf);
-        let times = &self.clock.0;
-        let tls = nanos(start).saturating_sub(times.socket.swap(0, Ordering::Relaxed));
-        times.tls.fetch_add(tls, Ordering::Relaxed);
-        polled
-    }
-}
-
-impl<I: AsyncWrite + Unpin> AsyncWrite for Timed<I> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use rustix::net::sockopt::tcp_congestion;
@@ -190,7 +122,7 @@ mod tests {
         let (near, far) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
         let (line, mut far) = (Line::default(), far.unwrap().0);
         let before = tcp_congestion(near.as_ref().unwrap()).unwrap();
-        let mut near = Tuned::new(near.unwrap(), line.clone(), Clock::default());
+        let mut near = Tuned::new(near.unwrap(), line.clone());
         near.write_all(b"a").await.unwrap();
         assert_eq!(tcp_congestion(&near.stream).unwrap(), before, "nothing is known yet");
         for (round_trip, name) in [(LONG, "bbr"), (LONG / 2, "cubic")] {

@@ -35,7 +35,7 @@ use tonic::service::Routes;
 use super::{
     CONTROL, Caller, Http2, READ_BUFFER,
     first_byte::FirstByte,
-    line::{Clock, Line, Tuned},
+    line::{Line, Tuned},
     rpc::answer,
 };
 use crate::{
@@ -190,12 +190,11 @@ impl Listener {
     ) -> io::Result<()> {
         stream.set_nodelay(true)?;
         let line = Line::default();
-        let (tls, routes) =
-            timeout(HANDSHAKE, self.handshake(Tuned::new(stream, line.clone(), Clock::default()), handshakes))
-                .await
-                .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no TLS handshake within 5 s"))
-                .and_then(|shaken| shaken)
-                .inspect_err(|_| metrics::HANDSHAKES_FAILED.one())?;
+        let (tls, routes) = timeout(HANDSHAKE, self.handshake(Tuned::new(stream, line.clone()), handshakes))
+            .await
+            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no TLS handshake within 5 s"))
+            .and_then(|shaken| shaken)
+            .inspect_err(|_| metrics::HANDSHAKES_FAILED.one())?;
         let session = tls.get_ref().1;
         if session.alpn_protocol() != Some(b"h2") {
             return Err(io::Error::other("the client does not speak HTTP/2"));
