@@ -59,6 +59,8 @@ pub struct Storage {
     manifest: Manifest,
     part: Mutex<Option<Arc<PartFile>>>,
     ledger: Mutex<Ledger>,
+    /// Held while a piece is written.
+    turn: Mutex<()>,
     /// Something ended that somebody may wait for.
     ended: Condvar,
     /// What the journal on disk was closed with. Held while the journal is written.
@@ -98,6 +100,7 @@ impl Storage {
             manifest,
             part: Mutex::default(),
             ledger: Mutex::new(Ledger::new(nothing.clone(), nothing.clone())),
+            turn: Mutex::default(),
             ended: Condvar::new(),
             closed: Mutex::default(),
             is_closed: AtomicBool::new(false),
@@ -193,7 +196,11 @@ impl Storage {
         let part = self.part()?;
         self.reopen(&part)?;
         let Some(n_failed) = self.admit(&part, i, len)? else { return Ok(()) };
-        let written = part.file().write_all_at(piece.bytes(), piece.offset());
+        let written = {
+            // The kernel lets one write to a file at a time and has the others spin.
+            let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+            part.file().write_all_at(piece.bytes(), piece.offset())
+        };
         let mut ledger = self.lock();
         let counts = ledger.end_write(i, len, n_failed, written.is_ok());
         let is_full = ledger.is_full();

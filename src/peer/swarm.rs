@@ -24,6 +24,7 @@ mod landing;
 mod session;
 mod work;
 
+use self::landing::Crew;
 pub use self::work::Work;
 use super::{
     account::{Account, Accounts, State},
@@ -105,6 +106,8 @@ pub struct Swarm {
     waiting: AtomicU32,
     /// Where the time goes.
     spent: Arc<Spent>,
+    /// Who verifies and writes.
+    crew: Arc<Crew>,
 }
 
 impl Swarm {
@@ -145,6 +148,7 @@ impl Swarm {
             fetched,
             resumed,
             waiting,
+            crew: Crew::new(spent.clone()),
             spent,
         }
     }

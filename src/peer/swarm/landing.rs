@@ -1,5 +1,5 @@
 //! From the network to the disk: while a claim's bytes come in, the pieces that are whole are verified and written beside
-//! it, each in one go on the blocking pool.
+//! it, each in one go, by a crew of a thread for each core.
 //!
 //! Invariant: a lane reads on only while less than [`IN_FLIGHT`] is being verified or written for it (or a single piece),
 //! so memory is bounded by lanes x that, plus a piece each that is being put together. Of a source that is not proven it
@@ -7,12 +7,12 @@
 //! what the lane holds once it is written, so one that was under way when the lane ended is given back.
 
 use std::{
-    sync::{Arc, Mutex, atomic::Ordering},
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, atomic::Ordering},
     time::{Duration, Instant},
 };
 
-use futures_util::{StreamExt, stream::FuturesUnordered};
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::{sync::Notify, task::spawn_blocking};
 
 use super::{Swarm, held::Held};
 use crate::{
@@ -47,53 +47,122 @@ enum Failed {
     Disk(StorageError, VerifiedPiece),
 }
 
-/// The pieces of a lane that are on their way.
+/// Pieces to be verified and written, each with its content and that content's position in the batch.
+type Cargo = Vec<(usize, Arc<Storage>, Arrived)>;
+
+/// Threads that verify and write for all lanes of a batch; there are none while there is nothing to do.
+pub(super) struct Crew {
+    spent: Arc<Spent>,
+    most: usize,
+    work: Mutex<Queue>,
+}
+
 #[derive(Default)]
+struct Queue {
+    waiting: VecDeque<(Cargo, Arc<Quay>)>,
+    at_work: usize,
+}
+
+/// Where a lane finds what became of its pieces.
+#[derive(Default)]
+struct Quay {
+    landed: Mutex<Vec<Landed>>,
+    changed: Notify,
+}
+
+impl Crew {
+    pub(super) fn new(spent: Arc<Spent>) -> Arc<Self> {
+        let most = std::thread::available_parallelism().map_or(2, |cores| cores.get().max(2));
+        Arc::new(Self { spent, most, work: Mutex::default() })
+    }
+
+    fn take_on(self: &Arc<Self>, cargo: Cargo, quay: Arc<Quay>) {
+        {
+            let mut work = lock(&self.work);
+            work.waiting.push_back((cargo, quay));
+            if work.at_work == self.most {
+                return;
+            }
+            work.at_work += 1;
+        }
+        let this = self.clone();
+        spawn_blocking(move || this.work());
+    }
+
+    fn work(&self) {
+        loop {
+            let (cargo, quay) = {
+                let mut work = lock(&self.work);
+                let Some(next) = work.waiting.pop_front() else {
+                    work.at_work -= 1;
+                    return;
+                };
+                next
+            };
+            let land = |(at, storage, piece): (usize, Arc<Storage>, Arrived)| {
+                let (len, index) = (piece.size(), piece.piece());
+                Landed { at, index, len, done: land(&storage, piece, &self.spent) }
+            };
+            let landed: Vec<_> = cargo.into_iter().map(land).collect();
+            lock(&quay.landed).extend(landed);
+            quay.changed.notify_one();
+        }
+    }
+}
+
+fn lock<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
+    what.lock().expect("no panic while the lock is held")
+}
+
+/// The pieces of a lane that are on their way.
 struct Landing {
+    crew: Arc<Crew>,
+    quay: Arc<Quay>,
     /// The source has sent a good piece.
     is_proven: bool,
-    jobs: FuturesUnordered<JoinHandle<Vec<Landed>>>,
     /// Small pieces that wait for company: one hop for each would cost more than hashing them.
-    waiting: Vec<(usize, Arc<Storage>, Arrived)>,
+    waiting: Cargo,
     waiting_bytes: usize,
+    /// Of all that have not landed.
     bytes: usize,
 }
 
 impl Landing {
+    fn new(crew: &Arc<Crew>, is_proven: bool) -> Self {
+        let (crew, quay) = (crew.clone(), Arc::default());
+        Self { crew, quay, is_proven, waiting: vec![], waiting_bytes: 0, bytes: 0 }
+    }
+
     const fn has_room(&self) -> bool {
         self.bytes < if self.is_proven { IN_FLIGHT } else { 1 }
     }
 
-    fn add(&mut self, at: usize, storage: Arc<Storage>, piece: Arrived, spent: &Arc<Spent>) {
+    fn add(&mut self, at: usize, storage: Arc<Storage>, piece: Arrived) {
         self.bytes += piece.size();
         self.waiting_bytes += piece.size();
         self.waiting.push((at, storage, piece));
         if self.waiting_bytes >= TOGETHER {
-            self.start(spent);
+            self.start();
         }
     }
 
     /// Nothing more comes at once: whatever waits begins.
-    fn start(&mut self, spent: &Arc<Spent>) {
-        let (pieces, spent) = (std::mem::take(&mut self.waiting), spent.clone());
+    fn start(&mut self) {
         self.waiting_bytes = 0;
-        self.jobs.push(spawn_blocking(move || {
-            let land = |(at, storage, piece): (usize, Arc<Storage>, Arrived)| {
-                let (len, index) = (piece.size(), piece.piece());
-                Landed { at, index, len, done: land(&storage, piece, &spent) }
-            };
-            pieces.into_iter().map(land).collect()
-        }));
+        self.crew.take_on(std::mem::take(&mut self.waiting), self.quay.clone());
     }
 
+    /// What has landed; `None` if nothing is on its way. Dropping the future loses nothing.
     async fn next(&mut self) -> Option<Vec<Landed>> {
-        loop {
-            // A job fails only when the pool is shutting down, and we with it.
-            if let Ok(landed) = self.jobs.next().await? {
+        while self.bytes > self.waiting_bytes {
+            let landed = std::mem::take(&mut *lock(&self.quay.landed));
+            if !landed.is_empty() {
                 self.bytes -= landed.iter().map(|landed| landed.len).sum::<usize>();
                 return Some(landed);
             }
+            self.quay.changed.notified().await;
         }
+        None
     }
 }
 
@@ -125,7 +194,7 @@ impl Swarm {
             self.until_proven(source.id).await;
         }
         let is_proven = self.account(source.id, |account| account.is_proven);
-        let mut landing = Landing { is_proven, ..Landing::default() };
+        let mut landing = Landing::new(&self.crew, is_proven);
         let mut ended = None;
         loop {
             let (waiting, stage) = (Instant::now(), if landing.has_room() { Stage::Network } else { Stage::Full });
@@ -146,7 +215,7 @@ impl Swarm {
                 }
                 event = fetch.next(), if ended.is_none() && landing.has_room() => event,
                 () = std::future::ready(()), if !landing.waiting.is_empty() => {
-                    landing.start(&self.spent);
+                    landing.start();
                     continue;
                 }
                 else => break,
@@ -160,7 +229,7 @@ impl Swarm {
                         held.settle(number);
                         self.waste(source.id, piece.size() as u64);
                     } else {
-                        landing.add(at, self.work[at].storage.clone(), piece, &self.spent);
+                        landing.add(at, self.work[at].storage.clone(), piece);
                     }
                 }
                 Ok(Some(Event::Missing(range, done, why))) => {
