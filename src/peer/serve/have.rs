@@ -47,11 +47,12 @@ impl Watching {
     pub(super) async fn run(self, contents: Vec<ContentId>) {
         let (mut haves, mut crowd) = (self.library.haves(), self.crowds.changed());
         let mut told: Vec<Told> = contents.iter().map(|_| Told::default()).collect();
+        let mut is_other_crowd = true;
         loop {
             haves.mark_unchanged();
             crowd.mark_unchanged();
             for ((index, id), told) in (0..).zip(&contents).zip(&mut told) {
-                for change in self.news(id, told) {
+                for change in self.news(id, told, is_other_crowd) {
                     let message = WatchHaveResponse { index, change: Some(change) };
                     if self.sender.send_timeout(Ok(message), NO_PROGRESS).await.is_err() {
                         return;
@@ -64,10 +65,11 @@ impl Watching {
                 () = self.sender.closed() => return,
             }
             sleep(GATHER).await;
+            is_other_crowd = crowd.has_changed().unwrap_or(true);
         }
     }
 
-    fn news(&self, id: &ContentId, told: &mut Told) -> Vec<Change> {
+    fn news(&self, id: &ContentId, told: &mut Told, is_other_crowd: bool) -> Vec<Change> {
         let mut news = vec![];
         let have = self.library.have(id);
         if told.have.as_ref() != Some(&have) {
@@ -87,6 +89,9 @@ impl Watching {
                 }
             }
             told.have = Some(have);
+        }
+        if !is_other_crowd {
+            return news;
         }
         for other in self.watch.others(id) {
             let is_known = told.peers.get(&other.peer).is_some_and(|known| known.addresses == other.addresses);

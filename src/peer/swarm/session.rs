@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::{FutureExt, TryStreamExt, stream::FuturesUnordered};
 use tokio::time::{sleep, timeout};
 
 use super::{Report, Swarm, held::Held, work};
@@ -87,14 +88,16 @@ impl Swarm {
         let _at_work = AtWork::begin(&self.n_at_work);
         let n_lanes = LANES * source.connections();
         self.known(peer, |known| known.has_told = false);
-        let lanes = futures_util::future::try_join_all((0..n_lanes).map(|lane| self.lane(lane, &source, key, pace)));
-        let ended = tokio::select! {
-            // Before the first claim: a source promises first copies to those who watch.
-            biased;
-            Err(error) = self.watch(&source, key) => Err(error),
-            ended = lanes => ended.map(drop),
-        };
-        ended.map(|()| source)
+        // The watch begins before the first claim: a source promises first copies to those who watch. Only who is woken is
+        // polled, which counts where pieces trickle in from many sources.
+        let watch = self.watch(&source, key).map(|ended| ended.map(|never| match never {}));
+        let mut at_work = FuturesUnordered::from_iter([watch.boxed()]);
+        at_work.extend((0..n_lanes).map(|lane| self.lane(lane, &source, key, pace).boxed()));
+        for _ in 0..n_lanes {
+            at_work.try_next().await?;
+        }
+        drop(at_work);
+        Ok(source)
     }
 
     async fn lane(&self, lane: usize, source: &Source, key: SourceKey, pace: &Mutex<Pace>) -> Result<(), SourceError> {
