@@ -369,7 +369,8 @@ mod tests {
         }
     }
 
-    /// Both ends of a line that holds `line` bytes.
+    /// Both ends of a line that holds `line` bytes; a socket always has room for the few that are said in the middle of a
+    /// handshake.
     async fn connected(line: usize) -> (ClientTls<DuplexStream>, TlsStream<DuplexStream>) {
         let (ends, (near, far)) = (ends(), duplex(line));
         let name = ServerName::try_from("it").unwrap();
@@ -381,9 +382,8 @@ mod tests {
     #[tokio::test]
     async fn bytes_pass_both_ways_over_lines_of_any_length() {
         let sent: Vec<u8> = (0..300_000_u32).map(|i| (i % 251).to_le_bytes()[0]).collect();
-        for line in [1, 1000, 20_000, 1 << 20] {
+        for line in [64, 1000, 20_000, 1 << 20] {
             let (near, far) = connected(line).await;
-            let sent = if line == 1 { &sent[..20_000] } else { &sent };
             let (mut far_in, mut far_out) = tokio::io::split(far);
             let echo = async {
                 tokio::io::copy(&mut far_in, &mut far_out).await.unwrap();

@@ -16,7 +16,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{
     account::{Accounts, State},
     membership::Membership,
-    source::{Source, SourceError},
+    source::{Begun, Opening, Source, SourceError},
     tracker_client::TrackerClient,
 };
 use crate::{
@@ -202,8 +202,21 @@ async fn follow(
     Ok(())
 }
 
-/// Learns the manifests of all `contents`, asking a few sources side by side; keeps the connections made. Those that sent
-/// a wrong one are given up, and named in `liars` with what was wrong.
+/// What comes of [`learn`] besides.
+pub struct Learning<'a> {
+    /// Connections, old and new.
+    pub connected: &'a mut HashMap<PeerId, Source>,
+    /// What the sources are known for.
+    pub accounts: &'a Accounts,
+    /// Those that sent a wrong manifest, with what was wrong: they are given up.
+    pub liars: Vec<(PeerId, String)>,
+    /// What the first one asked that holds it all may be asked for as well, and then was.
+    pub opening: Option<Opening>,
+    /// See `opening`.
+    pub begun: Option<Begun>,
+}
+
+/// Learns the manifests of all `contents`, asking a few sources side by side.
 ///
 /// # Errors
 /// [`Exit::NoSource`] or [`Exit::Integrity`] if there is a content whose manifest nobody can prove.
@@ -211,9 +224,7 @@ pub async fn learn(
     membership: &Arc<Membership>,
     contents: &[ContentId],
     found: &Found,
-    connected: &mut HashMap<PeerId, Source>,
-    accounts: &Accounts,
-    liars: &mut Vec<(PeerId, String)>,
+    learning: &mut Learning<'_>,
 ) -> Result<HashMap<ContentId, Manifest>> {
     let mut manifests = HashMap::new();
     let mut waiting: Vec<PeerId> = found.peers().collect();
@@ -234,24 +245,26 @@ pub async fn learn(
             let missing = contents.iter().filter(held).filter(|id| !manifests.contains_key(*id));
             let missing: Vec<_> = missing.take(MAX_CONTENTS).copied().collect();
             if !missing.is_empty() {
-                let connected = connected.remove(&peer).filter(|source| !source.is_closed());
-                asked.push(ask(membership, peer, addresses, connected, missing));
+                let connected = learning.connected.remove(&peer).filter(|source| !source.is_closed());
+                let opening = learning.opening.take_if(|opening| complete.contains(&opening.id));
+                asked.push(ask(membership, peer, addresses, connected, (missing, opening)));
             }
         }
         let Some((peer, outcome)) = asked.next().await else { break };
         match outcome {
-            Ok((source, learnt)) => {
-                connected.insert(peer, source);
+            Ok((source, learnt, begun)) => {
+                learning.connected.insert(peer, source);
+                learning.begun = begun.or_else(|| learning.begun.take());
                 manifests.extend(learnt.into_iter().map(|manifest| (manifest.id(), manifest)));
             }
             Err(error) => {
                 tracing::debug!(%peer, "asking for manifests: {error}");
-                let mut accounts = accounts.lock().expect("no panic while the lock is held");
+                let mut accounts = learning.accounts.lock().expect("no panic while the lock is held");
                 let account = accounts.entry(peer).or_default();
                 account.trouble = error.to_string();
                 if matches!(error, SourceError::Lied(_)) {
                     (account.lies, account.state) = (account.lies + 1, State::Gone);
-                    liars.push((peer, error.to_string()));
+                    learning.liars.push((peer, error.to_string()));
                 }
                 trouble.push((peer, error));
             }
@@ -275,15 +288,16 @@ async fn ask(
     peer: PeerId,
     addresses: &[String],
     connected: Option<Source>,
-    ids: Vec<ContentId>,
-) -> (PeerId, Result<(Source, Vec<Manifest>), SourceError>) {
+    (ids, opening): (Vec<ContentId>, Option<Opening>),
+) -> (PeerId, Result<(Source, Vec<Manifest>, Option<Begun>), SourceError>) {
     let answer = async {
         let source = match connected {
             Some(source) => source,
             None => Source::connect(membership, peer, addresses).await?,
         };
+        let begun = opening.and_then(|opening| source.begin(&opening));
         let manifests = source.manifests(&ids).await?;
-        Ok((source, manifests.into_iter().flatten().collect()))
+        Ok((source, manifests.into_iter().flatten().collect(), begun))
     };
     (peer, answer.await)
 }

@@ -128,6 +128,11 @@ impl Pace {
         Self { fixed, ..Self::new(piece_len) }
     }
 
+    /// Another one for the same pieces, of which nothing is known.
+    pub fn fresh(&self) -> Self {
+        Self::fixed(self.piece_len, self.fixed)
+    }
+
     /// A request goes out. Give what it returns to [`Self::on_chunk`], and in the end, however it ends, to [`Self::end`].
     pub fn begin(&mut self, now: Instant) -> Flight {
         self.count_to(now);

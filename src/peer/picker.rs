@@ -32,6 +32,7 @@ mod simulation;
 
 use crate::have::HaveMap;
 use board::{Board, Have};
+use choose::RACE_MIN_GAIN;
 use claims::LATE_SLACK;
 use piece_set::PieceSet;
 use std::collections::BTreeMap;
@@ -105,6 +106,8 @@ struct Source {
     is_receiver: bool,
     /// The piece after its last claim.
     cursor: Option<u32>,
+    /// What a race has to gain.
+    race_gain: Duration,
     /// It had none of the free pieces when the board had freed so many, and got none since.
     idle_since: Option<u64>,
 }
@@ -354,6 +357,7 @@ impl Source {
             is_receiver: false,
             cursor: None,
             idle_since: None,
+            race_gain: RACE_MIN_GAIN,
         }
     }
 
@@ -435,6 +439,50 @@ mod tests {
         pub(super) fn millis(&mut self, up_to: u32) -> Duration {
             Duration::from_millis(self.below(up_to).into())
         }
+    }
+
+    #[test]
+    fn what_was_asked_for_before_becomes_a_claim_if_it_is_free() {
+        let now = Instant::now();
+        let mut picker = Picker::new(10, 1);
+        picker.set_have(A, &HaveMap::full(10));
+        picker.set_have(B, &map(10, [0]));
+        picker.mark_done(9);
+        assert!(!picker.adopt(A, &[8, 9], SECOND, now), "one is done");
+        assert!(!picker.adopt(A, &[9, 10], SECOND, now), "one is none");
+        assert!(!picker.adopt(B, &[0, 1], SECOND, now), "one it has not");
+        assert!(!picker.adopt(C, &[0], SECOND, now), "nobody knows it");
+        assert!(picker.adopt(A, &[0, 1], SECOND, now));
+        assert!(!picker.adopt(B, &[0], SECOND, now), "somebody else's");
+        picker.board.check();
+        assert_eq!(claim(&mut picker, A, 2, now), [2, 3], "it goes on from there");
+        picker.release(A, &[0]);
+        assert_eq!(claim(&mut picker, B, 1, now), [0]);
+    }
+
+    #[test]
+    fn a_connection_that_is_stuck_is_helped_by_the_one_beside_it() {
+        let mut now = Instant::now();
+        let beside = |picker: &mut Picker, now| picker.next_beside(A, B, (4, SECOND / 10 * 4), now);
+        let mut picker = Picker::new(8, 1);
+        assert_eq!(beside(&mut picker, now), Next::Wait(None), "of nobody");
+        picker.set_have(A, &HaveMap::full(8));
+        let first = claim(&mut picker, A, 4, now);
+        let Next::Claim(second) = beside(&mut picker, now) else { panic!("there are four more") };
+        assert_eq!(first.iter().chain(&second).collect::<BTreeSet<_>>().len(), 8);
+        second.iter().for_each(|piece| _ = picker.received(B, *piece));
+        assert!(matches!(beside(&mut picker, now), Next::Wait(_)), "they share a line: no race for little");
+        now += 10 * SECOND;
+        assert!(matches!(beside(&mut picker, now), Next::Steal(_)));
+        picker.board.check();
+        picker.release(B, &first);
+        let until = picker.bad_piece(A, now);
+        assert_eq!(beside(&mut picker, now), Next::Wait(None), "a ban is the source's");
+        now = until;
+        assert!(matches!(next(&mut picker, A, 4, now), Next::Claim(_)));
+        assert_eq!(beside(&mut picker, now), Next::Wait(None), "and so is its probation");
+        picker.remove_source(A);
+        assert_eq!(beside(&mut picker, now), Next::Wait(None));
     }
 
     #[test]

@@ -9,14 +9,17 @@ use bytes::Bytes;
 use tokio::time::timeout;
 use tonic::Status;
 
+mod begun;
 mod fetch;
 mod have;
 mod links;
 
 use self::links::Links;
 pub use self::{
+    begun::{Begun, Opening},
     fetch::{Arrived, Event, Fetch, Wanted},
     have::{HaveWatch, News},
+    links::CONNECTIONS,
 };
 use super::membership::Membership;
 use crate::{
@@ -93,7 +96,7 @@ impl Source {
     /// Connections that are worth using side by side: several over a long line.
     #[must_use]
     pub fn connections(&self) -> usize {
-        if self.links.first().round_trip() >= net::LONG { links::CONNECTIONS } else { 1 }
+        if self.links.first().round_trip() >= net::LONG { CONNECTIONS as usize } else { 1 }
     }
 
     /// The address in use.

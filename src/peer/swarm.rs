@@ -32,7 +32,7 @@ use super::{
     membership::Membership,
     pace::{Fixed, Pace},
     picker::{Picker, SourceKey},
-    source::{Source, SourceError},
+    source::{Begun, CONNECTIONS, Source, SourceError},
     spent::Spent,
     storage::StorageError,
 };
@@ -45,6 +45,16 @@ const MAX_LIES: u32 = 3;
 
 /// This machine, as a source.
 const LOCAL: SourceKey = SourceKey(0);
+
+/// The key of a source from that of one of its connections, of which the first has the same.
+const fn source_of(key: SourceKey) -> SourceKey {
+    SourceKey(key.0 - key.0.saturating_sub(1) % CONNECTIONS)
+}
+
+/// The key of a source's connection.
+fn connection_of(source: SourceKey, connection: usize) -> SourceKey {
+    SourceKey(source.0.saturating_add(u32::try_from(connection).unwrap_or(0) % CONNECTIONS))
+}
 
 /// Something that the batch's owner acts on.
 pub enum Report {
@@ -183,8 +193,9 @@ impl Swarm {
 
     fn known<T>(&self, peer: PeerId, change: impl FnOnce(&mut Known) -> T) -> T {
         let mut known = self.known.lock().expect("no panic while the lock is held");
-        // The first key is that of this machine.
-        let next = SourceKey(u32::try_from(known.len() + 1).unwrap_or(u32::MAX));
+        // The first key is that of this machine; those that follow one are for further connections.
+        let next =
+            SourceKey(u32::try_from(known.len()).unwrap_or(u32::MAX).saturating_mul(CONNECTIONS).saturating_add(1));
         change(known.entry(peer).or_insert_with(|| Known {
             key: next,
             wake: Arc::default(),
@@ -217,16 +228,17 @@ impl Swarm {
     }
 
     /// Works with one source until the batch is done or the source is of no more use; gives back the connection if it is
-    /// good. `connected` saves a handshake.
+    /// good. `connected` saves a handshake, and what it was asked for already two round trips.
     pub async fn work_with(
         &self,
         peer: PeerId,
         addresses: Vec<String>,
-        mut connected: Option<Source>,
+        mut connected: Option<(Source, Option<Begun>)>,
     ) -> Option<Source> {
         let key = self.known(peer, |known| known.key);
         let mut backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(8));
-        let pace = Mutex::new(Pace::fixed(self.mean_piece_len(), self.fixed));
+        let begun = connected.as_ref().and_then(|(_, begun)| Some(begun.as_ref()?.pace.clone()));
+        let pace = begun.unwrap_or_else(|| Arc::new(Mutex::new(Pace::fixed(self.mean_piece_len(), self.fixed))));
         loop {
             let before = self.account(peer, |account| account.bytes);
             let outcome = self.session(peer, key, &addresses, connected.take(), &pace).await;

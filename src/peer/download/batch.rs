@@ -18,15 +18,16 @@ use tokio::{
 
 use super::{Job, Run, blocking};
 use crate::{
-    content::{ContentId, MAX_SINGLE, Manifest},
+    content::{ContentId, Layout, MAX_SINGLE, Manifest},
     exit::{Exit, Failed},
     identity::PeerId,
     peer::{
         account::{Account, State},
-        find::{Finder, learn},
+        find::{Finder, Learning, learn},
+        limit::Rates,
         progress::{Happening, Progress},
         reuse::LocalPiece,
-        source::Source,
+        source::{Opening, Source},
         swarm::{Report, Swarm, Work},
         targets::{Opened, Want, explain},
     },
@@ -105,20 +106,24 @@ impl Run {
             }
         }
         if !unknown.is_empty() {
-            let (membership, accounts) = (&self.get.membership, &self.progress.accounts);
-            let mut liars = vec![];
+            let membership = &self.get.membership;
+            let opening = self.opening(jobs, &unknown);
+            let (connected, accounts) = (&mut self.connected, &self.progress.accounts);
+            let mut learning = Learning { connected, accounts, liars: vec![], opening, begun: None };
             // Those that the caller named will do, if they answer.
             let told = match self.found.covers(unknown.iter()) {
-                true => learn(membership, &unknown, &self.found, &mut self.connected, accounts, &mut liars).await.ok(),
+                true => learn(membership, &unknown, &self.found, &mut learning).await.ok(),
                 false => None,
             };
             let learnt = match told {
                 Some(learnt) => Ok(learnt),
                 None => {
                     finder.current(&mut self.found).await?;
-                    learn(membership, &unknown, &self.found, &mut self.connected, accounts, &mut liars).await
+                    learn(membership, &unknown, &self.found, &mut learning).await
                 }
             };
+            let Learning { liars, begun, .. } = learning;
+            self.begun = begun;
             for (peer, why) in liars {
                 let text = format!("source {}: given up: {why}", peer.short());
                 self.tell(Happening::Note(Some(peer), text)).await;
@@ -126,6 +131,15 @@ impl Run {
             manifests.extend(learnt?);
         }
         Ok(manifests)
+    }
+
+    /// What a far source may be asked for together with the manifest: the first long content, unless a limit has a say in
+    /// when it comes.
+    fn opening(&self, jobs: &[Job], unknown: &[ContentId]) -> Option<Opening> {
+        let job = jobs.iter().find(|job| unknown.contains(&job.want.id) && job.want.size > MAX_SINGLE.into())?;
+        let layout = Layout::new(job.want.size).ok().filter(|_| self.get.limit.rates() == Rates::default())?;
+        let here = (self.get.here.addresses.clone(), self.get.here.port);
+        Some(Opening { id: job.want.id, layout, here })
     }
 
     /// Opens the `.part` of every content; corrects the totals, which the listing may have stated wrongly.
@@ -237,6 +251,7 @@ impl Fetching<'_> {
                 continue;
             }
             let connected = self.run.connected.remove(&peer).filter(|source| !source.is_closed());
+            let connected = connected.map(|source| (source, self.run.begun.take_if(|begun| begun.peer == peer)));
             let (swarm, addresses) = (self.swarm.clone(), candidate.addresses.clone());
             self.workers.spawn(carried(async move { (peer, swarm.work_with(peer, addresses, connected).await) }));
         }

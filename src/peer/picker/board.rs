@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 const RARITY_CLASSES: usize = 16;
 
 /// What a source has.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Have {
     /// Every piece; without a set, because most sources are complete.
     All,

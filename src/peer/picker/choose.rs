@@ -3,7 +3,7 @@
 //! Invariant: what is handed out is had by the source, and claimed for it before anybody else is asked.
 
 use super::board::{Among, Have};
-use super::{Next, Picker, Source, SourceKey};
+use super::{MAX_PIECE_TIME, Next, Offences, Picker, Source, SourceKey};
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -11,7 +11,10 @@ use std::time::{Duration, Instant};
 /// A race must bring the piece in less than its owner's remaining time divided by this ...
 const RACE_FACTOR: u32 = 2;
 /// ... and gain more than this, or it is not worth the double bytes.
-const RACE_MIN_GAIN: Duration = Duration::from_millis(100);
+pub(super) const RACE_MIN_GAIN: Duration = Duration::from_millis(100);
+/// ... or than this, if a source has several connections: those share a line, and what one wins the others lose, unless
+/// one is stuck.
+const RACE_BESIDE_GAIN: Duration = Duration::from_millis(400);
 /// A promised piece is not asked of a complete source for so many times what one takes there, within bounds.
 const HOLD_PIECES: u32 = 4;
 /// All receivers together ask a complete source for one free piece in so many at once ...
@@ -20,7 +23,43 @@ const SPREAD: u32 = 16;
 const LEAST_SPREAD: u32 = 16;
 const SHORTEST_HOLD: Duration = Duration::from_millis(500);
 const LONGEST_HOLD: Duration = Duration::from_secs(10);
+
 impl Picker {
+    /// Work for a further connection of `source`, as [`next`](Self::next) finds it: it has what the source has, and a speed
+    /// and claims of its own as `key`, so that what waits on a slow one is fetched over another. It makes nothing less rare.
+    pub fn next_beside(
+        &mut self,
+        source: SourceKey,
+        key: SourceKey,
+        (max_pieces, expected): (u32, Duration),
+        now: Instant,
+    ) -> Next {
+        if self.is_done() {
+            return Next::Done;
+        }
+        let is_doubtful = |offences: &Offences| offences.on_probation || now < offences.banned_until;
+        let is_doubtful = self.offences.get(&source).is_some_and(is_doubtful);
+        let Some(first) = self.sources.get_mut(&source).filter(|_| !is_doubtful) else { return Next::Wait(None) };
+        first.race_gain = RACE_BESIDE_GAIN;
+        let have = first.have.clone();
+        let beside = self.sources.entry(key).or_insert_with(|| Source::new(have.clone()));
+        (beside.have, beside.idle_since, beside.race_gain) = (have, None, RACE_BESIDE_GAIN);
+        self.next(key, max_pieces, expected, now)
+    }
+
+    /// The source was asked for these pieces before this picker was there to say so: they are its claim now, unless one of
+    /// them is done or somebody else's. False if they are not.
+    pub fn adopt(&mut self, key: SourceKey, pieces: &[u32], expected: Duration, now: Instant) -> bool {
+        let is_free = |piece: &u32| !self.has(*piece) && self.owners(*piece).next().is_none();
+        let n = u32::try_from(pieces.len()).unwrap_or(u32::MAX).max(1);
+        let has = |source: &Source| source.counted && pieces.iter().all(|piece| source.have.contains(*piece));
+        let fits = pieces.iter().all(|piece| *piece < self.board.n_pieces() && is_free(piece));
+        let Some(source) = self.sources.get_mut(&key).filter(|source| fits && has(source)) else { return false };
+        source.piece_time = (expected / n).clamp(Duration::from_nanos(1), MAX_PIECE_TIME);
+        self.claim(key, pieces, now);
+        true
+    }
+
     /// What the source shall do about the free pieces that it has; none if there are none.
     pub(super) fn free_for(&mut self, key: SourceKey, max_pieces: u32, start: u32, now: Instant) -> Option<Next> {
         let source = &self.sources[&key];
@@ -117,7 +156,7 @@ impl Picker {
         // The uplink of a source that many receivers want is worth more than a piece sooner for one of them.
         let is_wanted_by_many = matches!(source.have, Have::All) && self.n_receivers() > 0;
         if self.board.is_tail() && !is_wanted_by_many {
-            let more_than = (needs + source.piece_time) * RACE_FACTOR + RACE_MIN_GAIN;
+            let more_than = (needs + source.piece_time) * RACE_FACTOR + source.race_gain;
             let slow = self.board.claims().slow(now, more_than, limit, fits).into_iter();
             candidates.extend(slow.map(|(left, piece)| (Reverse(left), piece)));
         }
@@ -128,7 +167,7 @@ impl Picker {
         let share = self.fair_share(key, now).max(1) as usize;
         for (Reverse(left), piece) in candidates.into_iter().take(limit.min(share)) {
             needs += source.piece_time;
-            if left <= needs * RACE_FACTOR + RACE_MIN_GAIN {
+            if left <= needs * RACE_FACTOR + source.race_gain {
                 break;
             }
             picked.push(piece);

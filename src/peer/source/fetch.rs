@@ -9,7 +9,7 @@
 use std::{
     future::poll_fn,
     pin::Pin,
-    sync::{Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard},
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -26,7 +26,7 @@ use super::{
     FIRST_ANSWER, Source, SourceError,
 };
 use crate::{
-    content::{Manifest, PieceIndex, VerifiedPiece},
+    content::{ContentId, Layout, Manifest, PieceIndex, VerifiedPiece},
     identity::PeerId,
     metrics,
     net::Incoming,
@@ -43,10 +43,12 @@ const PATH: &str = "/sprat.v1.ChunkService/GetChunks";
 const TICK: Duration = Duration::from_secs(1);
 
 /// What is asked for: consecutive pieces of one content.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Wanted {
     /// Of which content.
-    pub manifest: Manifest,
+    pub id: ContentId,
+    /// Its size and pieces, as far as the caller knows: a source that knows better says so.
+    pub layout: Layout,
     /// The first one.
     pub first: PieceIndex,
     /// How many.
@@ -68,7 +70,6 @@ pub enum Event {
 pub struct Arrived {
     /// Position of the range in the claim.
     pub range: usize,
-    manifest: Manifest,
     piece: PieceIndex,
     bytes: Bytes,
 }
@@ -89,10 +90,10 @@ impl Arrived {
     /// Hashes it, which takes a twentieth of a millisecond for 64 KiB.
     ///
     /// # Errors
-    /// [`SourceError::BadPiece`] if these are not the bytes of that piece.
-    pub fn verify(self) -> Result<VerifiedPiece, SourceError> {
+    /// [`SourceError::BadPiece`] if these are not the bytes of that piece of the content that `manifest` describes.
+    pub fn verify(self, manifest: &Manifest) -> Result<VerifiedPiece, SourceError> {
         let len = self.bytes.len() as u64;
-        self.manifest.verify(self.piece, self.bytes).map_err(|e| SourceError::BadPiece(e.to_string(), len))
+        manifest.verify(self.piece, self.bytes).map_err(|e| SourceError::BadPiece(e.to_string(), len))
     }
 }
 
@@ -108,16 +109,16 @@ impl Source {
     ///
     /// # Errors
     /// If the source does not take the request.
-    pub async fn fetch<'a>(
+    pub async fn fetch(
         &self,
         lane: usize,
-        claim: &'a [Wanted],
+        claim: Vec<Wanted>,
         first_copies: bool,
-        pace: &'a Mutex<Pace>,
-    ) -> Result<Fetch<'a>, SourceError> {
+        pace: &Arc<Mutex<Pace>>,
+    ) -> Result<Fetch, SourceError> {
         let ranges = claim.iter().map(|wanted| PieceRange {
-            content_id: Bytes::copy_from_slice(wanted.manifest.id().as_bytes()),
-            size: wanted.manifest.layout().size(),
+            content_id: Bytes::copy_from_slice(wanted.id.as_bytes()),
+            size: wanted.layout.size(),
             first_piece: wanted.first.get(),
             piece_count: wanted.count,
         });
@@ -131,7 +132,7 @@ impl Source {
         let assembly = Assembly::new(claim);
         let mut fetch = Fetch {
             id: self.id,
-            pace,
+            pace: pace.clone(),
             flight,
             body: None,
             input: Bytes::new(),
@@ -185,20 +186,20 @@ fn lock(pace: &Mutex<Pace>) -> MutexGuard<'_, Pace> {
 }
 
 /// A claim that is being answered. Dropping it ends the stream.
-pub struct Fetch<'a> {
+pub struct Fetch {
     id: PeerId,
-    pace: &'a Mutex<Pace>,
+    pace: Arc<Mutex<Pace>>,
     flight: Option<Flight>,
     body: Option<Incoming>,
     /// What came and was not looked at yet.
     input: Bytes,
     frames: Frames,
-    assembly: Assembly<'a>,
+    assembly: Assembly,
     /// Microseconds that the source says it spent on its disk, its limit and the network.
     at_source: [u64; 3],
 }
 
-impl Fetch<'_> {
+impl Fetch {
     /// Microseconds that the source says it spent on its disk, its limit and the network; none before the end.
     #[must_use]
     pub const fn at_source(&self) -> [u64; 3] {
@@ -219,7 +220,7 @@ impl Fetch<'_> {
             }
             let (Some(body), Some(flight)) = (&mut self.body, &mut self.flight) else { return Ok(None) };
             let Ok(frame) = timeout(TICK, poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx))).await else {
-                if lock(self.pace).stalled(flight, Instant::now()) {
+                if lock(&self.pace).stalled(flight, Instant::now()) {
                     return Err(SourceError::Stalled);
                 }
                 continue;
@@ -272,7 +273,7 @@ impl Fetch<'_> {
 
     fn data(&mut self, data: Bytes) -> Result<Option<Event>, SourceError> {
         if let Some(flight) = &mut self.flight {
-            let (now, mut pace) = (Instant::now(), lock(self.pace));
+            let (now, mut pace) = (Instant::now(), lock(&self.pace));
             pace.on_chunk(flight, data.len() as u64, now);
             if pace.stalled(flight, now) {
                 return Err(SourceError::Stalled);
@@ -282,36 +283,36 @@ impl Fetch<'_> {
     }
 }
 
-impl Drop for Fetch<'_> {
+impl Drop for Fetch {
     fn drop(&mut self) {
         if let Some(flight) = self.flight.take() {
-            lock(self.pace).end(flight, Instant::now());
+            lock(&self.pace).end(flight, Instant::now());
         }
     }
 }
 
 /// Puts chunks together into pieces, in exactly the order asked for.
-struct Assembly<'a> {
-    claim: &'a [Wanted],
+struct Assembly {
+    claim: Vec<Wanted>,
     range: usize,
     /// Pieces of the range that are through.
     done: u32,
     buffer: BytesMut,
 }
 
-impl<'a> Assembly<'a> {
-    fn new(claim: &'a [Wanted]) -> Self {
+impl Assembly {
+    fn new(claim: Vec<Wanted>) -> Self {
         Self { claim, range: 0, done: 0, buffer: BytesMut::new() }
     }
 
-    const fn is_complete(&self) -> bool {
+    fn is_complete(&self) -> bool {
         self.range == self.claim.len()
     }
 
-    fn expected(&self) -> Result<(&'a Wanted, PieceIndex), SourceError> {
+    fn expected(&self) -> Result<(Wanted, PieceIndex), SourceError> {
         let next = || {
-            let wanted = self.claim.get(self.range)?;
-            Some((wanted, wanted.manifest.layout().piece(wanted.first.get() + self.done)?))
+            let wanted = *self.claim.get(self.range)?;
+            Some((wanted, wanted.layout.piece(wanted.first.get() + self.done)?))
         };
         next().ok_or_else(|| SourceError::Lied("more than was asked for".into()))
     }
@@ -319,7 +320,7 @@ impl<'a> Assembly<'a> {
     /// A chunk of `len` bytes is about to come.
     fn begin(&self, range: u32, offset: u64, len: usize) -> Result<(), SourceError> {
         let (wanted, piece) = self.expected()?;
-        let layout = wanted.manifest.layout();
+        let layout = wanted.layout;
         if range as usize != self.range || offset != layout.offset(piece) + self.buffer.len() as u64 {
             return Err(SourceError::Lied("bytes out of order".into()));
         }
@@ -332,7 +333,7 @@ impl<'a> Assembly<'a> {
     /// Bytes of the chunk that began last.
     fn data(&mut self, data: Bytes) -> Result<Option<Arrived>, SourceError> {
         let (wanted, piece) = self.expected()?;
-        let len = wanted.manifest.layout().len_of(piece) as usize;
+        let len = wanted.layout.len_of(piece) as usize;
         let bytes = if self.buffer.is_empty() && data.len() == len {
             data
         } else {
@@ -350,7 +351,7 @@ impl<'a> Assembly<'a> {
         if self.done == wanted.count {
             (self.range, self.done) = (self.range + 1, 0);
         }
-        Ok(Some(Arrived { range, manifest: wanted.manifest.clone(), piece, bytes }))
+        Ok(Some(Arrived { range, piece, bytes }))
     }
 
     fn skip(&mut self, range: u32) -> Result<(usize, u32), SourceError> {
@@ -367,7 +368,7 @@ impl<'a> Assembly<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::content::{Layout, assemble, hash_piece};
+    use crate::content::{assemble, hash_piece};
 
     fn manifest(bytes: &[u8]) -> Manifest {
         let layout = Layout::new(bytes.len() as u64).unwrap();
@@ -378,12 +379,7 @@ mod tests {
         assemble(layout, hashes.collect()).unwrap()
     }
 
-    fn chunk(
-        assembly: &mut Assembly<'_>,
-        range: u32,
-        offset: u64,
-        data: &[u8],
-    ) -> Result<Option<Arrived>, SourceError> {
+    fn chunk(assembly: &mut Assembly, range: u32, offset: u64, data: &[u8]) -> Result<Option<Arrived>, SourceError> {
         assembly.begin(range, offset, data.len())?;
         assembly.data(Bytes::copy_from_slice(data))
     }
@@ -393,24 +389,24 @@ mod tests {
         let bytes = vec![7; 300_000];
         let manifest = manifest(&bytes);
         let first = manifest.layout().piece(3).unwrap();
-        let claim = [Wanted { manifest: manifest.clone(), first, count: 2 }];
+        let claim = vec![Wanted { id: manifest.id(), layout: manifest.layout(), first, count: 2 }];
         let p = u64::from(manifest.layout().piece_len());
-        let mut good = Assembly::new(&claim);
+        let mut good = Assembly::new(claim.clone());
         assert!(chunk(&mut good, 0, 3 * p, &bytes[..1000]).unwrap().is_none());
         let rest = &bytes[..usize::try_from(p).unwrap() - 1000];
         let piece = chunk(&mut good, 0, 3 * p + 1000, rest).unwrap().unwrap();
         assert_eq!((piece.range, piece.piece(), piece.size()), (0, first, 65_536));
-        assert!(piece.verify().is_ok());
+        assert!(piece.verify(&manifest).is_ok());
         let last = &bytes[..300_000 - 4 * usize::try_from(p).unwrap()];
         let mut wrong = last.to_vec();
         wrong[9] ^= 1;
         let piece = chunk(&mut good, 0, 4 * p, &wrong).unwrap().unwrap();
-        assert!(matches!(piece.verify(), Err(SourceError::BadPiece(_, 37_856))));
+        assert!(matches!(piece.verify(&manifest), Err(SourceError::BadPiece(_, 37_856))));
         assert!(good.is_complete() && chunk(&mut good, 0, 0, &[1]).is_err() && good.skip(1).is_err());
         for (range, offset, data) in [(1, 3 * p, 1), (0, 0, 1), (0, 3 * p + 1, 1), (0, 3 * p, 65_537)] {
-            assert!(chunk(&mut Assembly::new(&claim), range, offset, &vec![7; data]).is_err());
+            assert!(chunk(&mut Assembly::new(claim.clone()), range, offset, &vec![7; data]).is_err());
         }
-        let mut skipping = Assembly::new(&claim);
+        let mut skipping = Assembly::new(claim.clone());
         assert!(skipping.skip(1).is_err());
         assert_eq!(skipping.skip(0).unwrap(), (0, 0));
         assert!(skipping.is_complete());

@@ -32,7 +32,7 @@ pub enum News {
 
 /// A WatchHave stream. Dropping it ends it.
 pub struct HaveWatch {
-    layouts: Vec<Layout>,
+    contents: Vec<(ContentId, Layout)>,
     stream: Streaming<WatchHaveResponse>,
 }
 
@@ -55,11 +55,17 @@ impl Source {
             Err(status) if status.code() == Code::Unimplemented => return Ok(None),
             answer => answer?.into_inner(),
         };
-        Ok(Some(HaveWatch { layouts: contents.iter().map(|(_, layout)| *layout).collect(), stream }))
+        Ok(Some(HaveWatch { contents: contents.to_vec(), stream }))
     }
 }
 
 impl HaveWatch {
+    /// What is watched.
+    #[must_use]
+    pub fn contents(&self) -> &[(ContentId, Layout)] {
+        &self.contents
+    }
+
     /// Waits for news: the position of a content, and what is new about it. `None`: the source ended the stream.
     ///
     /// # Errors
@@ -69,7 +75,7 @@ impl HaveWatch {
             let Some(message) = self.stream.message().await? else { return Ok(None) };
             let at = message.index as usize;
             let lied = || SourceError::Lied("news of something else".into());
-            let layout = *self.layouts.get(at).ok_or_else(lied)?;
+            let layout = self.contents.get(at).ok_or_else(lied)?.1;
             let news = match message.change {
                 Some(Change::Have(map)) if map.complete || map.size == layout.size() => {
                     News::Have(map.read(layout).map_err(|_| lied())?)

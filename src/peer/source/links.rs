@@ -22,7 +22,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::net::{self, Connection};
 
 /// Connections over a long line; a listener takes eight of one member.
-pub(super) const CONNECTIONS: usize = 4;
+pub const CONNECTIONS: u32 = 4;
 
 /// A connection that is being made, or was.
 type Dialled = Shared<BoxFuture<'static, Option<Connection>>>;

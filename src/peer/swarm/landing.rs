@@ -20,7 +20,7 @@ use crate::{
     metrics,
     peer::{
         pace::Pace,
-        source::{Arrived, Event, Source, SourceError},
+        source::{Arrived, Event, Fetch, Source, SourceError, Wanted},
         spent::{Spent, Stage},
         storage::{Storage, StorageError},
     },
@@ -168,7 +168,7 @@ impl Landing {
 
 fn land(storage: &Storage, piece: Arrived, spent: &Spent) -> Result<(), Failed> {
     let start = Instant::now();
-    let verified = piece.verify();
+    let verified = piece.verify(storage.manifest());
     let hashed = Instant::now();
     spent.add(Stage::Hashing, hashed - start);
     let piece = verified.map_err(Failed::Source)?;
@@ -178,21 +178,32 @@ fn land(storage: &Storage, piece: Arrived, spent: &Spent) -> Result<(), Failed> 
 }
 
 impl Swarm {
-    /// Fetches what a lane was promised. The first wrong piece ends it, after the good ones before and after it that had
-    /// come have been written.
+    /// Fetches what a lane was promised.
     pub(super) async fn fetch(
         &self,
         source: &Source,
         lane: usize,
         held: &Held<'_>,
         first_copies: bool,
-        pace: &Mutex<Pace>,
+        pace: &Arc<Mutex<Pace>>,
     ) -> Result<(), SourceError> {
         let (claim, works) = self.claim(held);
-        let mut fetch = source.fetch(lane, &claim, first_copies, pace).await?;
+        let fetch = source.fetch(lane, claim.clone(), first_copies, pace).await?;
         if lane > 0 {
             self.until_proven(source.id).await;
         }
+        self.take_in(source, fetch, (&claim, &works), held).await
+    }
+
+    /// Takes in what was asked for: ranges, each with its content's position in the batch. The first wrong piece ends it,
+    /// after the good ones before and after it that had come have been written.
+    pub(super) async fn take_in(
+        &self,
+        source: &Source,
+        mut fetch: Fetch,
+        (claim, works): (&[Wanted], &[usize]),
+        held: &Held<'_>,
+    ) -> Result<(), SourceError> {
         let is_proven = self.account(source.id, |account| account.is_proven);
         let mut landing = Landing::new(&self.crew, is_proven);
         let mut ended = None;

@@ -8,7 +8,7 @@ use std::{
     ops::Range,
     pin::pin,
     sync::{
-        Mutex,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -17,14 +17,14 @@ use std::{
 use futures_util::{FutureExt, TryStreamExt, stream::FuturesUnordered};
 use tokio::time::{sleep, timeout};
 
-use super::{Report, Swarm, held::Held, work};
+use super::{Report, Swarm, connection_of, held::Held, source_of, work};
 use crate::{
     identity::PeerId,
     peer::{
         account::State,
         pace::Pace,
         picker::{Next, SourceKey},
-        source::{News, Source, SourceError, Wanted},
+        source::{Begun, Fetch, HaveWatch, News, Source, SourceError, Wanted},
         spent::Stage,
     },
     proto::{MAX_CONTENTS, content_error::Code},
@@ -50,6 +50,8 @@ const FIRST_TASTE: u32 = 256 << 10;
 /// The longest that a lane stands still before it looks again.
 const LOOK: Duration = Duration::from_secs(1);
 
+const UNLOCKED: &str = "no panic while the lock is held";
+
 /// A source that is worked with.
 struct AtWork<'a>(&'a AtomicUsize);
 
@@ -73,14 +75,14 @@ impl Swarm {
         peer: PeerId,
         key: SourceKey,
         addresses: &[String],
-        connected: Option<Source>,
-        pace: &Mutex<Pace>,
+        connected: Option<(Source, Option<Begun>)>,
+        pace: &Arc<Mutex<Pace>>,
     ) -> Result<Source, SourceError> {
-        let source = match connected {
-            Some(source) => source,
+        let (source, begun) = match connected {
+            Some(connected) => connected,
             None => {
                 self.account(peer, |account| account.state = State::Connecting);
-                Source::connect(&self.membership, peer, addresses).await?
+                (Source::connect(&self.membership, peer, addresses).await?, None)
             }
         };
         let address = source.address();
@@ -88,11 +90,17 @@ impl Swarm {
         let _at_work = AtWork::begin(&self.n_at_work);
         let n_lanes = LANES * source.connections();
         self.known(peer, |known| known.has_told = false);
+        let further = (1..source.connections()).map(|_| Arc::new(Mutex::new(pace.lock().expect(UNLOCKED).fresh())));
+        let paces: Vec<_> = std::iter::once(pace.clone()).chain(further).collect();
         // The watch begins before the first claim: a source promises first copies to those who watch. Only who is woken is
         // polled, which counts where pieces trickle in from many sources.
-        let watch = self.watch(&source, key).map(|ended| ended.map(|never| match never {}));
+        let (watch, mut asked) = match begun {
+            Some(begun) => begun.answered().await,
+            None => (None, None),
+        };
+        let watch = self.watch(&source, key, watch).map(|ended| ended.map(|never| match never {}));
         let mut at_work = FuturesUnordered::from_iter([watch.boxed()]);
-        at_work.extend((0..n_lanes).map(|lane| self.lane(lane, &source, key, pace).boxed()));
+        at_work.extend((0..n_lanes).map(|lane| self.lane((lane, asked.take()), &source, key, &paces).boxed()));
         for _ in 0..n_lanes {
             at_work.try_next().await?;
         }
@@ -100,8 +108,26 @@ impl Swarm {
         Ok(source)
     }
 
-    async fn lane(&self, lane: usize, source: &Source, key: SourceKey, pace: &Mutex<Pace>) -> Result<(), SourceError> {
+    /// One claim after the other over one of the source's connections, each of which has its pace; the first claim may have
+    /// been `asked` for already.
+    async fn lane(
+        &self,
+        (lane, asked): (usize, Option<(Wanted, Fetch)>),
+        source: &Source,
+        whole: SourceKey,
+        paces: &[Arc<Mutex<Pace>>],
+    ) -> Result<(), SourceError> {
         let (limit, piece_len) = (self.limit.lane(source.id), self.mean_piece_len());
+        let (key, pace) = (connection_of(whole, lane % paces.len()), &paces[lane % paces.len()]);
+        if let Some((wanted, fetch)) = asked
+            && let Some((at, held)) = self.adopt(key, &wanted, pace)
+        {
+            let (claim, works) = ([wanted], [at]);
+            tokio::select! {
+                ended = self.take_in(source, fetch, (&claim, &works), &held) => ended?,
+                never = self.look_on(key, pace) => match never {},
+            }
+        }
         let wake = self.known(source.id, |known| known.wake.clone());
         // Over a long line it asks at once, and only does not read on.
         match (lane, source.connections()) {
@@ -122,13 +148,18 @@ impl Swarm {
             let (mut changed, mut woken) = (pin!(self.changed.notified()), pin!(wake.notified()));
             changed.as_mut().enable();
             woken.as_mut().enable();
-            let next = {
-                let pace = pace.lock().expect("no panic while the lock is held");
-                let (sizes, goodput) = ((pace.chunk_length(), pieces), pace.goodput().unwrap_or(0));
-                self.account(source.id, |account| (account.sizes, account.goodput) = (sizes, goodput));
+            let goodput = paces.iter().filter_map(|pace| pace.lock().expect(UNLOCKED).goodput()).sum();
+            let (chunk_length, expected) = {
+                let pace = pace.lock().expect(UNLOCKED);
                 // Of a source that has shown nothing yet, nothing is late soon.
                 let doubt = if pace.goodput().is_none() { UNKNOWN * pieces } else { Duration::ZERO };
-                self.picker().next(key, pieces, pace.expected(pieces).max(doubt), Instant::now())
+                (pace.chunk_length(), pace.expected(pieces).max(doubt))
+            };
+            let sizes = (chunk_length, pieces);
+            self.account(source.id, |account| (account.sizes, account.goodput) = (sizes, goodput));
+            let next = match key == whole {
+                true => self.picker().next(key, pieces, expected, Instant::now()),
+                false => self.picker().next_beside(whole, key, (pieces, expected), Instant::now()),
             };
             limit.correct(paid, work::bytes(&self.work, next.pieces()));
             let (pieces, first_copies) = match next {
@@ -152,10 +183,20 @@ impl Swarm {
         }
     }
 
+    /// Makes what was asked for a claim, if it is of use: the position of its content, and its pieces.
+    fn adopt(&self, key: SourceKey, wanted: &Wanted, pace: &Mutex<Pace>) -> Option<(usize, Held<'_>)> {
+        let at = self.position(&wanted.id).filter(|at| self.work[*at].layout() == wanted.layout)?;
+        let first = self.work[at].first + wanted.first.get();
+        let pieces: Vec<u32> = (first..first + wanted.count).collect();
+        let expected = pace.lock().expect(UNLOCKED).expected(wanted.count);
+        let is_ours = self.picker().adopt(key, &pieces, expected.max(UNKNOWN * wanted.count), Instant::now());
+        is_ours.then(|| (at, Held { swarm: self, key, pieces: Mutex::new(pieces) }))
+    }
+
     /// While next to nothing comes from a source, what it was promised is there for those who have nothing else to fetch.
     async fn look_on(&self, key: SourceKey, pace: &Mutex<Pace>) -> Infallible {
         loop {
-            let bytes = || pace.lock().expect("no panic while the lock is held").bytes();
+            let bytes = || pace.lock().expect(UNLOCKED).bytes();
             let before = bytes();
             sleep(SILENCE).await;
             if bytes() - before < NEXT_TO_NOTHING {
@@ -207,11 +248,10 @@ impl Swarm {
         self.in_company.load(Ordering::Relaxed)
     }
 
-    /// Pieces of a lane's next claim. Several connections carry a part of the source's speed each, so the last claims get
-    /// shorter, for all of them to end together.
+    /// Pieces of a lane's next claim.
     fn claim_pieces(&self, lane: usize, source: &Source, pace: &Mutex<Pace>) -> u32 {
         let (pieces, is_first) = {
-            let pace = pace.lock().expect("no panic while the lock is held");
+            let pace = pace.lock().expect(UNLOCKED);
             (pace.claim_pieces(), pace.goodput().is_none())
         };
         let connections = source.connections();
@@ -219,9 +259,7 @@ impl Swarm {
             let taste = (FIRST_TASTE / self.mean_piece_len()).max(1);
             return if is_first { pieces.min(taste) } else { pieces };
         }
-        let pieces = if is_first && lane < connections { pieces.saturating_mul(APART) } else { pieces };
-        let share = u32::try_from(2 * LANES * connections).unwrap_or(u32::MAX);
-        pieces.min(self.picker().remaining().div_ceil(share)).max(1)
+        if is_first && lane < connections { pieces.saturating_mul(APART) } else { pieces }
     }
 
     /// Turns the promised pieces into ranges of contents, and gives back what would be too long for one request.
@@ -254,19 +292,26 @@ impl Swarm {
                     picker.promised([piece], Instant::now());
                     break;
                 }
-                picker.remove_have(held.key, piece);
+                picker.remove_have(source_of(held.key), piece);
             }
         }
         self.changed.notify_waiters();
     }
 
-    /// Follows what the source holds. Ends only with an error.
-    async fn watch(&self, source: &Source, key: SourceKey) -> Result<Infallible, SourceError> {
+    /// Follows what the source holds, through a watch that has `begun` if it is the right one. Ends only with an error.
+    async fn watch(
+        &self,
+        source: &Source,
+        key: SourceKey,
+        begun: Option<HaveWatch>,
+    ) -> Result<Infallible, SourceError> {
         let is_open = |work: &&super::Work| !work.layout().is_single() && work.left() > 0;
         let open: Vec<_> = self.work.iter().filter(is_open).take(MAX_CONTENTS).collect();
         let contents: Vec<_> = open.iter().map(|work| (work.want.id, work.layout())).collect();
         let here = self.here.clone();
+        let begun = begun.filter(|watch| watch.contents() == contents);
         let watch = match contents.is_empty() {
+            _ if begun.is_some() => begun,
             true => None,
             false => source.watch_have(&contents, here.addresses, here.port).await?,
         };

@@ -132,7 +132,7 @@ pub(super) fn ranges(work: &[Work], pieces: &[u32]) -> (Vec<Wanted>, Vec<usize>,
         match (claim.last_mut(), works.last()) {
             (Some(last), Some(&same)) if same == at && last.first.get() + last.count == index.get() => last.count += 1,
             _ => {
-                claim.push(Wanted { manifest: manifest.clone(), first: index, count: 1 });
+                claim.push(Wanted { id: manifest.id(), layout: manifest.layout(), first: index, count: 1 });
                 works.push(at);
             }
         }
