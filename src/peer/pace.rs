@@ -51,7 +51,7 @@ const PROGRESS_LIMIT: Duration = Duration::from_secs(20);
 const FLOOR_BYTES: u64 = 16 << 10;
 
 /// Sizes that follow nothing, where they are given: what adaptive ones are measured against.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fixed {
     /// A chunk's length, bytes.
     pub chunk_len: Option<u32>,

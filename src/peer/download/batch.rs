@@ -25,6 +25,7 @@ use crate::{
         account::{Account, State},
         find::{Finder, Learning, learn},
         limit::Rates,
+        pace::Fixed,
         progress::{Happening, Progress},
         reuse::LocalPiece,
         source::{Opening, Source},
@@ -134,10 +135,11 @@ impl Run {
     }
 
     /// What a far source may be asked for together with the manifest: the first long content, unless a limit has a say in
-    /// when it comes.
+    /// when it comes, or sizes are given that this would not have.
     fn opening(&self, jobs: &[Job], unknown: &[ContentId]) -> Option<Opening> {
         let job = jobs.iter().find(|job| unknown.contains(&job.want.id) && job.want.size > MAX_SINGLE.into())?;
-        let layout = Layout::new(job.want.size).ok().filter(|_| self.get.limit.rates() == Rates::default())?;
+        let is_free = self.get.limit.rates() == Rates::default() && self.get.fixed == Fixed::default();
+        let layout = Layout::new(job.want.size).ok().filter(|_| is_free)?;
         let here = (self.get.here.addresses.clone(), self.get.here.port);
         Some(Opening { id: job.want.id, layout, here })
     }
@@ -268,6 +270,7 @@ impl Fetching<'_> {
     /// Keeps connections for the next batch.
     async fn wind_up(&mut self) {
         self.publish();
+        self.run.begun = None;
         self.run.progress.in_work.lock().expect("no panic while the lock is held").clear();
         let _ = timeout(WIND_UP, async {
             while let Some(ended) = self.workers.join_next().await {
