@@ -148,19 +148,7 @@ impl Swarm {
             let (mut changed, mut woken) = (pin!(self.changed.notified()), pin!(wake.notified()));
             changed.as_mut().enable();
             woken.as_mut().enable();
-            let goodput = paces.iter().filter_map(|pace| pace.lock().expect(UNLOCKED).goodput()).sum();
-            let (chunk_length, expected) = {
-                let pace = pace.lock().expect(UNLOCKED);
-                // Of a source that has shown nothing yet, nothing is late soon.
-                let doubt = if pace.goodput().is_none() { UNKNOWN * pieces } else { Duration::ZERO };
-                (pace.chunk_length(), pace.expected(pieces).max(doubt))
-            };
-            let sizes = (chunk_length, pieces);
-            self.account(source.id, |account| (account.sizes, account.goodput) = (sizes, goodput));
-            let next = match key == whole {
-                true => self.picker().next(key, pieces, expected, Instant::now()),
-                false => self.picker().next_beside(whole, key, (pieces, expected), Instant::now()),
-            };
+            let next = self.next((whole, key), (pieces, source), (pace, paces));
             limit.correct(paid, work::bytes(&self.work, next.pieces()));
             let (pieces, first_copies) = match next {
                 Next::Done => return Ok(()),
@@ -180,6 +168,28 @@ impl Swarm {
                 ended = self.fetch(source, lane, &held, first_copies, pace) => ended?,
                 never = self.look_on(key, pace) => match never {},
             }
+        }
+    }
+
+    /// What a connection is to fetch now, up to so many pieces; its source's account tells how fast all of them are.
+    fn next(
+        &self,
+        (whole, key): (SourceKey, SourceKey),
+        (pieces, source): (u32, &Source),
+        (pace, paces): (&Mutex<Pace>, &[Arc<Mutex<Pace>>]),
+    ) -> Next {
+        let goodput = paces.iter().filter_map(|pace| pace.lock().expect(UNLOCKED).goodput()).sum();
+        let (chunk_length, expected) = {
+            let pace = pace.lock().expect(UNLOCKED);
+            // Of a source that has shown nothing yet, nothing is late soon.
+            let doubt = if pace.goodput().is_none() { UNKNOWN * pieces } else { Duration::ZERO };
+            (pace.chunk_length(), pace.expected(pieces).max(doubt))
+        };
+        let sizes = (chunk_length, pieces);
+        self.account(source.id, |account| (account.sizes, account.goodput) = (sizes, goodput));
+        match key == whole {
+            true => self.picker().next(key, pieces, expected, Instant::now()),
+            false => self.picker().next_beside(whole, key, (pieces, expected), Instant::now()),
         }
     }
 
