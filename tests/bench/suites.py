@@ -100,10 +100,12 @@ def single(bench):
             tools["curl from nginx"] = lambda: (bench.command(fetch("payload", copy), place), server)
         for rep in bench.reps():
             for tool, start in in_turn(tools, rep):
+                # Only now, so that the memory it frees is there for the next one and not with the machine's host.
+                remove(copy)
                 costs = bench.costs(*start())
                 payload.same_file(folder / "payload", copy)
                 bench.record(tool=tool, rep=rep, bytes=size, **costs)
-                remove(copy)
+        remove(copy)
 
 
 TREES = (("small", 10_000, 4 << 10), ("medium", 1_000, 100 << 10))
