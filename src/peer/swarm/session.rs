@@ -258,7 +258,8 @@ impl Swarm {
         self.in_company.load(Ordering::Relaxed)
     }
 
-    /// Pieces of a lane's next claim.
+    /// Pieces of a lane's next claim. Over several connections the last claims get shorter: what each of them will carry is
+    /// known worse than what all of them do, and where one is left with much, the others fetch it a second time.
     fn claim_pieces(&self, lane: usize, source: &Source, pace: &Mutex<Pace>) -> u32 {
         let (pieces, is_first) = {
             let pace = pace.lock().expect(UNLOCKED);
@@ -269,7 +270,9 @@ impl Swarm {
             let taste = (FIRST_TASTE / self.mean_piece_len()).max(1);
             return if is_first { pieces.min(taste) } else { pieces };
         }
-        if is_first && lane < connections { pieces.saturating_mul(APART) } else { pieces }
+        let pieces = if is_first && lane < connections { pieces.saturating_mul(APART) } else { pieces };
+        let share = u32::try_from(2 * LANES * connections).unwrap_or(u32::MAX);
+        pieces.min(self.picker().remaining().div_ceil(share)).max(1)
     }
 
     /// Turns the promised pieces into ranges of contents, and gives back what would be too long for one request.
