@@ -18,7 +18,7 @@
 //! 14 %; the index 12 %; lanes and picker 10 %; waking threads 7 %; the listing 4 %. rsync neither encrypts nor hashes.
 //!
 //! **A far file**, 256 MiB over 50 ms, seen with tcpdump: the first request for bytes left 0.57 s after the first packet,
-//! and now leaves after 0.37. One connection to the tracker serves the command and the Node (2 round trips), and whom the
+//! and now leaves after 0.27 (strace). One connection to the tracker serves the command and the Node (2 round trips), and whom the
 //! listing names is asked without waiting for the tracker's second word (1). Its news and its first pieces are asked for
 //! together with the manifest (`source/begun.rs`): the first bytes are here after 0.31 s. What is left: 3 round trips for the
 //! listing, 2 to connect to the source.

@@ -10,6 +10,10 @@
 //! alone for the last 0.5 s. With two lanes to each, first claims of different lengths and last ones that get shorter,
 //! and what `download.rs` tells of the start, 56 MB/s became 71 (curl from nginx in the same run: 72), and over 20 ms with
 //! 1 % loss 24 became 37.
+//!
+//! Each connection has a pace and claims of its own (`Picker::next_beside`). With those of the whole source, one whose
+//! window had collapsed after a loss held a long claim to the end: without bbr, 256 MiB over 50 ms took 3.5 to 6.4 s (median
+//! of eight 4.8), and now 3.3 to 3.9 (3.6); with bbr, where it was seldom so, 3.24 to 3.35 and once 5.4, now 3.2 to 3.5.
 
 use std::time::Duration;
 
