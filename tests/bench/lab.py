@@ -4,7 +4,6 @@ Invariant: what is made here is gone when its `with` block ends, also after Ctrl
 killed, its processes die with it, and the next run removes its namespaces.
 """
 import contextlib
-import ctypes
 import json
 import os
 import pathlib
@@ -16,10 +15,10 @@ import time
 PREFIX = "sprat-bench-"
 GIB = 1 << 30
 MIB = 1 << 20
-PR_SET_PDEATHSIG = 1
 HEADERS = 14 + 20 + 32  # Ethernet, IPv4, TCP with timestamps; the device counts a segmented packet once
 TICK = os.sysconf("SC_CLK_TCK")
-prctl = ctypes.CDLL(None).prctl  # looked up before any fork
+# dies with this script; by a program, as code between fork and exec would be run beside the threads of gRPC, which abort
+LEASH = ["setpriv", "--pdeathsig", "KILL", "--"]
 
 
 class Failed(Exception):
@@ -74,8 +73,8 @@ class Proc:
         with open(self.out, "wb") as out, open(self.err, "wb") as err:
             self.started = time.monotonic()
             self.popen = subprocess.Popen(
-                wrapper + self.argv, stdin=stdin, stdout=out, stderr=err, env=env, cwd=cwd,
-                start_new_session=True, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+                LEASH + wrapper + self.argv, stdin=stdin, stdout=out, stderr=err, env=env, cwd=cwd,
+                start_new_session=True)
         self.pid = self.popen.pid
         self.code = self.usage = self.ended = None
         self.peak_rss = 0
