@@ -5,6 +5,10 @@
 //! several receivers of one content it is cubic for all: a round trip is then mostly the queue before the sender's own
 //! line, and of 8 receivers those whose connection was made a moment later than the first, and got bbr, got another share.
 //!
+//! Over a long line that loses nothing bbr lets the line run dry every few round trips, and cubic does not (one connection,
+//! 50 ms: 3.7 s and 3.3 for 256 MiB). To begin with cubic and to change when the socket makes us wait for long saved 0.1 s of
+//! 3.2 there, and cost 0.3 s of 1.5, and once 6, where 0.1 % was lost.
+//!
 //! Invariant: what the kernel refuses changes nothing.
 
 use std::{

@@ -96,7 +96,13 @@ impl Source {
     /// Connections that are worth using side by side: several over a long line.
     #[must_use]
     pub fn connections(&self) -> usize {
-        if self.links.first().round_trip() >= net::LONG { CONNECTIONS as usize } else { 1 }
+        if self.round_trip() >= net::LONG { CONNECTIONS as usize } else { 1 }
+    }
+
+    /// How long the line is.
+    #[must_use]
+    pub const fn round_trip(&self) -> Duration {
+        self.links.first().round_trip()
     }
 
     /// The address in use.

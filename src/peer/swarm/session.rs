@@ -32,8 +32,16 @@ use crate::{
 
 /// Claims under way per connection: while one ends, the next is on its way.
 const LANES: usize = 2;
-/// Over a long line the first claim of every other lane is so many times longer: else the two lanes of a connection end
-/// theirs together, and it idles for a round trip.
+/// Over a long line the next one is a round trip on its way, in which two may end: with two lanes each connection idled now and
+/// then.
+const FAR_LANES: usize = 3;
+/// Over several connections a claim is for so many round trips, and at most for so small a part of what its connection will
+/// carry to the end. They take turns in being fast: with claims for a second, one that had slowed down held far more than
+/// the others could wait for, and 15 of 256 MiB were fetched twice.
+const ROUND_TRIPS: u32 = 4;
+const LAST_PART: u64 = 4;
+/// Over a long line the first claim of a connection is so many times longer than those beside it: else its lanes end theirs
+/// together, and it idles for a round trip.
 const APART: u32 = 4;
 /// With so many sources one claim of each is enough: another one is always on its way, and the fewer there are under
 /// way, the sooner each of them is a piece that others can have.
@@ -88,9 +96,10 @@ impl Swarm {
         let address = source.address();
         self.account(peer, |account| (account.state, account.address) = (State::Active, address));
         let _at_work = AtWork::begin(&self.n_at_work);
-        let n_lanes = LANES * source.connections();
+        let connections = source.connections();
+        let n_lanes = connections * if connections > 1 { FAR_LANES } else { LANES };
         self.known(peer, |known| known.has_told = false);
-        let further = (1..source.connections()).map(|_| Arc::new(Mutex::new(pace.lock().expect(UNLOCKED).fresh())));
+        let further = (1..connections).map(|_| Arc::new(Mutex::new(pace.lock().expect(UNLOCKED).fresh())));
         let paces: Vec<_> = std::iter::once(pace.clone()).chain(further).collect();
         // The watch begins before the first claim: a source promises first copies to those who watch. Only who is woken is
         // polled, which counts where pieces trickle in from many sources.
@@ -258,21 +267,27 @@ impl Swarm {
         self.in_company.load(Ordering::Relaxed)
     }
 
-    /// Pieces of a lane's next claim. Over several connections the last claims get shorter: what each of them will carry is
-    /// known worse than what all of them do, and where one is left with much, the others fetch it a second time.
+    /// Pieces of a lane's next claim. Over several connections the last claims get shorter, in proportion to what each of them
+    /// carries, so that all end together: what one is left with, the others fetch a second time.
     fn claim_pieces(&self, lane: usize, source: &Source, pace: &Mutex<Pace>) -> u32 {
-        let (pieces, is_first) = {
+        let (pieces, goodput) = {
             let pace = pace.lock().expect(UNLOCKED);
-            (pace.claim_pieces(), pace.goodput().is_none())
+            (pace.claim_pieces(), pace.goodput())
         };
         let connections = source.connections();
         if connections == 1 || self.in_company() || !self.known(source.id, |known| known.has_told) {
             let taste = (FIRST_TASTE / self.mean_piece_len()).max(1);
-            return if is_first { pieces.min(taste) } else { pieces };
+            return if goodput.is_none() { pieces.min(taste) } else { pieces };
         }
-        let pieces = if is_first && lane < connections { pieces.saturating_mul(APART) } else { pieces };
-        let share = u32::try_from(2 * LANES * connections).unwrap_or(u32::MAX);
-        pieces.min(self.picker().remaining().div_ceil(share)).max(1)
+        let Some(goodput) = goodput else {
+            return if lane < connections { pieces.saturating_mul(APART) } else { pieces };
+        };
+        let on_the_way = u128::from(goodput) * (source.round_trip() * ROUND_TRIPS).as_micros() / 1_000_000;
+        let all = self.account(source.id, |account| account.goodput).max(goodput).max(1);
+        let part =
+            u128::from(self.picker().remaining()) * u128::from(goodput) / u128::from(all.saturating_mul(LAST_PART));
+        let most = part.min(on_the_way / u128::from(self.mean_piece_len()));
+        pieces.min(u32::try_from(most).unwrap_or(u32::MAX)).max(1)
     }
 
     /// Turns the promised pieces into ranges of contents, and gives back what would be too long for one request.
