@@ -14,8 +14,9 @@
 //! Each connection has a pace and claims of its own (`Picker::next_beside`). With those of the whole source, one whose
 //! window had collapsed after a loss held a long claim to the end: without bbr, 256 MiB over 50 ms took 3.5 to 6.4 s (median
 //! of eight 4.8), and then 3.3 to 3.9 (3.6). With three lanes to each, claims for four round trips and not for a second, and
-//! last ones in proportion to what each carries, it takes 3.12 to 3.20 (3.17); curl from nginx 2.87, in which the source is
-//! found 0.15 s sooner. With bbr, which a program without privileges seldom gets, all of that made no difference: 3.2 to 3.35.
+//! last ones in proportion to what each carries, it takes 3.12 to 3.50 (median of fourteen 3.18); curl from nginx 2.87, in
+//! which the source is found 0.15 s sooner. With bbr, which a program without privileges seldom gets, all of that made no
+//! difference: 3.2 to 3.35.
 
 use std::time::Duration;
 
