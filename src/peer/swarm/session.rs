@@ -35,10 +35,10 @@ const LANES: usize = 2;
 /// Over a long line the next one is a round trip on its way, in which two may end: with two lanes each connection idled now and
 /// then.
 const FAR_LANES: usize = 3;
-/// Over several connections a claim is for so many round trips, and at most for so small a part of what its connection will
-/// carry to the end. They take turns in being fast: with claims for a second, one that had slowed down held far more than
-/// the others could wait for, and 15 of 256 MiB were fetched twice.
+/// Over several connections a claim is for so many round trips. They take turns in being fast: with claims for a second, one
+/// that had slowed down held far more than the others could wait for, and 15 of 256 MiB were fetched twice.
 const ROUND_TRIPS: u32 = 4;
+/// And at most for one in so many parts of what its connection will carry to the end.
 const LAST_PART: u64 = 4;
 /// Over a long line the first claim of a connection is so many times longer than those beside it: else its lanes end theirs
 /// together, and it idles for a round trip.
