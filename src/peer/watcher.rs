@@ -1,25 +1,21 @@
-//! Turns what the kernel says about a share into paths worth a look. The only file that names `notify`.
+//! Turns what the kernel says about a share into paths worth a look.
 //!
-//! Invariant: no change is lost in silence. Whatever cannot be told path by path (a full kernel queue, a full channel, too
-//! many paths at once, an error of the watcher) becomes one demand for a full rescan; where events cannot be had at all,
-//! the share is polled, and [`Mode`] says why.
+//! Invariant: no change is lost in silence. Whatever cannot be told path by path (a full kernel queue, too many paths at
+//! once) becomes one demand for a full rescan; where events cannot be had at all, the share is polled, and [`Mode`] says why.
 //!
-//! Every directory has a watch of its own, set by the scan before it lists the directory. `notify`'s recursive mode is not
-//! used: it gives up on the whole tree when one directory in it cannot be read or vanishes meanwhile.
-//!
-//! [`Debouncer`] is the pure core: events and the time go in, settled paths come out. A file is settled [`QUIET`] after
-//! its last event, or [`AFTER_CLOSE`] after a writer closed it: that short wait folds "write a temporary file, then rename
-//! it" and "append a line, again and again" into one look. What was removed or renamed is settled at once.
+//! `watcher/kernel.rs` speaks to the kernel. [`Debouncer`] is the pure core: events and the time go in, settled paths come
+//! out. A file is settled [`QUIET`] after its last event, or [`AFTER_CLOSE`] after a writer closed it: that short wait folds
+//! "write a temporary file, then rename it" and "append a line, again and again" into one look. What was removed or renamed
+//! is settled at once.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use notify::event::{AccessKind, AccessMode, CreateKind, EventKind, ModifyKind, RenameMode};
-use notify::{Config, RecommendedWatcher, RecursiveMode, Watcher as _};
-use tokio::sync::{Notify, mpsc};
+mod kernel;
+
+pub use kernel::{Changes, Watcher};
 
 /// A file without events for this long is settled.
 pub const QUIET: Duration = Duration::from_millis(500);
@@ -29,10 +25,6 @@ pub const AFTER_CLOSE: Duration = Duration::from_millis(100);
 pub const MAX_PENDING: usize = 65_536;
 /// How long after a failure to have events the next attempt is made.
 const RETRY: Duration = Duration::from_secs(60);
-/// Changes between the kernel's reader and the share's task.
-const CHANNEL_LEN: usize = 4_096;
-/// Changes handed over at once.
-const BATCH_LEN: usize = 1_024;
 
 /// How a share learns of changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,97 +76,6 @@ pub enum WatchError {
     /// Anything else.
     #[error("{0}")]
     Other(String),
-}
-
-impl From<notify::Error> for WatchError {
-    fn from(error: notify::Error) -> Self {
-        match error.kind {
-            notify::ErrorKind::MaxFilesWatch => Self::Watches,
-            notify::ErrorKind::Io(io) if io.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error()) => {
-                Self::Instances
-            }
-            _ => Self::Other(error.to_string()),
-        }
-    }
-}
-
-/// The kernel's watches on the directories of one share; dropping it ends them.
-pub struct Watcher {
-    inner: RecommendedWatcher,
-}
-
-impl Watcher {
-    /// A watcher without watches, and where its changes arrive.
-    pub fn start() -> Result<(Self, Changes), WatchError> {
-        let (sender, receiver) = mpsc::channel(CHANNEL_LEN);
-        let overflow = Arc::new(Notify::new());
-        let lost = Arc::clone(&overflow);
-        let on_event = move |event: notify::Result<notify::Event>| {
-            let sent = match event.as_ref().map(translate) {
-                Ok(Some(Change::Overflow)) | Err(_) => false,
-                Ok(Some(change)) => sender.try_send(change).is_ok(),
-                Ok(None) => true,
-            };
-            if !sent {
-                lost.notify_one();
-            }
-        };
-        let inner = RecommendedWatcher::new(on_event, Config::default().with_follow_symlinks(false))?;
-        Ok((Self { inner }, Changes { receiver, overflow }))
-    }
-
-    /// Watches one directory, not what is beneath it; blocks for a moment. A directory that is gone, or may not be read,
-    /// is no error.
-    pub fn watch(&mut self, directory: &Path) -> Result<(), WatchError> {
-        let Err(error) = self.inner.watch(directory, RecursiveMode::NonRecursive) else { return Ok(()) };
-        match &error.kind {
-            notify::ErrorKind::PathNotFound => Ok(()),
-            notify::ErrorKind::Io(io)
-                if matches!(io.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::PermissionDenied) =>
-            {
-                Ok(())
-            }
-            _ => Err(error.into()),
-        }
-    }
-}
-
-/// Where the changes of one [`Watcher`] arrive.
-pub struct Changes {
-    receiver: mpsc::Receiver<Change>,
-    overflow: Arc<Notify>,
-}
-
-impl Changes {
-    /// Waits for changes and appends them, at least one. Cancel safe.
-    pub async fn next(&mut self, into: &mut Vec<Change>) {
-        tokio::select! {
-            biased;
-            () = self.overflow.notified() => into.push(Change::Overflow),
-            n = self.receiver.recv_many(into, BATCH_LEN) => {
-                if n == 0 {
-                    into.push(Change::Stopped);
-                }
-            }
-        }
-    }
-}
-
-fn translate(event: &notify::Event) -> Option<Change> {
-    if event.need_rescan() {
-        return Some(Change::Overflow);
-    }
-    let mut paths = event.paths.iter().cloned();
-    let path = paths.next()?;
-    match event.kind {
-        EventKind::Access(AccessKind::Close(AccessMode::Write)) => Some(Change::Closed(path)),
-        EventKind::Access(_) => None,
-        EventKind::Modify(ModifyKind::Name(RenameMode::Both)) => Some(Change::Moved(path, paths.next()?)),
-        EventKind::Create(CreateKind::Folder) | EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)) => {
-            Some(Change::Replaced(path))
-        }
-        _ => Some(Change::Touched(path)),
-    }
 }
 
 /// What is worth a look now.
@@ -371,11 +272,8 @@ fn watch_limit() -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use proptest::prelude::*;
     use tempfile::TempDir;
-    use tokio::time::timeout;
 
     use super::*;
 
@@ -474,57 +372,6 @@ mod tests {
         }
     }
 
-    /// Changes until one satisfies `end`.
-    async fn until(changes: &mut Changes, end: impl Fn(&Change) -> bool) -> Vec<Change> {
-        let mut seen = vec![];
-        while !seen.iter().any(&end) {
-            timeout(LONG, changes.next(&mut seen)).await.unwrap_or_else(|_| panic!("only {seen:?}"));
-        }
-        seen
-    }
-
-    #[tokio::test]
-    async fn the_kernel_tells_what_happens() {
-        let dir = TempDir::new().unwrap();
-        let (mut watcher, mut changes) = Watcher::start().unwrap();
-        watcher.watch(dir.path()).unwrap();
-        let [a, b, sub] = ["a", "b", "sub"].map(|name| dir.path().join(name));
-        fs::write(&a, "x").unwrap();
-        until(&mut changes, |change| *change == Change::Closed(a.clone())).await;
-        fs::read(&a).unwrap();
-        fs::rename(&a, &b).unwrap();
-        let seen = until(&mut changes, |change| matches!(change, Change::Moved(..))).await;
-        let moved = [Change::Replaced(a.clone()), Change::Replaced(b.clone()), Change::Moved(a, b.clone())];
-        assert_eq!(seen, moved);
-        fs::remove_file(&b).unwrap();
-        fs::create_dir(&sub).unwrap();
-        let seen = until(&mut changes, |change| *change == Change::Replaced(sub.clone())).await;
-        assert!(seen.contains(&Change::Replaced(b)));
-        fs::remove_dir_all(dir.path()).unwrap();
-        until(&mut changes, |change| *change == Change::Replaced(dir.path().to_path_buf())).await;
-        drop(watcher);
-        until(&mut changes, |change| *change == Change::Stopped).await;
-    }
-
-    #[tokio::test]
-    async fn a_full_channel_is_an_overflow() {
-        let dir = TempDir::new().unwrap();
-        let (mut watcher, mut changes) = Watcher::start().unwrap();
-        watcher.watch(dir.path()).unwrap();
-        for n in 0..CHANNEL_LEN {
-            fs::write(dir.path().join(n.to_string()), "x").unwrap();
-        }
-        timeout(LONG, changes.overflow.notified()).await.unwrap();
-        changes.overflow.notify_one();
-        until(&mut changes, |change| *change == Change::Overflow).await;
-    }
-
-    #[test]
-    fn directories_that_cannot_be_watched_are_no_error() {
-        let (mut watcher, _changes) = Watcher::start().unwrap();
-        watcher.watch(Path::new("/nonexistent")).unwrap();
-    }
-
     #[test]
     fn the_limit_is_told_with_the_exact_setting() {
         let text = too_many_directories(Some(300_000));
@@ -535,8 +382,8 @@ mod tests {
         assert!(must_poll(&std::env::temp_dir()).is_none_or(|reason| !reason.is_empty()));
     }
 
-    #[test]
-    fn a_lookout_polls_when_told_so_and_after_the_limit() {
+    #[tokio::test]
+    async fn a_lookout_polls_when_told_so_and_after_the_limit() {
         let dir = TempDir::new().unwrap();
         let mut polling = Lookout::new(dir.path().to_path_buf(), true);
         assert!(polling.open().is_none());

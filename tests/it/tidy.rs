@@ -116,11 +116,11 @@ const ONLY_IN: &[(&str, &str)] = &[
     ("hyper_util", "net"),
     ("if_addrs", "net"),
     ("indicatif", "cli"),
-    ("notify", "peer/watcher"),
     ("pkcs8", "tracker/certificate"),
     ("rcgen", "identity tracker/authority"),
     ("redb", "peer/index tracker/registry"),
     ("rustix", "config metrics safe_path net peer/library peer/mod peer/storage peer/watcher tracker/certificate"),
+    ("rustix::fs::inotify", "peer/watcher"),
     ("rustls", "identity trust tls net peer/join peer/membership tracker/authority tracker/certificate"),
     ("tokio_rustls", "net"),
     ("tonic_health", "proto tracker/mod peer/mod"),
@@ -275,8 +275,8 @@ fn the_reader_sees_through_aliases_and_skips_tests() {
         fn f<'a>(x: &'a str) -> char { let _ = r#"tokio::net"#; fs::write(x, "}"); File::create(x); '{' }
         mod inner { fn g() { super::h(mpsc::channel()); config::Config::default(); p::Node::start() } }
         #[cfg(test)]
-        mod tests { use notify::Watcher; fn long() {} }
-        pub fn after() -> impl Sized + use<> { notify::recommended_watcher() }"##;
+        mod tests { use redb::Database; fn long() {} }
+        pub fn after() -> impl Sized + use<> { redb::Database::builder() }"##;
     let source = Source::read("tracker/service", text);
     let paths: BTreeSet<String> = source.paths().into_iter().map(|(_, path)| path.join("::")).collect();
     for expected in [
@@ -288,8 +288,8 @@ fn the_reader_sees_through_aliases_and_skips_tests() {
     ] {
         assert!(paths.contains(expected), "{expected} is not in {paths:?}");
     }
-    assert!(!paths.contains("notify::Watcher") && !paths.contains("tokio::net"), "{paths:?}");
-    assert_eq!(source.misplaced().len(), 4, "write, create, channel, notify: {:?}", source.misplaced());
+    assert!(!paths.contains("redb::Database") && !paths.contains("tokio::net"), "{paths:?}");
+    assert_eq!(source.misplaced().len(), 4, "write, create, channel, redb: {:?}", source.misplaced());
     assert_eq!(source.functions().iter().map(|f| f.1.as_str()).collect::<Vec<_>>(), ["f", "g", "after"]);
     assert_eq!((source.lines, source.documented), (6, true));
     let modules = BTreeSet::from(["peer/mod".to_owned(), "peer/picker".to_owned()]);
