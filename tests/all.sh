@@ -104,7 +104,9 @@ prometheus_tools
 cargo_tool grpcurl grpcurl-rs 0.2.1
 cargo_tool cargo-deny cargo-deny 0.20.2
 
-# One profile for all, so that every dependency is built once.
+# One profile for all, so that every dependency is built once; without the optimisation across crates, for which each of
+# the test programs would take as long as a release.
+export CARGO_PROFILE_RELEASE_LTO=false CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16
 step "format" cargo fmt --check
 step "lints" cargo clippy --release --all-targets --locked -- -D warnings
 step "docs" env RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --no-deps --document-private-items
