@@ -50,13 +50,8 @@ pub struct Http2 {
 }
 
 /// For calls that carry words: tracker, enrollment, control.
-pub const CONTROL: Http2 = Http2 {
-    stream_window: 256 << 10,
-    connection_window: 1 << 20,
-    frame: 16 << 10,
-    streams: 64,
-    send_buffer: 256 << 10,
-};
+pub const CONTROL: Http2 =
+    Http2 { stream_window: 1 << 20, connection_window: 1 << 20, frame: 16 << 10, streams: 64, send_buffer: 256 << 10 };
 
 /// For calls that carry bytes: 8 MiB hold 1 Gbit/s over 60 ms.
 pub const DATA: Http2 =

@@ -15,8 +15,9 @@ use crate::{
     exit::{Exit, Failed},
     net::{self, Connection},
     proto::{
-        self, HeartbeatRequest, HeartbeatResponse, ListFilesRequest, RegisterRequest, RegisterResponse,
-        WatchFilesRequest, WatchFilesResponse, tracker_service_client::TrackerServiceClient,
+        self, FileRow, HeartbeatRequest, HeartbeatResponse, ListFilesRequest, ListFilesResponse, RegisterRequest,
+        RegisterResponse, WatchFilesRequest, WatchFilesResponse, WireError,
+        tracker_service_client::TrackerServiceClient,
     },
     tls::{self, Expect},
 };
@@ -24,6 +25,8 @@ use crate::{
 const DEADLINE: Duration = Duration::from_secs(10);
 /// A full library of a million names takes a while.
 const REGISTER_DEADLINE: Duration = Duration::from_secs(110);
+/// Rows of a listing that are asked for at once: as many as a tracker gives.
+const PAGE: u32 = 4000;
 /// The TLS library wants a name; with SNI off it is not sent, and the verifier looks for the tracker's own.
 const UNSENT_NAME: &str = "tracker.sprat.internal";
 
@@ -141,20 +144,31 @@ impl TrackerClient {
     /// As [`TrackerClient::register`].
     pub async fn list(&self, mut query: ListFilesRequest) -> Result<Vec<Row>> {
         let mut rows = Vec::new();
-        loop {
-            let connection = self.connection().await?;
-            let mut request = Request::new(query.clone());
-            request.set_timeout(DEADLINE);
-            let answer = within(DEADLINE, Self::client(&connection).list_files(request)).await;
-            let page = self.settle(&connection, answer).await?;
-            for row in page.files {
+        let mut read = |files: Vec<FileRow>| -> Result<(), WireError> {
+            for row in files {
                 rows.push(row.try_into()?);
             }
-            if page.next_page_token.is_empty() {
-                return Ok(rows);
-            }
+            Ok(())
+        };
+        query.page_size = PAGE;
+        let mut page = self.page(&query).await?;
+        while !page.next_page_token.is_empty() {
             query.page_token = page.next_page_token;
+            // Rows are read while the next ones are on their way.
+            let (next, done) = tokio::join!(self.page(&query), async { read(page.files) });
+            done?;
+            page = next?;
         }
+        read(page.files)?;
+        Ok(rows)
+    }
+
+    async fn page(&self, query: &ListFilesRequest) -> Result<ListFilesResponse> {
+        let connection = self.connection().await?;
+        let mut request = Request::new(query.clone());
+        request.set_timeout(DEADLINE);
+        let answer = within(DEADLINE, Self::client(&connection).list_files(request)).await;
+        self.settle(&connection, answer).await
     }
 
     /// Follows the rows of these contents, the current ones first; at most 1,024 contents.

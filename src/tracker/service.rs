@@ -39,7 +39,7 @@ use crate::{
 };
 
 /// Rows in a page when the caller names no number, and at most.
-const PAGE: (u32, u32) = (500, 1000);
+const PAGE: (u32, u32) = (500, 4000);
 /// A Register stream that says nothing for this long is given up.
 const IDLE: Duration = Duration::from_secs(30);
 /// WatchFiles streams at once, in all.

@@ -12,9 +12,11 @@ use crate::{
 };
 
 #[test]
-fn a_thousand_small_files_come_as_one_tree() {
+fn thousands_of_small_files_come_as_one_tree() {
+    /// More than a page of the listing has.
+    const FILES: u64 = 5_000;
     let mut swarm = Swarm::start();
-    for i in 0..1000 {
+    for i in 0..FILES {
         swarm.write(&format!("a-files/tree/{:02}/{i}.txt", i % 40), i % 7_000, &format!("{i}"));
     }
     for file in swarm.files_in("a-files") {
@@ -23,21 +25,22 @@ fn a_thousand_small_files_come_as_one_tree() {
     swarm.sharing_peer("a", &[]);
     swarm.sharing_peer("b", &[]);
     swarm.join("sink");
-    let whole =
-        |rows: &[serde_json::Value]| rows.len() == 1000 && rows.iter().all(|row| row["sources"].as_u64() >= Some(2));
+    let whole = |rows: &[serde_json::Value]| {
+        rows.len() as u64 == FILES && rows.iter().all(|row| row["sources"].as_u64() >= Some(2))
+    };
     swarm.wait_ls("sink", PATIENCE, |rows| whole(rows).then_some(()));
 
     let summary = swarm.run("sink", ["get", "tree/", "-o", "copy", "--json"]).ok().summary();
-    assert_eq!(summary["files"], 1000, "{summary}");
+    assert_eq!(summary["files"], FILES, "{summary}");
     let names = swarm.files_in("copy");
-    assert_eq!(names.len(), 1000);
+    assert_eq!(names.len() as u64, FILES);
     let below = if names[0].starts_with("tree/") { "a-files" } else { "a-files/tree" };
     assert_eq!(names, swarm.files_in(below));
     names.iter().for_each(|name| swarm.assert_same(&format!("{below}/{name}"), &format!("copy/{name}")));
 
     // The same by a glob costs nothing: everything is here.
     let summary = swarm.run("sink", ["get", "tree/**/*.txt", "-o", "copy", "--json"]).ok().summary();
-    assert_eq!((&summary["files"], &summary["bytes_fetched"]), (&1000.into(), &0.into()), "{summary}");
+    assert_eq!((&summary["files"], &summary["bytes_fetched"]), (&FILES.into(), &0.into()), "{summary}");
 }
 
 #[test]

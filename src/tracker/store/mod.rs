@@ -52,8 +52,9 @@ pub const MAX_NAME_BYTES: usize = 256 << 20;
 pub const MAX_DELTA: usize = 8_192;
 /// Most rows that [`Store::rows_of`] gives for one content.
 pub const MAX_NAMES_PER_CONTENT: usize = 64;
-/// Where a page ends although more rows were asked for, in bytes on the wire: below the limit of a tracker message.
-pub const MAX_PAGE_BYTES: usize = 192 << 10;
+/// Where a page ends although more rows were asked for, in bytes on the wire: what a stream's window holds, and well below
+/// what gRPC libraries take as a message.
+pub const MAX_PAGE_BYTES: usize = 768 << 10;
 /// How often [`Store::sweep`] is to be called.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// A silence this long between two calls means that the tracker itself did not run.

@@ -378,7 +378,7 @@ class ListFilesRequest(_message.Message):
     content_id: _builtins.str
     """Only this content; a prefix of at least 8 digits is accepted."""
     page_size: _builtins.int
-    """Rows a page; 0: 500, at most 1,000. A page may hold fewer and still not be the last."""
+    """Rows a page; 0: 500, at most 4,000. A page may hold fewer and still not be the last."""
     page_token: _builtins.str
     """`next_page_token` of the page before."""
     name: _builtins.str
