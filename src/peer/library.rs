@@ -233,8 +233,8 @@ impl Library {
     /// The absolute paths of the complete files with this content, sorted. What lies there must be verified.
     pub fn find(&self, id: &ContentId) -> Vec<PathBuf> {
         let state = self.lock();
-        let names = state.contents.get(id).into_iter().flat_map(|entry| &entry.files);
-        let mut paths: Vec<_> = names.filter_map(|name| state.location(name)).map(|l| l.path()).collect();
+        let files = state.contents.get(id).into_iter().flat_map(|entry| entry.files.values());
+        let mut paths: Vec<_> = files.map(|location| location.path()).collect();
         paths.sort_unstable();
         paths
     }
@@ -243,7 +243,7 @@ impl Library {
     pub fn known_under(&self, path: &Path) -> Vec<(PathBuf, Stamp)> {
         let state = self.lock();
         let files = state.under(path).filter_map(|(path, names)| Some((path, state.location(names.first()?)?)));
-        files.map(|(path, location)| (path.clone(), location.stamp)).collect()
+        files.map(|(path, location)| (path.to_owned(), location.stamp)).collect()
     }
 
     /// The listing, by name.
@@ -632,6 +632,20 @@ mod tests {
         assert!(matches!(reason(reader.read(0, 1)), ServeError::Changed));
         assert_eq!(shelf.library.files(), []);
         assert!(shelf.library.manifest(&manifest.id()).is_none());
+    }
+
+    #[test]
+    fn a_folder_is_withdrawn_without_its_neighbours() {
+        let shelf = Shelf::new();
+        fs::create_dir_all(shelf.path("a/c")).unwrap();
+        for name in ["a-b", "a.b", "a/b", "a/c/d", "ab"] {
+            shelf.put(name, name.as_bytes());
+        }
+        let known = |name| shelf.library.known_under(&shelf.path(name)).len();
+        assert_eq!((known("a"), known("ab")), (2, 1));
+        assert_eq!(shelf.library.withdraw(&shelf.path("a")), 2);
+        let left = shelf.library.files().into_iter().map(|file| file.name.to_string());
+        assert_eq!(left.collect::<Vec<_>>(), ["a-b", "a.b", "ab"]);
     }
 
     #[tokio::test]
