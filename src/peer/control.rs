@@ -300,11 +300,16 @@ async fn tell(mut attached: Attached, request: GetRequest, events: mpsc::Sender<
         let (happenings, mut happened) = mpsc::channel(QUEUE);
         let mut run = std::pin::pin!(get.run(progress.clone(), happenings));
         let mut ticks = interval(PROGRESS);
-        let mut speed = Speed::default();
+        let (mut speed, mut heard) = (Speed::default(), vec![]);
         let outcome = loop {
             tokio::select! {
                 outcome = run.as_mut() => break outcome,
-                Some(happening) = happened.recv() => drop(send(report::event(happening)).await),
+                // All that there are, for each turn of this loop asks the whole Get how it is.
+                1.. = happened.recv_many(&mut heard, QUEUE) => {
+                    for happening in heard.drain(..) {
+                        let _ = send(report::event(happening)).await;
+                    }
+                }
                 _ = ticks.tick() => drop(send(get_event::Event::Progress(report::progress(&progress, &mut speed))).await),
                 () = events.closed() => return Ok(()),
             }
