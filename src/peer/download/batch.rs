@@ -39,7 +39,7 @@ use crate::{
 const MAX_SOURCES: usize = 32;
 /// Files of one piece that the caller named holders of are mostly here before the tracker could tell of others, and nobody
 /// gives them on before they are whole: it is asked only when they take longer.
-const SOON: Duration = Duration::from_millis(250);
+const SOON: Duration = Duration::from_secs(1);
 /// How long to hope for a source when there is none.
 const GRACE: Duration = Duration::from_secs(4);
 const TICK: Duration = Duration::from_millis(100);
