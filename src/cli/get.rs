@@ -204,19 +204,25 @@ async fn find<L>(list: &L, text: &str) -> Result<Vec<Row>>
 where
     L: AsyncFn(ListFilesRequest) -> Result<Vec<Row>>,
 {
-    if let Ok(name) = SafeName::parse(text) {
-        let rows = list(ListFilesRequest { name: name.to_string(), ..Default::default() }).await?;
-        match rows.len() {
-            0 => {}
-            1 => return Ok(rows),
-            _ => return Err(ambiguous(text, &rows)),
-        }
+    let named = async {
+        let Ok(name) = SafeName::parse(text) else { return Ok(vec![]) };
+        list(ListFilesRequest { name: name.to_string(), ..Default::default() }).await
+    };
+    let matching = async {
+        let glob = || ListFilesRequest { glob: text.into(), ..Default::default() };
+        if list::is_pattern(text) { list(glob()).await } else { Ok(vec![]) }
+    };
+    // Side by side: the tracker may be far.
+    let (named, matching) = tokio::join!(named, matching);
+    let named = named?;
+    match named.len() {
+        0 => {}
+        1 => return Ok(named),
+        _ => return Err(ambiguous(text, &named)),
     }
-    if list::is_pattern(text) {
-        let rows = list(ListFilesRequest { glob: text.into(), ..Default::default() }).await?;
-        if !rows.is_empty() {
-            return Ok(rows);
-        }
+    let matching = matching?;
+    if !matching.is_empty() {
+        return Ok(matching);
     }
     if (MIN_PREFIX_LEN..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         let content_id = text.to_ascii_lowercase();
