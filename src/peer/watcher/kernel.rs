@@ -160,7 +160,7 @@ fn translate(kernel: &Kernel, left: &mut Option<(u32, PathBuf)>, event: &Event<'
         }
     } else if events.contains(ReadFlags::MOVE_SELF) {
         // If the scan has met it at its new place already, that is the path it has here.
-        if !path.is_dir() {
+        if !path.symlink_metadata().is_ok_and(|there| there.is_dir()) {
             directories.retain(|&watch, directory| {
                 let stays = !directory.starts_with(&path);
                 // An error means that it is gone.
@@ -182,6 +182,7 @@ fn translate(kernel: &Kernel, left: &mut Option<(u32, PathBuf)>, event: &Event<'
 mod tests {
     use std::fs;
     use std::os::fd::AsRawFd;
+    use std::os::unix::fs::symlink;
     use std::time::Duration;
 
     use tempfile::TempDir;
@@ -249,7 +250,9 @@ mod tests {
         until(&mut changes, |change| *change == Change::Closed(deep.join("file"))).await;
         assert_eq!(n_watches(&watcher), 3);
 
-        fs::rename(&new, elsewhere.path().join("away")).unwrap();
+        let away = elsewhere.path().join("away");
+        fs::rename(&new, &away).unwrap();
+        symlink(&away, &new).unwrap();
         until(&mut changes, |change| *change == Change::Replaced(new.clone())).await;
         fs::write(dir.path().join("end"), "x").unwrap();
         until(&mut changes, |change| *change == Change::Closed(dir.path().join("end"))).await;
