@@ -21,6 +21,7 @@ use tokio::{
 mod disk;
 mod held;
 mod landing;
+mod news;
 mod session;
 mod work;
 
