@@ -361,9 +361,11 @@ impl Source {
         }
     }
 
-    /// When it can start on something more, given how many pieces it owns.
+    /// When it can start on something more, given how many pieces it owns: sooner than it was once thought, if it has been
+    /// faster since.
     fn free_at(&self, n_claimed: u32, now: Instant) -> Instant {
-        self.busy_until.filter(|until| n_claimed > 0 && *until > now).unwrap_or(now)
+        let at_most = now + self.piece_time * n_claimed;
+        self.busy_until.filter(|until| n_claimed > 0 && *until > now).unwrap_or(now).min(at_most)
     }
 
     /// Whether all it was asked for should have come a while ago.

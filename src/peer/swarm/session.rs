@@ -192,7 +192,9 @@ impl Swarm {
             let pace = pace.lock().expect(UNLOCKED);
             // Of a source that has shown nothing yet, nothing is late soon.
             let doubt = if pace.goodput().is_none() { UNKNOWN * pieces } else { Duration::ZERO };
-            (pace.chunk_length(), pace.expected(pieces).max(doubt))
+            // A short claim among others does not wait for a round trip of its own.
+            let usual = pace.claim_pieces().max(pieces);
+            (pace.chunk_length(), (pace.expected(usual) * pieces / usual).max(doubt))
         };
         let sizes = (chunk_length, pieces);
         self.account(source.id, |account| (account.sizes, account.goodput) = (sizes, goodput));
