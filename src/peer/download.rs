@@ -143,7 +143,7 @@ impl Get {
                 // They are copied from the names they have, so they must have them.
                 run.finish_rest().await?;
             }
-            let disputed = run.batch(batch).await?;
+            let disputed = run.batch(batch, batches.is_empty()).await?;
             if !disputed.is_empty() {
                 batches.push_back(disputed);
             }

@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    pin::pin,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -49,8 +50,8 @@ const SYNC: Duration = Duration::from_secs(1);
 const WIND_UP: Duration = Duration::from_millis(50);
 
 impl Run {
-    /// Fetches a batch; gives back what has another size than the listing says.
-    pub(super) async fn batch(&mut self, jobs: Vec<Job>) -> Result<Vec<Job>> {
+    /// Fetches a batch, which is the last one unless a content of it has another size than the listing says; gives those back.
+    pub(super) async fn batch(&mut self, jobs: Vec<Job>, is_last: bool) -> Result<Vec<Job>> {
         let contents = jobs.iter().map(|job| job.want.id).collect();
         let is_soon = jobs.iter().all(|job| job.want.size <= MAX_SINGLE.into())
             && self.found.covers(jobs.iter().map(|job| &job.want.id));
@@ -86,7 +87,7 @@ impl Run {
                 _ = ticks.tick() => fetching.tick()?,
             }
         }
-        fetching.wind_up().await;
+        fetching.wind_up(is_last).await?;
         let disputed = std::mem::take(&mut fetching.disputed);
         let again = disputed.into_iter().map(|at| Job { is_disputed: true, ..jobs[at].clone() });
         Ok(again.collect())
@@ -267,17 +268,28 @@ impl Fetching<'_> {
         }
     }
 
-    /// Keeps connections for the next batch.
-    async fn wind_up(&mut self) {
+    /// Keeps connections for the next batch. After the last one nobody waits for them longer than for the disk.
+    async fn wind_up(&mut self, is_last: bool) -> Result<()> {
         self.publish();
         self.run.begun = None;
         self.run.progress.in_work.lock().expect("no panic while the lock is held").clear();
-        let _ = timeout(WIND_UP, async {
-            while let Some(ended) = self.workers.join_next().await {
-                self.ended(ended.ok());
+        let (workers, run) = (&mut self.workers, &mut self.run);
+        let mut idle = vec![];
+        let resting = timeout(WIND_UP, async {
+            while let Some(ended) = workers.join_next().await {
+                idle.extend(ended.ok());
             }
-        })
-        .await;
+        });
+        if is_last && self.disputed.is_empty() {
+            let mut finished = pin!(run.finish_rest());
+            tokio::select! {
+                finished = &mut finished => return finished,
+                _ = resting => return finished.await,
+            }
+        }
+        let _ = resting.await;
+        idle.into_iter().for_each(|ended| self.ended(Some(ended)));
+        Ok(())
     }
 
     fn accounts(&self) -> HashMap<PeerId, Account> {
