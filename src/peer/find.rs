@@ -293,7 +293,10 @@ async fn ask(
     let answer = async {
         let source = match connected {
             Some(source) => source,
-            None => Source::connect(membership, peer, addresses).await?,
+            None => {
+                let is_far = opening.as_ref().is_some_and(|opening| opening.is_far);
+                Source::connect(membership, peer, addresses, is_far).await?
+            }
         };
         let begun = opening.and_then(|opening| source.begin(&opening));
         let manifests = source.manifests(&ids).await?;

@@ -16,7 +16,7 @@ mod links;
 
 use self::links::Links;
 pub use self::{
-    begun::{Begun, Opening},
+    begun::{Asked, Begun, Opening},
     fetch::{Arrived, Event, Fetch, Wanted},
     have::{HaveWatch, News},
     links::CONNECTIONS,
@@ -78,19 +78,49 @@ pub struct Source {
 }
 
 impl Source {
-    /// Connects to the peer `id` at one of `addresses`.
+    /// Connects to the peer `id` at one of `addresses`; several times at once, if it is probably `far`, and proves to be.
     ///
     /// # Errors
     /// [`SourceError::Dial`] with the most telling reason.
-    pub async fn connect(membership: &Membership, id: PeerId, addresses: &[String]) -> Result<Self, SourceError> {
+    pub async fn connect(
+        membership: &Membership,
+        id: PeerId,
+        addresses: &[String],
+        far: bool,
+    ) -> Result<Self, SourceError> {
         let config = tls::member_client(membership.trust(), membership.certificate(), Expect::Peer(id))
             .map_err(|e| SourceError::Setup(e.to_string()))?;
-        let connection = net::dial(addresses, config.clone(), UNSENT_NAME, net::DATA).await?;
-        let again = move |address| {
+        let dial = move |addresses: Vec<String>| {
             let config = config.clone();
-            async move { net::dial(&[address], config, UNSENT_NAME, net::DATA).await }
+            async move { net::dial(&addresses, config, UNSENT_NAME, net::DATA).await }
         };
-        Ok(Self { id, links: Links::new(connection, again) })
+        let n_further = if far { CONNECTIONS - 1 } else { 0 };
+        let further = (0..n_further).map(|_| links::begin(dial(addresses.to_vec()))).collect();
+        let connection = dial(addresses.to_vec()).await?;
+        let address: Vec<_> = connection.remote().iter().map(ToString::to_string).collect();
+        let source = Self { id, links: Links::new(connection, move || dial(address.clone())) };
+        if source.connections() > 1 {
+            source.links.add(further);
+        }
+        Ok(source)
+    }
+
+    /// Connects as many times as [`Self::connections`] says, side by side and beside the work.
+    pub fn widen(&self) {
+        if self.connections() > 1 {
+            self.links.widen();
+        }
+    }
+
+    /// Goes back to one connection; what is under way over others goes on.
+    pub fn narrow(&self) {
+        self.links.narrow();
+    }
+
+    /// Was it connected to several times?
+    #[must_use]
+    pub fn is_wide(&self) -> bool {
+        self.links.are_wide()
     }
 
     /// Connections that are worth using side by side: several over a long line.

@@ -238,7 +238,7 @@ impl Swarm {
     ) -> Option<Source> {
         let key = self.known(peer, |known| known.key);
         let mut backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(8));
-        let begun = connected.as_ref().and_then(|(_, begun)| Some(begun.as_ref()?.pace.clone()));
+        let begun = connected.as_ref().and_then(|(_, begun)| begun.as_ref()?.paces.first().cloned());
         let pace = begun.unwrap_or_else(|| Arc::new(Mutex::new(Pace::fixed(self.mean_piece_len(), self.fixed))));
         loop {
             let before = self.account(peer, |account| account.bytes);

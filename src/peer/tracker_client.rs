@@ -70,6 +70,11 @@ impl TrackerClient {
         self.membership.trackers().join(", ")
     }
 
+    /// Is it at the other end of a long line? Not before the first call.
+    pub async fn is_far(&self) -> bool {
+        self.connection.lock().await.as_ref().is_some_and(|connection| connection.round_trip() >= net::LONG)
+    }
+
     async fn connection(&self) -> Result<Connection> {
         let mut slot = self.connection.lock().await;
         if let Some(connection) = slot.as_ref().filter(|connection| !connection.is_closed()) {

@@ -109,7 +109,7 @@ impl Run {
         }
         if !unknown.is_empty() {
             let membership = &self.get.membership;
-            let opening = self.opening(jobs, &unknown);
+            let opening = self.opening(jobs, &unknown).await;
             let (connected, accounts) = (&mut self.connected, &self.progress.accounts);
             let mut learning = Learning { connected, accounts, liars: vec![], opening, begun: None };
             // Those that the caller named will do, if they answer.
@@ -137,12 +137,14 @@ impl Run {
 
     /// What a far source may be asked for together with the manifest: the first long content, unless a limit has a say in
     /// when it comes, or sizes are given that this would not have.
-    fn opening(&self, jobs: &[Job], unknown: &[ContentId]) -> Option<Opening> {
+    async fn opening(&self, jobs: &[Job], unknown: &[ContentId]) -> Option<Opening> {
         let job = jobs.iter().find(|job| unknown.contains(&job.want.id) && job.want.size > MAX_SINGLE.into())?;
         let is_free = self.get.limit.rates() == Rates::default() && self.get.fixed == Fixed::default();
         let layout = Layout::new(job.want.size).ok().filter(|_| is_free)?;
         let here = (self.get.here.addresses.clone(), self.get.here.port);
-        Some(Opening { id: job.want.id, layout, here })
+        // Those who hold it are where the tracker is, or on the way there, and if not, little is lost.
+        let is_far = self.get.tracker.is_far().await;
+        Some(Opening { id: job.want.id, layout, here, is_far })
     }
 
     /// Opens the `.part` of every content; corrects the totals, which the listing may have stated wrongly.

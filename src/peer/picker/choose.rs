@@ -39,23 +39,40 @@ impl Picker {
         }
         let is_doubtful = |offences: &Offences| offences.on_probation || now < offences.banned_until;
         let is_doubtful = self.offences.get(&source).is_some_and(is_doubtful);
-        let Some(first) = self.sources.get_mut(&source).filter(|_| !is_doubtful) else { return Next::Wait(None) };
+        if is_doubtful || !self.put_beside(source, key) {
+            return Next::Wait(None);
+        }
+        self.next(key, max_pieces, expected, now)
+    }
+
+    /// Lets a further connection of `source` have what the source has. False if that is nobody.
+    fn put_beside(&mut self, source: SourceKey, key: SourceKey) -> bool {
+        let Some(first) = self.sources.get_mut(&source) else { return false };
         first.race_gain = RACE_BESIDE_GAIN;
         let have = first.have.clone();
         let beside = self.sources.entry(key).or_insert_with(|| Source::new(have.clone()));
         (beside.have, beside.idle_since, beside.race_gain) = (have, None, RACE_BESIDE_GAIN);
-        self.next(key, max_pieces, expected, now)
+        true
     }
 
-    /// The source was asked for these pieces before this picker was there to say so: they are its claim now, unless one of
-    /// them is done or somebody else's. False if they are not.
-    pub fn adopt(&mut self, key: SourceKey, pieces: &[u32], expected: Duration, now: Instant) -> bool {
+    /// The source was asked for these pieces, over the connection `key`, before this picker was there to say so: they are
+    /// its claim now, unless one of them is done or somebody else's. False if they are not.
+    pub fn adopt(
+        &mut self,
+        (source, key): (SourceKey, SourceKey),
+        pieces: &[u32],
+        expected: Duration,
+        now: Instant,
+    ) -> bool {
         let is_free = |piece: &u32| !self.has(*piece) && self.owners(*piece).next().is_none();
         let n = u32::try_from(pieces.len()).unwrap_or(u32::MAX).max(1);
         let has = |source: &Source| source.counted && pieces.iter().all(|piece| source.have.contains(*piece));
         let fits = pieces.iter().all(|piece| *piece < self.board.n_pieces() && is_free(piece));
-        let Some(source) = self.sources.get_mut(&key).filter(|source| fits && has(source)) else { return false };
-        source.piece_time = (expected / n).clamp(Duration::from_nanos(1), MAX_PIECE_TIME);
+        if !fits || !self.sources.get(&source).is_some_and(has) || key != source && !self.put_beside(source, key) {
+            return false;
+        }
+        let Some(connection) = self.sources.get_mut(&key) else { return false };
+        connection.piece_time = (expected / n).clamp(Duration::from_nanos(1), MAX_PIECE_TIME);
         self.claim(key, pieces, now);
         true
     }

@@ -1,16 +1,20 @@
 //! What is asked of a far source together with its manifest: its news and the first pieces, two round trips sooner than by
-//! whoever knows the manifest.
+//! whoever knows the manifest, over all connections at once, each of which begins with ten packets.
 //!
 //! Invariant: nothing that comes of it is believed before the manifest is here, or read beyond what the transport holds
 //! unread; if what was asked for turns out to be of no use, dropping it ends the streams.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    future::ready,
+    sync::{Arc, Mutex},
+};
 
+use futures_util::{FutureExt, future::BoxFuture};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     super::pace::Pace,
-    Source, SourceError,
+    CONNECTIONS, Source, SourceError,
     fetch::{Fetch, Wanted},
     have::HaveWatch,
 };
@@ -20,7 +24,7 @@ use crate::{
     request::carried,
 };
 
-/// Bytes asked for: what a first claim over a long line has.
+/// Bytes asked for, over all connections together.
 const BYTES: u32 = 4 << 20;
 
 /// What may be asked for before the manifest is here.
@@ -32,48 +36,86 @@ pub struct Opening {
     pub layout: Layout,
     /// Where the caller serves it itself: "HOST:PORT" values, and the port.
     pub here: (Vec<String>, u16),
+    /// Whoever holds it is probably at the other end of a long line.
+    pub is_far: bool,
 }
 
 type Watched = Result<Option<HaveWatch>, SourceError>;
+type Fetched = Result<Fetch, SourceError>;
 
 /// What a source was asked for already.
 pub struct Begun {
     /// Whom.
     pub peer: PeerId,
-    /// Which pieces.
+    /// How pieces come over each connection.
+    pub paces: Vec<Arc<Mutex<Pace>>>,
+    first: (Wanted, AbortOnDropHandle<(Watched, Fetched)>),
+    further: Vec<(Wanted, AbortOnDropHandle<Fetched>)>,
+}
+
+/// Pieces that were asked for over one connection, and how they come.
+pub struct Asked {
+    /// Which.
     pub wanted: Wanted,
-    /// How they come.
-    pub pace: Arc<Mutex<Pace>>,
-    asked: AbortOnDropHandle<(Watched, Result<Fetch, SourceError>)>,
+    answer: BoxFuture<'static, Option<Fetch>>,
+}
+
+impl Asked {
+    /// Waits for the answer; none if it was refused.
+    pub async fn answered(self) -> Option<Fetch> {
+        self.answer.await
+    }
 }
 
 impl Source {
-    /// Asks for news and the first pieces of a content. `None` over a short line, where others may want the same at the same
-    /// time and nothing is gained.
+    /// Asks for news and the first pieces of a content, over all connections that there are. `None` over a short line, where
+    /// others may want the same at the same time and nothing is gained.
     #[must_use]
     pub fn begin(&self, opening: &Opening) -> Option<Begun> {
-        let Opening { id, layout, here: (addresses, port) } = opening.clone();
-        let first = layout.piece(0).filter(|_| self.connections() > 1)?;
-        let count = (BYTES / layout.piece_len()).clamp(1, layout.n_pieces());
-        let wanted = Wanted { id, layout, first, count };
-        let pace = Arc::new(Mutex::new(Pace::new(layout.piece_len())));
+        let Opening { id, layout, here: (addresses, port), .. } = opening.clone();
+        if self.connections() == 1 {
+            return None;
+        }
+        let n = if self.is_wide() { CONNECTIONS } else { 1 };
+        let count = (BYTES / n / layout.piece_len()).max(1);
+        let claims = (0..n).map_while(|i| {
+            let first = layout.piece(i * count)?;
+            Some(Wanted { id, layout, first, count: count.min(layout.n_pieces() - i * count) })
+        });
+        let mut claims = claims.map(|wanted| (wanted, Arc::new(Mutex::new(Pace::new(layout.piece_len())))));
+        let (wanted, pace) = claims.next()?;
         let (source, fetching) = (self.clone(), pace.clone());
         let asking = carried(async move {
             let contents = [(id, layout)];
             // In this order: a source promises first copies to those who watch.
             tokio::join!(source.watch_have(&contents, addresses, port), source.fetch(0, vec![wanted], true, &fetching))
         });
-        Some(Begun { peer: self.id, wanted, pace, asked: AbortOnDropHandle::new(tokio::spawn(asking)) })
+        let first = (wanted, AbortOnDropHandle::new(tokio::spawn(asking)));
+        let (mut paces, mut further) = (vec![pace], vec![]);
+        for (lane, (wanted, pace)) in (1..).zip(claims) {
+            let (source, fetching) = (self.clone(), pace.clone());
+            let asking = carried(async move { source.fetch(lane, vec![wanted], true, &fetching).await });
+            further.push((wanted, AbortOnDropHandle::new(tokio::spawn(asking))));
+            paces.push(pace);
+        }
+        Some(Begun { peer: self.id, paces, first, further })
     }
 }
 
 impl Begun {
-    /// The news and the pieces; none of what was refused.
-    pub async fn answered(self) -> (Option<HaveWatch>, Option<(Wanted, Fetch)>) {
-        let Ok((watch, fetch)) = self.asked.await else { return (None, None) };
-        if let Err(error) = &fetch {
-            tracing::debug!(peer = %self.peer, "asked for pieces beside the manifest: {error}");
-        }
-        (watch.ok().flatten(), fetch.ok().map(|fetch| (self.wanted, fetch)))
+    /// The news, and the pieces of each connection.
+    pub async fn answered(self) -> (Option<HaveWatch>, Vec<Asked>) {
+        let peer = self.peer;
+        let heard = move |fetch: Fetched| {
+            fetch.inspect_err(|error| tracing::debug!(%peer, "asked for pieces beside the manifest: {error}")).ok()
+        };
+        let (wanted, asked) = self.first;
+        let Ok((watch, fetch)) = asked.await else { return (None, vec![]) };
+        let first = Asked { wanted, answer: ready(heard(fetch)).boxed() };
+        let further = self.further.into_iter().map(|(wanted, asked)| {
+            let answer = async move { asked.await.ok().and_then(heard) };
+            Asked { wanted, answer: answer.boxed() }
+        });
+        (watch.ok().flatten(), std::iter::once(first).chain(further).collect())
     }
 }

@@ -29,7 +29,7 @@ use crate::{
     content::{ContentId, Layout, Manifest, PieceIndex, VerifiedPiece},
     identity::PeerId,
     metrics,
-    net::Incoming,
+    net::{Connection, Incoming},
     proto::{
         GetChunksRequest, GetChunksResponse, PieceRange,
         content_error::Code as Reason,
@@ -122,6 +122,7 @@ impl Source {
             first_piece: wanted.first.get(),
             piece_count: wanted.count,
         });
+        let connection = self.links.of(lane).await;
         let chunk_length = lock(pace).chunk_length();
         metrics::CHUNKS_RECEIVED.observe(chunk_length.into());
         // Until the first answer, what connecting took; a busy core may have been in that.
@@ -135,24 +136,24 @@ impl Source {
             pace: pace.clone(),
             flight,
             body: None,
+            _connection: connection.clone(),
             input: Bytes::new(),
             frames: Frames::default(),
             assembly,
             at_source: [0; 3],
         };
-        let answer = timeout(FIRST_ANSWER, self.call(lane, &request)).await;
+        let answer = timeout(FIRST_ANSWER, self.call(connection, &request)).await;
         fetch.body = Some(answer.map_err(|_| SourceError::Stalled)??);
         Ok(fetch)
     }
 
-    async fn call(&self, lane: usize, request: &GetChunksRequest) -> Result<Incoming, SourceError> {
+    async fn call(&self, mut connection: Connection, request: &GetChunksRequest) -> Result<Incoming, SourceError> {
         let broken = |error: &dyn std::fmt::Display| SourceError::Broken(error.to_string());
         let call = Request::post(format!("{}{PATH}", self.links.first().origin().to_string().trim_end_matches('/')))
             .header("content-type", "application/grpc")
             .header("te", "trailers")
             .body(Body::new(Once(Some(framing::framed(request)))))
             .map_err(|e| broken(&e))?;
-        let mut connection = self.links.of(lane).await;
         let answer = connection.ready().await.map_err(|e| broken(&e))?.call(call).await.map_err(|e| broken(&e))?;
         if let Some(status) = Status::from_header_map(answer.headers()) {
             return Err(status.into());
@@ -191,6 +192,8 @@ pub struct Fetch {
     pace: Arc<Mutex<Pace>>,
     flight: Option<Flight>,
     body: Option<Incoming>,
+    /// What the body comes over ends with its last owner.
+    _connection: Connection,
     /// What came and was not looked at yet.
     input: Bytes,
     frames: Frames,

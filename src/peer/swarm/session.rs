@@ -24,7 +24,7 @@ use crate::{
         account::State,
         pace::Pace,
         picker::{Next, SourceKey},
-        source::{Begun, Fetch, Source, SourceError, Wanted},
+        source::{Asked, Begun, Source, SourceError, Wanted},
         spent::Stage,
     },
     proto::content_error::Code,
@@ -90,7 +90,7 @@ impl Swarm {
             Some(connected) => connected,
             None => {
                 self.account(peer, |account| account.state = State::Connecting);
-                (Source::connect(&self.membership, peer, addresses).await?, None)
+                (Source::connect(&self.membership, peer, addresses, false).await?, None)
             }
         };
         let address = source.address();
@@ -99,17 +99,20 @@ impl Swarm {
         let connections = source.connections();
         let n_lanes = connections * if connections > 1 { FAR_LANES } else { LANES };
         self.known(peer, |known| known.has_told = false);
-        let further = (1..connections).map(|_| Arc::new(Mutex::new(pace.lock().expect(UNLOCKED).fresh())));
+        let begun_paces = begun.iter().flat_map(|begun| begun.paces.iter().skip(1).cloned());
+        let fresh = || Arc::new(Mutex::new(pace.lock().expect(UNLOCKED).fresh()));
+        let further = begun_paces.chain(std::iter::repeat_with(fresh)).take(connections - 1);
         let paces: Vec<_> = std::iter::once(pace.clone()).chain(further).collect();
         // The watch begins before the first claim: a source promises first copies to those who watch. Only who is woken is
         // polled, which counts where pieces trickle in from many sources.
-        let (watch, mut asked) = match begun {
+        let (watch, asked) = match begun {
             Some(begun) => begun.answered().await,
-            None => (None, None),
+            None => (None, vec![]),
         };
+        let mut asked = asked.into_iter();
         let watch = self.watch(&source, key, watch).map(|ended| ended.map(|never| match never {}));
         let mut at_work = FuturesUnordered::from_iter([watch.boxed()]);
-        at_work.extend((0..n_lanes).map(|lane| self.lane((lane, asked.take()), &source, key, &paces).boxed()));
+        at_work.extend((0..n_lanes).map(|lane| self.lane((lane, asked.next()), &source, key, &paces).boxed()));
         for _ in 0..n_lanes {
             at_work.try_next().await?;
         }
@@ -121,21 +124,16 @@ impl Swarm {
     /// been `asked` for already.
     async fn lane(
         &self,
-        (lane, asked): (usize, Option<(Wanted, Fetch)>),
+        (lane, asked): (usize, Option<Asked>),
         source: &Source,
         whole: SourceKey,
         paces: &[Arc<Mutex<Pace>>],
     ) -> Result<(), SourceError> {
         let (limit, piece_len) = (self.limit.lane(source.id), self.mean_piece_len());
-        let (key, pace) = (connection_of(whole, lane % paces.len()), &paces[lane % paces.len()]);
-        if let Some((wanted, fetch)) = asked
-            && let Some((at, held)) = self.adopt(key, &wanted, pace)
-        {
-            let (claim, works) = ([wanted], [at]);
-            tokio::select! {
-                ended = self.take_in(source, fetch, (&claim, &works), &held) => ended?,
-                never = self.look_on(key, pace) => match never {},
-            }
+        let connection = || if source.is_wide() { lane % paces.len() } else { 0 };
+        if let Some(asked) = asked {
+            self.take_asked((lane, asked), source, whole, (connection_of(whole, connection()), &paces[connection()]))
+                .await?;
         }
         let wake = self.known(source.id, |known| known.wake.clone());
         // Over a long line it asks at once, and only does not read on.
@@ -144,9 +142,16 @@ impl Swarm {
             (_, 1) => self.until_proven(source.id).await,
             _ => self.until_told(source.id).await,
         }
+        if lane > 0 {
+            if self.in_company() { source.narrow() } else { source.widen() }
+        }
+        let (key, pace) = (connection_of(whole, connection()), &paces[connection()]);
         loop {
             let is_too_much = lane > 0 && self.n_at_work.load(Ordering::Relaxed) >= MANY;
             if (is_too_much || lane >= LANES && self.in_company()) && !self.is_done() {
+                if self.in_company() {
+                    source.narrow();
+                }
                 sleep(LOOK).await;
                 continue;
             }
@@ -204,14 +209,36 @@ impl Swarm {
         }
     }
 
-    /// Makes what was asked for a claim, if it is of use: the position of its content, and its pieces.
-    fn adopt(&self, key: SourceKey, wanted: &Wanted, pace: &Mutex<Pace>) -> Option<(usize, Held<'_>)> {
-        let at = self.position(&wanted.id).filter(|at| self.work[*at].layout() == wanted.layout)?;
+    /// Takes in what was asked for already, over a connection and at its pace, if it is of use.
+    async fn take_asked(
+        &self,
+        (lane, asked): (usize, Asked),
+        source: &Source,
+        whole: SourceKey,
+        (key, pace): (SourceKey, &Mutex<Pace>),
+    ) -> Result<(), SourceError> {
+        let wanted = asked.wanted;
+        let Some(at) = self.position(&wanted.id).filter(|at| self.work[*at].layout() == wanted.layout) else {
+            return Ok(());
+        };
         let first = self.work[at].first + wanted.first.get();
         let pieces: Vec<u32> = (first..first + wanted.count).collect();
-        let expected = pace.lock().expect(UNLOCKED).expected(wanted.count);
-        let is_ours = self.picker().adopt(key, &pieces, expected.max(UNKNOWN * wanted.count), Instant::now());
-        is_ours.then(|| (at, Held { swarm: self, key, pieces: Mutex::new(pieces) }))
+        let expected = pace.lock().expect(UNLOCKED).expected(wanted.count).max(UNKNOWN * wanted.count);
+        if !self.picker().adopt((whole, key), &pieces, expected, Instant::now()) {
+            return Ok(());
+        }
+        let held = Held { swarm: self, key, pieces: Mutex::new(pieces) };
+        let taking = async {
+            let Some(fetch) = asked.answered().await else { return Ok(()) };
+            if lane > 0 {
+                self.until_proven(source.id).await;
+            }
+            self.take_in(source, fetch, (&[wanted], &[at]), &held).await
+        };
+        tokio::select! {
+            ended = taking => ended,
+            never = self.look_on(key, pace) => match never {},
+        }
     }
 
     /// While next to nothing comes from a source, what it was promised is there for those who have nothing else to fetch.
