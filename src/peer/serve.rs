@@ -49,7 +49,7 @@ use crate::{
     request::carried,
 };
 
-/// Streams served at once, over all connections.
+/// GetChunks streams served at once over all connections, and as many of GetManifest.
 pub(super) const STREAMS: usize = 128;
 /// WatchHave streams at once, over all connections.
 const WATCHES: usize = 1024;
@@ -74,6 +74,7 @@ pub struct ChunkServer {
     served: Arc<Served>,
     upload: Limit,
     streams: Arc<Semaphore>,
+    manifests: Arc<Semaphore>,
     watches: Arc<Semaphore>,
     crowds: Crowds,
 }
@@ -82,8 +83,8 @@ impl ChunkServer {
     /// Serves from `library`, as fast as `upload` allows, and counts in `served`.
     #[must_use]
     pub fn new(library: Library, served: Arc<Served>, upload: Limit) -> Self {
-        let (streams, watches) = (Arc::new(Semaphore::new(STREAMS)), Arc::new(Semaphore::new(WATCHES)));
-        Self { library, served, upload, streams, watches, crowds: Crowds::default() }
+        let [streams, manifests, watches] = [STREAMS, STREAMS, WATCHES].map(|n| Arc::new(Semaphore::new(n)));
+        Self { library, served, upload, streams, manifests, watches, crowds: Crowds::default() }
     }
 
     fn admit(permits: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Status> {
@@ -136,7 +137,7 @@ impl proto::chunk_service_server::ChunkService for ChunkServer {
     ) -> Result<Response<Self::GetManifestStream>, Status> {
         member(&request)?;
         let ids = contents(&request.get_ref().content_ids)?;
-        let (permit, library) = (Self::admit(&self.streams)?, self.library.clone());
+        let (permit, library) = (Self::admit(&self.manifests)?, self.library.clone());
         let (sender, receiver) = mpsc::channel(QUEUE);
         tokio::spawn(carried(async move {
             let _permit = permit;

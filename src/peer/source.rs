@@ -112,7 +112,7 @@ impl Source {
         }
     }
 
-    /// Goes back to one connection; what is under way over others goes on.
+    /// Goes back to at most two connections; what is under way over others goes on.
     pub fn narrow(&self) {
         self.links.narrow();
     }

@@ -70,9 +70,11 @@ impl TrackerClient {
         self.membership.trackers().join(", ")
     }
 
-    /// Is it at the other end of a long line? Not before the first call.
-    pub async fn is_far(&self) -> bool {
-        self.connection.lock().await.as_ref().is_some_and(|connection| connection.round_trip() >= net::LONG)
+    /// Is it known to be at the other end of a long line? Does not wait for a connection that is being made.
+    #[must_use]
+    pub fn is_far(&self) -> bool {
+        let is_long = |connection: &Connection| connection.round_trip() >= net::LONG;
+        self.connection.try_lock().is_ok_and(|connection| connection.as_ref().is_some_and(is_long))
     }
 
     async fn connection(&self) -> Result<Connection> {

@@ -109,7 +109,7 @@ impl Run {
         }
         if !unknown.is_empty() {
             let membership = &self.get.membership;
-            let opening = self.opening(jobs, &unknown).await;
+            let opening = self.opening(jobs, &unknown);
             let (connected, accounts) = (&mut self.connected, &self.progress.accounts);
             let mut learning = Learning { connected, accounts, liars: vec![], opening, begun: None };
             // Those that the caller named will do, if they answer.
@@ -137,13 +137,13 @@ impl Run {
 
     /// What a far source may be asked for together with the manifest: the first long content, unless a limit has a say in
     /// when it comes, or sizes are given that this would not have.
-    async fn opening(&self, jobs: &[Job], unknown: &[ContentId]) -> Option<Opening> {
+    fn opening(&self, jobs: &[Job], unknown: &[ContentId]) -> Option<Opening> {
         let job = jobs.iter().find(|job| unknown.contains(&job.want.id) && job.want.size > MAX_SINGLE.into())?;
         let is_free = self.get.limit.rates() == Rates::default() && self.get.fixed == Fixed::default();
         let layout = Layout::new(job.want.size).ok().filter(|_| is_free)?;
         let here = (self.get.here.addresses.clone(), self.get.here.port);
         // Those who hold it are where the tracker is, or on the way there, and if not, little is lost.
-        let is_far = self.get.tracker.is_far().await;
+        let is_far = self.get.tracker.is_far();
         Some(Opening { id: job.want.id, layout, here, is_far })
     }
 

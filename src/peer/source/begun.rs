@@ -76,7 +76,7 @@ impl Source {
         if self.connections() == 1 {
             return None;
         }
-        let n = if self.is_wide() { CONNECTIONS } else { 1 };
+        let n = if self.is_wide() { CONNECTIONS.min(BYTES / layout.piece_len()).max(1) } else { 1 };
         let count = (BYTES / n / layout.piece_len()).max(1);
         let claims = (0..n).map_while(|i| {
             let first = layout.piece(i * count)?;
@@ -87,7 +87,7 @@ impl Source {
         let (source, fetching) = (self.clone(), pace.clone());
         let asking = carried(async move {
             let contents = [(id, layout)];
-            // In this order: a source promises first copies to those who watch.
+            // In this order, at least here: a source promises first copies to those who watch.
             tokio::join!(source.watch_have(&contents, addresses, port), source.fetch(0, vec![wanted], true, &fetching))
         });
         let first = (wanted, AbortOnDropHandle::new(tokio::spawn(asking)));

@@ -136,13 +136,25 @@ impl Source {
             pace: pace.clone(),
             flight,
             body: None,
-            _connection: connection.clone(),
+            connection,
             input: Bytes::new(),
             frames: Frames::default(),
             assembly,
             at_source: [0; 3],
         };
-        let answer = timeout(FIRST_ANSWER, self.call(connection, &request)).await;
+        let answer = timeout(FIRST_ANSWER, async {
+            let answer = self.call(fetch.connection.clone(), &request).await;
+            let first = self.links.first();
+            match answer {
+                // One too many: the source said so only after the handshake.
+                Err(SourceError::Broken(_)) if fetch.connection.is_closed() && !first.is_closed() => {
+                    fetch.connection = first.clone();
+                    self.call(first.clone(), &request).await
+                }
+                answer => answer,
+            }
+        });
+        let answer = answer.await;
         fetch.body = Some(answer.map_err(|_| SourceError::Stalled)??);
         Ok(fetch)
     }
@@ -193,7 +205,7 @@ pub struct Fetch {
     flight: Option<Flight>,
     body: Option<Incoming>,
     /// What the body comes over ends with its last owner.
-    _connection: Connection,
+    connection: Connection,
     /// What came and was not looked at yet.
     input: Bytes,
     frames: Frames,

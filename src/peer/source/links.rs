@@ -3,7 +3,7 @@
 //! each of them alone.
 //!
 //! Invariant: the first connection is the source; the further ones are dialled side by side and beside the work, and let go
-//! where others fetch the same. Lanes keep to a connection each, so that none idles while another has two claims to send; a
+//! but for one where others fetch the same. Lanes keep to a connection each, so that none idles while another has two claims to send; a
 //! lane whose connection could not be made, or is gone, uses the first.
 //!
 //! When they are made: at once with the first, where the tracker is far and its members are so, too; else when the source
@@ -86,9 +86,9 @@ impl Links {
         }
     }
 
-    /// Lets go of the further connections. What is under way over them goes on.
+    /// Lets go of the further connections but one. What is under way over them goes on.
     pub(super) fn narrow(&self) {
-        self.further().clear();
+        self.further().truncate(1);
     }
 
     /// Are there further connections, or will there be?

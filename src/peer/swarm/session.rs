@@ -136,25 +136,25 @@ impl Swarm {
                 .await?;
         }
         let wake = self.known(source.id, |known| known.wake.clone());
-        // Over a long line it asks at once, and only does not read on.
-        match (lane, source.connections()) {
-            (0, _) => {}
-            (_, 1) => self.until_proven(source.id).await,
-            _ => self.until_told(source.id).await,
+        // Over a long line the first of each connection asks at once, and only does not read on.
+        match lane {
+            0 => {}
+            _ if lane < source.connections() => self.until_told(source.id).await,
+            _ => self.until_proven(source.id).await,
         }
-        if lane > 0 {
-            if self.in_company() { source.narrow() } else { source.widen() }
-        }
-        let (key, pace) = (connection_of(whole, connection()), &paces[connection()]);
         loop {
             let is_too_much = lane > 0 && self.n_at_work.load(Ordering::Relaxed) >= MANY;
+            if self.in_company() {
+                source.narrow();
+            }
             if (is_too_much || lane >= LANES && self.in_company()) && !self.is_done() {
-                if self.in_company() {
-                    source.narrow();
-                }
                 sleep(LOOK).await;
                 continue;
             }
+            if lane > 0 && !self.in_company() {
+                source.widen();
+            }
+            let (key, pace) = (connection_of(whole, connection()), &paces[connection()]);
             let pieces = limit.at_once(self.claim_pieces(lane, source, pace), piece_len);
             // Before the claim, so that its pieces are not kept from the others meanwhile.
             let paid = pieces.saturating_mul(piece_len);
@@ -178,9 +178,16 @@ impl Swarm {
                 Next::Repeat(pieces) | Next::Steal(pieces) => (pieces, false),
             };
             let held = Held { swarm: self, key, pieces: Mutex::new(pieces) };
-            tokio::select! {
-                ended = self.fetch(source, lane, &held, first_copies, pace) => ended?,
+            let ended = tokio::select! {
+                ended = self.fetch(source, lane, &held, first_copies, pace) => ended,
                 never = self.look_on(key, pace) => match never {},
+            };
+            drop(held);
+            match ended {
+                // There is one before it, which the source is judged by.
+                Err(SourceError::Busy) if lane > 0 => sleep(LOOK).await,
+                Err(SourceError::Stalled) if lane >= paces.len() => sleep(LOOK).await,
+                ended => ended?,
             }
         }
     }
@@ -349,6 +356,7 @@ impl Swarm {
                     picker.promised([piece], Instant::now());
                     break;
                 }
+                picker.release(held.key, &[piece]);
                 picker.remove_have(source_of(held.key), piece);
             }
         }
