@@ -491,6 +491,24 @@ mod tests {
     }
 
     #[test]
+    fn what_waits_behind_a_source_that_became_faster_is_not_raced_for() {
+        let mut now = Instant::now();
+        let mut picker = Picker::new(14, 1);
+        for key in [A, B] {
+            picker.set_have(key, &HaveMap::full(14));
+        }
+        let Next::Claim(slow) = picker.next(A, 10, 10 * SECOND, now) else { panic!("all are free") };
+        now += SECOND;
+        slow[..5].iter().for_each(|piece| _ = picker.received(A, *piece));
+        let Next::Claim(fast) = picker.next(A, 4, SECOND / 25, now) else { panic!("four are free") };
+        slow[5..].iter().for_each(|piece| _ = picker.received(A, *piece));
+        assert_eq!((slow.len(), fast.len()), (10, 4));
+        assert!(matches!(picker.next(B, 4, SECOND / 25, now), Next::Wait(_)), "they are here in a moment");
+        now += 10 * SECOND;
+        assert!(matches!(picker.next(B, 4, SECOND / 25, now), Next::Steal(_)), "and are not");
+    }
+
+    #[test]
     fn the_rarest_come_first_and_ties_are_random() {
         let now = Instant::now();
         let mut firsts = BTreeSet::new();

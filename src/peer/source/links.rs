@@ -3,8 +3,8 @@
 //! each of them alone.
 //!
 //! Invariant: the first connection is the source; the further ones are dialled side by side and beside the work, and let go
-//! but for one where others fetch the same. Lanes keep to a connection each, so that none idles while another has two claims to send; a
-//! lane whose connection could not be made, or is gone, uses the first.
+//! but for one where others fetch the same. Lanes keep to a connection each, so that none idles while another has two
+//! claims to send; a lane whose connection could not be made, or is gone, uses the first.
 //!
 //! When they are made: at once with the first, where the tracker is far and its members are so, too; else when the source
 //! has told that nobody else fetches from it, for a line that is full of others' bytes looks long. (Of 16 receivers at 100
