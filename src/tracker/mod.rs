@@ -64,7 +64,7 @@ const LOCK: &str = "lock";
 /// The admin socket in the state directory.
 pub const SOCKET: &str = "admin.sock";
 const DRAIN: Duration = Duration::from_secs(12);
-const LIMITS: Limits = Limits { connections: 20_000, strangers_per_address: 128, per_member: 8, http2: net::CONTROL };
+const LIMITS: Limits = Limits { connections: 20_000, strangers_per_address: 128, per_member: 64, http2: net::CONTROL };
 
 /// How a tracker runs.
 #[derive(Clone, Debug)]
