@@ -80,8 +80,8 @@ const DRAIN: Duration = Duration::from_secs(12);
 pub const DEFAULT_PORT: u16 = 7701;
 const OPERATOR_PORT: u16 = 7791;
 const SPREAD: u16 = 32;
-/// Room for eight far members behind one address that begin together, four times over, and for eight downloads of one.
-const LIMITS: Limits = Limits { connections: 1024, strangers_per_address: 256, per_member: 64, http2: net::DATA };
+/// Room for 32 far members behind one address that begin together, and for 32 downloads of one.
+const LIMITS: Limits = Limits { connections: 1024, strangers_per_address: 256, per_member: 256, http2: net::DATA };
 /// Longest request of this user's own commands, bytes: a Get of some hundred thousand files.
 const MAX_CONTROL_MESSAGE: usize = 64 << 20;
 

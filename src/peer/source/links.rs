@@ -39,7 +39,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::net::{self, Connection};
 
-/// Connections over a long line; a listener takes 64 of one member.
+/// Connections over a long line; a listener takes 256 of one member.
 pub const CONNECTIONS: u32 = 8;
 
 /// A connection that is being made, or was.
