@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
@@ -15,7 +16,7 @@ use std::{
 
 use tokio::{
     sync::{Notify, mpsc},
-    time::sleep,
+    time::{sleep, timeout},
 };
 
 mod disk;
@@ -85,6 +86,8 @@ struct Known {
     key: SourceKey,
     /// Wakes its lanes, and no others.
     wake: Arc<Notify>,
+    /// Where it was last said to be: "HOST:PORT" values, best first.
+    addresses: Vec<String>,
     /// Contents, by their position, that it holds whole.
     complete: BTreeSet<usize>,
     /// Its first news has come, or it tells none.
@@ -200,6 +203,7 @@ impl Swarm {
         change(known.entry(peer).or_insert_with(|| Known {
             key: next,
             wake: Arc::default(),
+            addresses: vec![],
             complete: BTreeSet::new(),
             has_told: false,
         }))
@@ -207,6 +211,12 @@ impl Swarm {
 
     fn position(&self, id: &ContentId) -> Option<usize> {
         self.work.iter().position(|work| work.want.id == *id)
+    }
+
+    /// Where a source is.
+    pub fn is_at(&self, peer: PeerId, addresses: &[String]) {
+        self.known(peer, |known| addresses.clone_into(&mut known.addresses));
+        self.wake(peer);
     }
 
     /// A source that holds these contents whole; what else it may hold in part, it will tell itself.
@@ -229,19 +239,16 @@ impl Swarm {
     }
 
     /// Works with one source until the batch is done or the source is of no more use; gives back the connection if it is
-    /// good. `connected` saves a handshake, and what it was asked for already two round trips.
-    pub async fn work_with(
-        &self,
-        peer: PeerId,
-        addresses: Vec<String>,
-        mut connected: Option<(Source, Option<Begun>)>,
-    ) -> Option<Source> {
+    /// good. `connected` saves a handshake, and what it was asked for already two round trips. One that went away is looked
+    /// for where [`is_at`](Self::is_at) says that it is by then.
+    pub async fn work_with(&self, peer: PeerId, mut connected: Option<(Source, Option<Begun>)>) -> Option<Source> {
         let key = self.known(peer, |known| known.key);
         let mut backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(8));
         let begun = connected.as_ref().and_then(|(_, begun)| begun.as_ref()?.paces.first().cloned());
         let pace = begun.unwrap_or_else(|| Arc::new(Mutex::new(Pace::fixed(self.mean_piece_len(), self.fixed))));
         loop {
             let before = self.account(peer, |account| account.bytes);
+            let addresses = self.known(peer, |known| known.addresses.clone());
             let outcome = self.session(peer, key, &addresses, connected.take(), &pace).await;
             let error = match outcome {
                 Ok(source) => {
@@ -250,7 +257,7 @@ impl Swarm {
                 }
                 Err(error) => error,
             };
-            if self.account(peer, |account| account.bytes) > before {
+            if self.account(peer, |account| account.bytes) > before || self.known(peer, |k| k.addresses != addresses) {
                 backoff.reset();
             }
             let mut wait = backoff.delay(rand::random());
@@ -285,7 +292,24 @@ impl Swarm {
                 self.changed.notify_waiters();
                 return None;
             }
-            sleep(wait).await;
+            if lied {
+                sleep(wait).await;
+            } else {
+                let _ = timeout(wait, self.until(peer, |known| known.addresses != addresses)).await;
+            }
+        }
+    }
+
+    /// Waits until something is known of a source, which its lanes are woken for.
+    async fn until(&self, peer: PeerId, is_so: impl Fn(&Known) -> bool) {
+        let wake = self.known(peer, |known| known.wake.clone());
+        loop {
+            let mut woken = pin!(wake.notified());
+            woken.as_mut().enable();
+            if self.known(peer, |known| is_so(known)) {
+                return;
+            }
+            woken.await;
         }
     }
 

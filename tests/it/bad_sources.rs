@@ -142,3 +142,17 @@ fn a_source_that_vanishes_in_the_last_piece_is_not_waited_for() {
     let (honest, _link) = slow_source(&mut swarm, "honest", FAST);
     assert_fetched(&swarm, get, &[&bad, &honest], MOST_WASTED);
 }
+
+#[test]
+fn a_source_that_comes_back_at_another_port_is_found_again() {
+    let mut swarm = network();
+    let (source, _link) = slow_source(&mut swarm, "source", 8 * CRAWL);
+    swarm.wait_listed("sink", FILM, 1);
+    let mut get = get(&swarm);
+    wait_progress(&mut get, 0.3);
+    swarm.kill("source");
+    assert_eq!(swarm.sharing_peer("source", &[]), source);
+    let got = get.finish(PATIENCE).ok();
+    swarm.assert_same("film", "copy.mkv");
+    assert!(bytes_from(&got.summary(), &source) >= SIZE, "{got:#?}");
+}

@@ -250,6 +250,7 @@ impl Fetching<'_> {
             if is_me || !self.swarm.work().iter().any(|work| of_use(&work.want.id)) {
                 continue;
             }
+            self.swarm.is_at(peer, &candidate.addresses);
             self.swarm.holds(peer, &candidate.complete);
             let gone = self.accounts().get(&peer).is_some_and(|known| known.lies > 0 && known.state == State::Gone);
             if gone || self.working.len() >= MAX_SOURCES || !self.working.insert(peer) {
@@ -257,8 +258,8 @@ impl Fetching<'_> {
             }
             let connected = self.run.connected.remove(&peer).filter(|source| !source.is_closed());
             let connected = connected.map(|source| (source, self.run.begun.take_if(|begun| begun.peer == peer)));
-            let (swarm, addresses) = (self.swarm.clone(), candidate.addresses.clone());
-            self.workers.spawn(carried(async move { (peer, swarm.work_with(peer, addresses, connected).await) }));
+            let swarm = self.swarm.clone();
+            self.workers.spawn(carried(async move { (peer, swarm.work_with(peer, connected).await) }));
         }
     }
 

@@ -279,19 +279,8 @@ impl Swarm {
     /// one that is full of their bytes; with several connections and long claims over it, now this and now that one of 8
     /// receivers was 0.3 s to a second behind the rest.
     async fn until_told(&self, peer: PeerId) {
-        let wake = self.known(peer, |known| known.wake.clone());
-        let told = async {
-            loop {
-                let mut woken = pin!(wake.notified());
-                woken.as_mut().enable();
-                if self.known(peer, |known| known.has_told) {
-                    return;
-                }
-                woken.await;
-            }
-        };
         // One that says nothing is not waited for.
-        let _ = timeout(LOOK, told).await;
+        let _ = timeout(LOOK, self.until(peer, |known| known.has_told)).await;
     }
 
     pub(super) fn told(&self, peer: PeerId) {
