@@ -26,8 +26,8 @@ mod news;
 mod session;
 mod work;
 
-use self::landing::Crew;
 pub use self::work::Work;
+use self::{landing::Crew, news::Refused};
 use super::{
     account::{Account, Accounts, State},
     limit::Limit,
@@ -92,6 +92,7 @@ struct Known {
     complete: BTreeSet<usize>,
     /// Its first news has come, or it tells none.
     has_told: bool,
+    refused: Refused,
 }
 
 /// The shared state of one batch.
@@ -206,6 +207,7 @@ impl Swarm {
             addresses: vec![],
             complete: BTreeSet::new(),
             has_told: false,
+            refused: Refused::default(),
         }))
     }
 

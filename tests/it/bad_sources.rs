@@ -95,6 +95,20 @@ fn pieces_that_are_not_there_are_fetched_elsewhere() {
 }
 
 #[test]
+fn the_only_source_is_asked_again_for_what_it_did_not_have() {
+    let swarm = network();
+    for (name, size) in [("film", SIZE), ("still", 100_000)] {
+        swarm.write(name, size, name);
+        let liar = Liar::start(&swarm, name, name, Lie::Delay);
+        swarm.wait_listed("sink", name, 1);
+        let got = swarm.run("sink", ["get", name, "-o", "copy", "--json"]).ok();
+        swarm.assert_same(name, "copy");
+        assert_eq!((got.summary()["bytes_fetched"].as_u64(), liar.asked() > 2), (Some(size), true));
+        std::fs::remove_file(swarm.path("copy")).unwrap();
+    }
+}
+
+#[test]
 fn promises_that_nobody_keeps_are_not_waited_for() {
     survives(Lie::Have);
 }

@@ -52,6 +52,8 @@ pub enum Lie {
     Have,
     /// What it holds: whatever it is asked for, it does not have.
     Denial,
+    /// That it does not have what it is asked for, the first two times; then it gives true bytes.
+    Delay,
     /// That it is of use: true bytes, one a second.
     Trickle,
     /// That it is of use: it takes a request, and says no more.
@@ -267,27 +269,31 @@ impl ChunkService for Lies {
         &self,
         request: Request<GetChunksRequest>,
     ) -> Result<Response<Answers<GetChunksResponse>>, Status> {
-        self.asked.fetch_add(1, Ordering::Relaxed);
+        let n_before = self.asked.fetch_add(1, Ordering::Relaxed);
         let request = request.into_inner();
         match self.lie {
             Lie::Silence => return Ok(Response::new(Box::pin(stream::pending()))),
             Lie::Trickle => return Ok(Response::new(Box::pin(self.trickle(&request)))),
+            Lie::Delay if n_before < 2 => return Ok(Response::new(Box::pin(stream::iter(deny(&request))))),
             Lie::Denial => return Ok(Response::new(Box::pin(stream::iter(deny(&request))))),
             _ => {}
         }
         let (layout, chunk_length) = (self.manifest.layout(), u64::from(request.chunk_length.clamp(16 << 10, 1 << 20)));
-        let sent = self.sent.clone();
+        let (sent, truth) = (self.sent.clone(), (self.lie == Lie::Delay).then(|| self.bytes.clone()));
         let lies = request.ranges.into_iter().zip(0..).flat_map(move |(range, index)| {
             let pieces =
                 (range.first_piece..range.first_piece + range.piece_count).filter_map(move |i| layout.piece(i));
-            let sent = sent.clone();
+            let (sent, truth) = (sent.clone(), truth.clone());
             pieces.flat_map(move |piece| {
-                let sent = sent.clone();
+                let (sent, truth) = (sent.clone(), truth.clone());
                 let (start, end) = (layout.offset(piece), layout.offset(piece) + u64::from(layout.len_of(piece)));
                 (start..end).step_by(usize::try_from(chunk_length).unwrap()).map(move |offset| {
                     let length = usize::try_from(chunk_length.min(end - offset)).unwrap();
                     sent.fetch_add(length as u64, Ordering::Relaxed);
-                    let chunk = Chunk { range: index, offset, data: vec![0x5a; length].into() };
+                    let from = usize::try_from(offset).unwrap();
+                    let wrong = || vec![0x5a; length].into();
+                    let data = truth.as_ref().map_or_else(wrong, |bytes| bytes.slice(from..from + length));
+                    let chunk = Chunk { range: index, offset, data };
                     Ok(GetChunksResponse { part: Some(get_chunks_response::Part::Chunk(chunk)) })
                 })
             })

@@ -331,6 +331,7 @@ impl Fetching<'_> {
     /// Publishes progress, and gives up when nobody is left to ask.
     fn tick(&mut self) -> Result<()> {
         self.publish();
+        self.swarm.ask_again();
         if self.synced.elapsed() > SYNC && self.swarm.has_begun() {
             self.synced = Instant::now();
             let swarm = self.swarm.clone();

@@ -245,7 +245,7 @@ impl Swarm {
                 }
                 Ok(Some(Event::Missing(range, done, why))) => {
                     let (first, end) = (claim[range].first.get(), claim[range].first.get() + claim[range].count);
-                    self.missing(held, works[range], first + done..end, why).await;
+                    self.missing(source.id, held, works[range], (first + done..end, why)).await;
                 }
                 Ok(None) => ended = Some(Ok(())),
                 Err(error) => ended = Some(Err(error)),

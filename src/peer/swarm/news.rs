@@ -1,8 +1,13 @@
 //! What a source tells while it is worked with: what it holds, whom else it serves, and what it promised them.
 //!
-//! Invariant: what the source tells goes to the picker and nowhere else, but for whom else it serves.
+//! Invariant: what the source tells goes to the picker and nowhere else, but for whom else it serves. What it does not serve
+//! although it is said to have it, it is asked for again, but not for ever.
 
-use std::{convert::Infallible, sync::atomic::Ordering, time::Instant};
+use std::{
+    convert::Infallible,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use super::{Report, Swarm};
 use crate::{
@@ -14,7 +19,58 @@ use crate::{
     proto::MAX_CONTENTS,
 };
 
+/// Until a source is first asked again for what it did not serve; then twice as long each time. A file that was touched is
+/// offered again when it was quiet for two seconds and is hashed.
+const AGAIN: Duration = Duration::from_millis(500);
+/// How often it is asked again, without a byte of it in between.
+const MAX_AGAIN: u32 = 3;
+
+/// What a source did not serve when it was asked.
+#[derive(Default)]
+pub(super) struct Refused {
+    pieces: Vec<u32>,
+    /// When to ask again; none if there is nothing to ask for.
+    until: Option<Instant>,
+    /// How often it was asked again, and the bytes that had come from it by then.
+    n: u32,
+    bytes: u64,
+}
+
 impl Swarm {
+    /// A source does not serve these pieces now.
+    pub(super) fn refused(&self, peer: PeerId, pieces: Vec<u32>) {
+        let bytes = self.account(peer, |account| account.bytes);
+        self.known(peer, |known| {
+            let refused = &mut known.refused;
+            if refused.bytes < bytes {
+                (refused.n, refused.bytes) = (0, bytes);
+            }
+            if refused.n < MAX_AGAIN && !pieces.is_empty() {
+                refused.until.get_or_insert_with(|| Instant::now() + AGAIN * 2_u32.pow(refused.n));
+                refused.pieces.extend(pieces);
+            }
+        });
+    }
+
+    /// Lets sources be asked again for what they did not serve; to be called now and then.
+    pub fn ask_again(&self) {
+        let now = Instant::now();
+        let mut due = vec![];
+        for (peer, known) in self.known.lock().expect("no panic while the lock is held").iter_mut() {
+            let refused = &mut known.refused;
+            if refused.until.take_if(|until| *until <= now).is_some() {
+                refused.n += 1;
+                due.push((*peer, known.key, std::mem::take(&mut refused.pieces)));
+            }
+        }
+        for (peer, key, pieces) in due {
+            let mut picker = self.picker();
+            pieces.into_iter().for_each(|piece| picker.add_have(key, piece));
+            drop(picker);
+            self.wake(peer);
+        }
+    }
+
     /// Follows what the source holds, through a watch that has `begun` if it is the right one. Ends only with an error.
     pub(super) async fn watch(
         &self,

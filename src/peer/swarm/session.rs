@@ -328,27 +328,29 @@ impl Swarm {
     }
 
     /// The source does not serve these pieces of a content now.
-    pub(super) async fn missing(&self, held: &Held<'_>, at: usize, pieces: Range<u32>, why: Code) {
+    pub(super) async fn missing(&self, peer: PeerId, held: &Held<'_>, at: usize, (pieces, why): (Range<u32>, Code)) {
         let work = &self.work[at];
         if why == Code::OutOfRange && work.layout().is_single() {
             return self.report(Report::Disputed(at)).await;
         }
+        let mut refused = vec![];
         {
             let mut picker = self.picker();
             for piece in pieces.map(|piece| work.first + piece) {
                 if !held.settle(piece) {
                     continue;
                 }
+                picker.release(held.key, &[piece]);
                 if why == Code::Promised {
                     // Of the others in the range nothing is known; they are given back with the claim.
-                    picker.release(held.key, &[piece]);
                     picker.promised([piece], Instant::now());
                     break;
                 }
-                picker.release(held.key, &[piece]);
                 picker.remove_have(source_of(held.key), piece);
+                refused.push(piece);
             }
         }
+        self.refused(peer, refused);
         self.changed.notify_waiters();
     }
 }
