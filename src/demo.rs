@@ -25,7 +25,7 @@ use crate::{
     client::Control,
     content::ContentId,
     peer::{self, Node, NodeOptions, Rates, hasher::hash_file, join::join, tracker_client::TrackerClient},
-    proto::{Done, GetRequest, ListFilesRequest, Wanted, get_event::Event, get_request::Existing},
+    proto::{Done, GetRequest, LimitRequest, ListFilesRequest, Wanted, get_event::Event, get_request::Existing},
     safe_path,
     tracker::{Keep, Tracker, TrackerOptions},
     units::human_size,
@@ -154,13 +154,18 @@ async fn play(stage: &mut Stage, size: u64) -> Result<()> {
         tracker: None,
         rescan: Duration::from_secs(60),
         upload_limit: Rates::default(),
-        download_limit: Rates::default(),
+        // Until bee is killed, so that there is a half-way to see on any machine.
+        download_limit: Rates { total: Some(size / 2), per_peer: None },
     })
     .await?;
     wait_for_sources(&stage.state("owl"), id).await?;
-    say("download  owl, from all three at once; half-way bee is killed, and fox begins to lie\n")?;
-    let done = download(stage, &owl, id, size).await?;
+    say(
+        "download  owl, from all three at once, held back; half-way bee is killed, fox begins to lie, and owl is let go\n",
+    )?;
+    let (done, rate) = download(stage, &owl, id, size).await?;
     verify(stage, &liar, id, &ids, &done)?;
+    say(format!("speed     {}/s when it was let go, encrypted, every piece verified", human_size(rate)))?;
+    say(format!("equal     b3sum {id}"))?;
     liar.stop().await;
     owl.stop().await;
     tracker.stop().await;
@@ -208,25 +213,30 @@ async fn wait_for_sources(state: &Path, id: ContentId) -> Result<()> {
     }
 }
 
-async fn download(stage: &mut Stage, owl: &Node, id: ContentId, size: u64) -> Result<Done> {
+/// Gives the summary, and bytes a second without the limit.
+async fn download(stage: &mut Stage, owl: &Node, id: ContentId, size: u64) -> Result<(Done, u64)> {
     let wanted = vec![Wanted { name: FILE.into(), size, content_id: id.to_string(), sources: vec![] }];
     let output = format!("{}/", stage.share("owl").display());
     let request = GetRequest { wanted, output, existing: Existing::Refuse.into(), sources: vec![] };
-    let mut events = Control::new(owl.control()).get(request).await?;
+    let mut control = Control::new(owl.control());
+    let mut events = control.get(request).await?;
     let mut report = Report::new(false, false, false);
-    let mut killed = false;
+    let mut let_go = None;
     loop {
         let event = events.next().await?;
         match &event {
-            Event::Progress(progress) if !killed && progress.bytes_done * 2 >= size => {
+            Event::Progress(progress) if let_go.is_none() && progress.bytes_done * 2 >= size => {
                 stage.kill("bee")?;
-                killed = true;
+                control.limit(LimitRequest { download: Some(0), ..LimitRequest::default() }).await?;
+                let_go = Some((Instant::now(), progress.bytes_done));
             }
             Event::Done(done) => {
-                ensure!(killed, "the download was over before bee could be killed: try a larger --size");
+                let (at, before) = let_go.context("the download was over before bee could be killed")?;
+                let millis = u64::try_from(at.elapsed().as_millis())?.max(1);
+                let rate = done.bytes_fetched.saturating_sub(before) * 1000 / millis;
                 let done = done.clone();
                 report.event(&event)?;
-                return Ok(done);
+                return Ok((done, rate));
             }
             Event::Failed(failed) => anyhow::bail!("the download failed: {}", failed.message),
             _ => {}
@@ -256,11 +266,8 @@ fn verify(stage: &Stage, liar: &Liar, id: ContentId, ids: &[(String, &str)], don
     };
     ensure!(["ant", "bee", "fox"].into_iter().all(gave), "a source gave nothing");
     ensure!(liar.lies() > 0, "fox never came to lie");
-    let rate = human_size(done.bytes_fetched * 1000 / done.duration_ms.max(1));
     let lost = "survived  a killed source, and a liar that was banned at its first wrong piece; nothing wrong reached the disk";
-    say(lost)?;
-    say(format!("speed     {rate}/s, encrypted, every piece verified"))?;
-    say(format!("equal     b3sum {received}"))
+    say(lost)
 }
 
 fn commands(link: &str) -> Result<()> {
