@@ -214,7 +214,7 @@ impl Node {
         node.tasks.spawn(net::serve_unix(socket, routes, node.cancel.clone(), node.tasks.clone()));
         node.serve(listener, &membership).await?;
         operator.into_iter().for_each(|listener| node.serve_operator(listener));
-        node.announce(state);
+        node.announce(state, options.listen.is_none());
         node.tasks.spawn(join::keep_renewed(membership, node.cancel.clone()));
         Ok(node)
     }
@@ -257,7 +257,7 @@ impl Node {
     }
 
     /// Announces until the end; `state` shows how that goes.
-    fn announce(&self, state: watch::Sender<String>) {
+    fn announce(&self, state: watch::Sender<String>, is_short_lived: bool) {
         let (control, mut meter) = (self.control.clone(), Meter::default());
         let announcer = Announcer {
             library: control.library.clone(),
@@ -265,6 +265,7 @@ impl Node {
             membership: control.membership.clone(),
             reachable: control.reachable.clone(),
             attached: control.attached.subscribe(),
+            is_short_lived,
             activity: Box::new(move || control.activity(&mut meter)),
             state,
         };
