@@ -114,6 +114,11 @@ impl SafeName {
         Self::parse(&format!("{parent}{}{tail}", cut(stem, MAX_COMPONENT_LEN - tail.len())))
     }
 
+    /// The part before the last `/`; empty for a file at the top.
+    pub fn folder(&self) -> &str {
+        self.0.rsplit_once('/').map_or("", |(folder, _)| folder)
+    }
+
     /// The name as text, for the wire and for comparison. Show it to people through [`escape`].
     pub fn as_str(&self) -> &str {
         &self.0

@@ -4,12 +4,7 @@
 //! Invariant: what is asked for is settled before anything is fetched: every name stands for one content, nothing is
 //! guessed, and the target is an absolute path. A Node started here is stopped here, whatever happens in between.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    os::unix::ffi::OsStrExt,
-    path::Path,
-    sync::Arc,
-};
+use std::{collections::BTreeSet, os::unix::ffi::OsStrExt, path::Path, sync::Arc};
 
 use anyhow::Result;
 
@@ -21,7 +16,7 @@ use super::{
     progress::Report,
 };
 use crate::{
-    catalog::{FileKey, MIN_PREFIX_LEN, Row, SourceInfo},
+    catalog::{MIN_PREFIX_LEN, Row, SourceInfo},
     client::Control,
     config::Service,
     exit::{Exit, Failed},
@@ -185,11 +180,13 @@ async fn settle<L>(list: &L, what: &[String], rename: bool) -> Result<Vec<Row>>
 where
     L: AsyncFn(ListFilesRequest) -> Result<Vec<Row>>,
 {
-    let mut found: BTreeMap<FileKey, Row> = BTreeMap::new();
+    let mut rows = vec![];
     for text in what {
-        found.extend(find(list, text).await?.into_iter().map(|row| (row.key(), row)));
+        rows.extend(find(list, text).await?);
     }
-    let rows: Vec<Row> = found.into_values().collect();
+    // The rows of one question come in this order.
+    rows.sort_by(|a: &Row, b| (&a.name, a.content_id).cmp(&(&b.name, b.content_id)));
+    rows.dedup_by(|a, b| (&a.name, a.content_id) == (&b.name, b.content_id));
     match rows.windows(2).find(|pair| pair[0].name == pair[1].name) {
         Some(pair) if !rename => {
             let same: Vec<Row> = rows.iter().filter(|row| row.name == pair[0].name).cloned().collect();

@@ -28,7 +28,7 @@
 //! listing, 2 to connect to the source.
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     path::PathBuf,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
@@ -136,7 +136,7 @@ impl Get {
             finishing: JoinSet::new(),
         };
         let mut batches: VecDeque<_> = batches(run.look().await?).into();
-        let mut begun = BTreeSet::new();
+        let mut begun = HashSet::new();
         while let Some(batch) = batches.pop_front() {
             let n_again = batch.iter().filter(|job| !begun.insert(job.want.id)).count();
             if n_again > 0 {
@@ -156,7 +156,7 @@ impl Get {
 /// others.
 fn batches(jobs: Vec<Job>) -> Vec<Vec<Job>> {
     let mut batches: Vec<Vec<Job>> = vec![];
-    let (mut pieces, mut long, mut seen, mut again) = (0, 0, BTreeSet::new(), vec![]);
+    let (mut pieces, mut long, mut seen, mut again) = (0, 0, HashSet::new(), vec![]);
     for job in jobs {
         if !seen.insert(job.want.id) {
             again.push(job);
@@ -211,7 +211,7 @@ impl Run {
         let get = self.get.clone();
         let targets = blocking(move || get.disk.look_at_all(&get.wants, get.existing)).await?;
         let mut jobs = vec![];
-        let mut taken = BTreeSet::new();
+        let mut taken = HashSet::new();
         for (want, target) in self.get.wants.iter().cloned().zip(targets) {
             match target {
                 Target::Free(name) if taken.insert(name.clone()) => {

@@ -3,7 +3,7 @@
 //! Invariant: what the tracker says only decides whom to ask; a manifest is believed because it proves itself.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -48,9 +48,9 @@ pub struct Candidate {
     /// "HOST:PORT", best first.
     pub addresses: Vec<String>,
     /// What it holds whole.
-    pub complete: BTreeSet<ContentId>,
+    pub complete: HashSet<ContentId>,
     /// What it is fetching itself.
-    pub partial: BTreeSet<ContentId>,
+    pub partial: HashSet<ContentId>,
 }
 
 impl Found {

@@ -110,6 +110,9 @@ impl Places<'_> {
         mut held: Vec<(u32, ContentId)>,
     ) -> Vec<LocalPiece> {
         let manifest = storage.manifest();
+        if !is_whole && manifest.hashes().is_empty() {
+            return vec![];
+        }
         let (layout, have, own) = (manifest.layout(), storage.have(), storage.doubtful());
         let older = self.older(name, manifest);
         if own.is_empty() && older.is_none() && held.is_empty() && !is_whole {

@@ -5,7 +5,7 @@
 //! lane was promised and did not bring is given back before the lane ends.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     pin::pin,
     sync::{
         Arc, Mutex, MutexGuard,
@@ -222,7 +222,7 @@ impl Swarm {
     }
 
     /// A source that holds these contents whole; what else it may hold in part, it will tell itself.
-    pub fn holds(&self, peer: PeerId, contents: &BTreeSet<ContentId>) {
+    pub fn holds(&self, peer: PeerId, contents: &HashSet<ContentId>) {
         let whole = self.work.iter().enumerate().filter(|(_, work)| contents.contains(&work.want.id));
         let (key, complete) = self.known(peer, |known| {
             known.complete.extend(whole.map(|(at, _)| at));

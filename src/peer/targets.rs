@@ -4,11 +4,7 @@
 //! verified one. A target that exists is looked at before the first byte is fetched, and once more when the finished file
 //! gets its name. A finished file's data, name and folder are durable, in this order, before anybody hears of it.
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{io, path::PathBuf, sync::Arc};
 
 use anyhow::Result;
 use tokio_util::sync::CancellationToken;
@@ -106,12 +102,12 @@ impl Disk {
     ///
     /// # Errors
     /// As [`look`](Self::look), at the first that fails.
-    pub fn look_at_all(&self, wants: &[Want], existing: Existing) -> Result<Vec<Target>> {
+    pub fn look_at_all<'a>(&self, wants: &'a [Want], existing: Existing) -> Result<Vec<Target>> {
         let mut missing = None;
-        let look = |want: &Want| {
-            let folder = want.target.as_path().parent().map(Path::to_owned);
-            if folder == missing || self.root.folder_of(&want.target).map_err(unwritable)?.is_none() {
-                missing = folder;
+        let look = |want: &'a Want| {
+            let folder = want.target.folder();
+            if Some(folder) == missing || self.root.folder_of(&want.target).map_err(unwritable)?.is_none() {
+                missing = Some(folder);
                 return Ok(Target::Free(want.target.clone()));
             }
             self.look(want, existing)

@@ -193,7 +193,7 @@ impl PartFile {
 
     fn begin_rename(&self, name: &SafeName) -> io::Result<PathBuf> {
         let target = self.root.join(name.as_path());
-        if name.as_path().parent() != self.name.as_path().parent() {
+        if name.folder() != self.name.folder() {
             return Err(refuse(io::ErrorKind::InvalidInput, &target, "not in the folder of its .part"));
         }
         if !self.is_named()? {

@@ -123,7 +123,7 @@ impl Root {
     pub fn create_part(&self, name: &SafeName) -> io::Result<PartFile> {
         let mut folder = self.make_folder(parent(name))?;
         let part = part_name(name.file_name());
-        let path = self.path.join(name.as_path()).with_file_name(&part);
+        let path = || self.path.join(name.as_path()).with_file_name(&part);
         let mut is_fresh = false;
         for _ in 0..PART_ATTEMPTS {
             let (file, existed) = match self.open_or_create_at(&folder, &part) {
@@ -135,28 +135,28 @@ impl Root {
                     is_fresh = true;
                     continue;
                 }
-                other => other.map_err(|e| with_path(&path, e))?,
+                other => other.map_err(|e| with_path(&path(), e))?,
             };
             if existed {
-                must_be_ours_alone(&file, &path)?;
+                must_be_ours_alone(&file, path)?;
             }
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Err(Errno::WOULDBLOCK) => {
-                    return Err(refuse(io::ErrorKind::WouldBlock, &path, "another download is writing it"));
+                    return Err(refuse(io::ErrorKind::WouldBlock, &path(), "another download is writing it"));
                 }
-                other => other.map_err(|e| with_path(&path, e))?,
+                other => other.map_err(|e| with_path(&path(), e))?,
             }
             let found = statat(&folder, &part, AtFlags::SYMLINK_NOFOLLOW);
-            let id = must_be_ours_alone(&file, &path)?;
+            let id = must_be_ours_alone(&file, path)?;
             match found {
                 Ok(found) if (found.st_dev, found.st_ino) == id => {
                     return Ok(PartFile::new(self.path.clone(), folder, name.clone(), part, file, id, existed));
                 }
                 Ok(_) | Err(Errno::NOENT) => {}
-                Err(e) => return Err(with_path(&path, e)),
+                Err(e) => return Err(with_path(&path(), e)),
             }
         }
-        Err(refuse(io::ErrorKind::WouldBlock, &path, "another process keeps replacing it"))
+        Err(refuse(io::ErrorKind::WouldBlock, &path(), "another process keeps replacing it"))
     }
 
     /// The folder of this path, made if it is missing, with those above it.
@@ -209,17 +209,17 @@ impl Root {
 
 /// The folder part of a name; empty for a file at the top.
 fn parent(name: &SafeName) -> &Path {
-    name.as_path().parent().unwrap_or_else(|| Path::new(""))
+    Path::new(name.folder())
 }
 
 /// Refuses what must not be written to: a FIFO, a device, a file that has another name elsewhere. Returns device and inode.
-fn must_be_ours_alone(file: &File, path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = file.metadata().map_err(|e| with_path(path, e))?;
+fn must_be_ours_alone(file: &File, path: impl Fn() -> PathBuf) -> io::Result<(u64, u64)> {
+    let metadata = file.metadata().map_err(|e| with_path(&path(), e))?;
     if !metadata.is_file() {
-        return Err(refuse(io::ErrorKind::InvalidInput, path, "in the way, and not a regular file"));
+        return Err(refuse(io::ErrorKind::InvalidInput, &path(), "in the way, and not a regular file"));
     }
     if metadata.nlink() > 1 {
-        return Err(refuse(io::ErrorKind::InvalidInput, path, "in the way, and a hard link to another file"));
+        return Err(refuse(io::ErrorKind::InvalidInput, &path(), "in the way, and a hard link to another file"));
     }
     Ok((metadata.dev(), metadata.ino()))
 }

@@ -172,6 +172,9 @@ impl Run {
         .await?;
         for work in &work {
             let layout = work.layout();
+            if work.left() == layout.n_pieces() {
+                continue;
+            }
             let have = work.storage.have();
             let bytes = have.iter().filter_map(|i| layout.piece(i)).map(|piece| u64::from(layout.len_of(piece))).sum();
             Progress::add(&self.progress.bytes_done, bytes);
