@@ -46,6 +46,7 @@ mod batch;
 
 use super::{
     find::Found,
+    hasher::Hashed,
     limit::Limit,
     membership::Membership,
     pace::Fixed,
@@ -78,6 +79,8 @@ const BATCH_PIECES: u32 = 1 << 20;
 const ENDING: Duration = Duration::from_secs(10);
 /// Groups of files that are made durable and named at once.
 const FINISHING: usize = 2;
+/// Files that are remembered in one go: a commit to the index costs some syncs, however few they are.
+const REMEMBERED: usize = 4096;
 
 /// What to get.
 pub struct Get {
@@ -134,6 +137,7 @@ impl Get {
             begun: None,
             to_finish: vec![],
             finishing: JoinSet::new(),
+            hashes: vec![],
         };
         let mut batches: VecDeque<_> = batches(run.look().await?).into();
         let mut begun = HashSet::new();
@@ -193,7 +197,20 @@ struct Run {
     begun: Option<Begun>,
     /// Complete contents that wait for their names, by their position in a batch.
     to_finish: Vec<(Arc<Swarm>, usize)>,
-    finishing: JoinSet<Result<Vec<(Want, PathBuf)>>>,
+    finishing: JoinSet<Finished>,
+    /// What later runs need not hash.
+    hashes: Hashes,
+}
+
+type Hashes = Vec<(PathBuf, Hashed)>;
+
+/// The files that have their names now, and what there is to remember of them.
+type Finished = (Result<Vec<(Want, PathBuf)>>, Hashes);
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        self.remember();
+    }
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
@@ -255,22 +272,33 @@ impl Run {
         let n = self.to_finish.len().min(GROUP_FILES);
         let group: Vec<_> = self.to_finish.drain(..n).collect();
         let get = self.get.clone();
-        self.finishing.spawn(blocking(move || {
+        self.finishing.spawn_blocking(move || {
             let works = group.iter().map(|(swarm, at)| &swarm.work()[*at]);
             let files: Vec<_> = works
                 .map(|work| Finishing { storage: &work.storage, want: &work.want, target: &work.target })
                 .collect();
             let (paths, hashes) = get.disk.finish(&files, get.existing);
-            let disk = get.disk.clone();
-            get.tasks.spawn_blocking(move || disk.remember(hashes));
-            files.iter().zip(paths).map(|(file, path)| Ok((file.want.clone(), path?))).collect()
-        }));
+            let named = files.iter().zip(paths).map(|(file, path)| Ok((file.want.clone(), path?))).collect();
+            (named, hashes)
+        });
     }
 
-    async fn finished(&mut self, finished: Result<Vec<(Want, PathBuf)>>) -> Result<()> {
-        let finished = finished?;
+    /// Has what is to be remembered written down, beside everything else.
+    fn remember(&mut self) {
+        let (disk, hashes) = (self.get.disk.clone(), std::mem::take(&mut self.hashes));
+        if !hashes.is_empty() {
+            self.get.tasks.spawn_blocking(move || disk.remember(hashes));
+        }
+    }
+
+    async fn finished(&mut self, (named, hashes): Finished) -> Result<()> {
+        self.hashes.extend(hashes);
+        if self.hashes.len() >= REMEMBERED {
+            self.remember();
+        }
+        let named = named?;
         self.finish_more();
-        for (want, path) in finished {
+        for (want, path) in named {
             self.done(want, path, false).await;
         }
         Ok(())
