@@ -201,7 +201,7 @@ async fn find<L>(list: &L, text: &str) -> Result<Vec<Row>>
 where
     L: AsyncFn(ListFilesRequest) -> Result<Vec<Row>>,
 {
-    let named = async {
+    let named = async || {
         let Ok(name) = SafeName::parse(text) else { return Ok(vec![]) };
         list(ListFilesRequest { name: name.to_string(), ..Default::default() }).await
     };
@@ -210,12 +210,12 @@ where
         if list::is_pattern(text) { list(glob()).await } else { Ok(vec![]) }
     };
     // Side by side: the tracker may be far.
-    let (named, matching) = tokio::join!(named, matching);
-    let named = named?;
-    match named.len() {
+    let (found, matching) = tokio::join!(named(), matching);
+    let found = found?;
+    match found.len() {
         0 => {}
-        1 => return Ok(named),
-        _ => return Err(ambiguous(text, &named)),
+        1 => return Ok(found),
+        _ => return Err(ambiguous(text, &found)),
     }
     let matching = matching?;
     if !matching.is_empty() {
@@ -235,7 +235,17 @@ where
             _ => return Err(ambiguous(text, &rows)),
         }
     }
-    Err(nothing(list, text).await)
+    let near = nearest(list, text).await;
+    if near.iter().any(|name| name == text) {
+        // It was away for a moment: a file that is touched is hashed anew.
+        let found = named().await?;
+        return match found.len() {
+            0 => Err(nothing(text, &[])),
+            1 => Ok(found),
+            _ => Err(ambiguous(text, &found)),
+        };
+    }
+    Err(nothing(text, &near))
 }
 
 fn ambiguous(text: &str, rows: &[Row]) -> anyhow::Error {
@@ -251,11 +261,8 @@ fn ambiguous(text: &str, rows: &[Row]) -> anyhow::Error {
     Failed::new(Exit::NotFound, text).into()
 }
 
-async fn nothing<L>(list: &L, text: &str) -> anyhow::Error
-where
-    L: AsyncFn(ListFilesRequest) -> Result<Vec<Row>>,
-{
-    let next = match nearest(list, text).await.as_slice() {
+fn nothing(text: &str, near: &[String]) -> anyhow::Error {
+    let next = match near {
         [] => "`sprat ls` shows what there is".into(),
         names => format!("did you mean {}?", names.join(" or ")),
     };
@@ -365,6 +372,19 @@ mod tests {
             assert_eq!(exit_code(&error), 3);
         }
         assert_eq!(ask(&["same*"], true).await.unwrap().len(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_was_away_for_a_moment_is_found() {
+        let n_asked = std::cell::Cell::new(0);
+        let list = async |request: ListFilesRequest| {
+            let matcher = Query::try_from(&request)?.compile()?;
+            let film = row("movies/alien.mkv", 1);
+            let is_there = n_asked.replace(n_asked.get() + 1) > 0;
+            Ok(if is_there && matcher.matches_key(&film.key()) { vec![film] } else { vec![] })
+        };
+        let found = settle(&list, &["movies/alien.mkv".into()], false).await.unwrap();
+        assert_eq!(found.len(), 1);
     }
 
     #[test]
