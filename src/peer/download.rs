@@ -50,7 +50,6 @@ mod batch;
 
 use super::{
     find::Found,
-    hasher::Hashed,
     limit::Limit,
     membership::Membership,
     pace::Fixed,
@@ -58,7 +57,7 @@ use super::{
     source::{Begun, Source},
     spent::Stage,
     swarm::{Here, Swarm},
-    targets::{Disk, Existing, Finishing, Target, Want},
+    targets::{Disk, Existing, Finishing, Hashes, Target, Want},
     tracker_client::TrackerClient,
 };
 use crate::{
@@ -205,8 +204,6 @@ struct Run {
     /// What later runs need not hash.
     hashes: Hashes,
 }
-
-type Hashes = Vec<(PathBuf, Hashed)>;
 
 /// The files that have their names now, and what there is to remember of them.
 type Finished = (Result<Vec<(Want, PathBuf)>>, Hashes);

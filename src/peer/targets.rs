@@ -79,6 +79,9 @@ pub struct Finishing<'a> {
     pub target: &'a SafeName,
 }
 
+/// What was learnt of files, by their absolute paths.
+pub type Hashes = Vec<(PathBuf, Hashed)>;
+
 /// This peer's disk, as downloads use it.
 #[derive(Clone)]
 pub struct Disk {
@@ -213,11 +216,7 @@ impl Disk {
     /// Gives complete files their names, all in one go, and offers them to others. The outcomes are in the same order; one
     /// that fails concerns no other, unless the disk does. What there is to [`remember`](Self::remember) comes with them.
     /// Blocks (fsync).
-    pub fn finish(
-        &self,
-        files: &[Finishing<'_>],
-        existing: Existing,
-    ) -> (Vec<Result<PathBuf>>, Vec<(PathBuf, Hashed)>) {
+    pub fn finish(&self, files: &[Finishing<'_>], existing: Existing) -> (Vec<Result<PathBuf>>, Hashes) {
         let storages: Vec<_> = files.iter().map(|file| file.storage).collect();
         let synced = sync_data(&storages);
         let mut outcomes: Vec<Result<(PathBuf, SafeName)>> = files
@@ -260,7 +259,7 @@ impl Disk {
 
     /// Offers files: path, path beneath the root, and what they are offered as outside of shares. Gives what there is to
     /// remember of them.
-    fn offer(&self, files: Vec<(PathBuf, SafeName, &SafeName, Hashed)>) -> Vec<(PathBuf, Hashed)> {
+    fn offer(&self, files: Vec<(PathBuf, SafeName, &SafeName, Hashed)>) -> Hashes {
         let mut offers = Vec::with_capacity(files.len());
         let mut hashes = Vec::with_capacity(files.len());
         for (path, relative, shared_as, hashed) in files {
@@ -278,7 +277,7 @@ impl Disk {
     }
 
     /// Spares later runs to hash these files. Blocks.
-    pub fn remember(&self, hashes: Vec<(PathBuf, Hashed)>) {
+    pub fn remember(&self, hashes: Hashes) {
         let (n, first) = (hashes.len(), hashes.first().map(|(path, _)| path.display().to_string()));
         if let Err(error) = self.index.insert_soon(hashes) {
             tracing::warn!("remembering {n} files, {} the first: {error}", escape(&first.unwrap_or_default()));
