@@ -211,11 +211,13 @@ where
     };
     // Side by side: the tracker may be far.
     let (found, matching) = tokio::join!(named(), matching);
-    let found = found?;
-    match found.len() {
-        0 => {}
-        1 => return Ok(found),
-        _ => return Err(ambiguous(text, &found)),
+    let only = |found: Vec<Row>| match found.len() {
+        0 => Ok(None),
+        1 => Ok(Some(found)),
+        _ => Err(ambiguous(text, &found)),
+    };
+    if let Some(found) = only(found?)? {
+        return Ok(found);
     }
     let matching = matching?;
     if !matching.is_empty() {
@@ -235,15 +237,13 @@ where
             _ => return Err(ambiguous(text, &rows)),
         }
     }
-    let near = nearest(list, text).await;
+    let mut near = nearest(list, text).await;
     if near.iter().any(|name| name == text) {
         // It was away for a moment: a file that is touched is hashed anew.
-        let found = named().await?;
-        return match found.len() {
-            0 => Err(nothing(text, &[])),
-            1 => Ok(found),
-            _ => Err(ambiguous(text, &found)),
-        };
+        if let Some(found) = only(named().await?)? {
+            return Ok(found);
+        }
+        near.retain(|name| name != text);
     }
     Err(nothing(text, &near))
 }
