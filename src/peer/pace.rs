@@ -1,6 +1,7 @@
 //! How much to ask of one source at a time: chunk length and claim length from its measured goodput and round trip.
 //!
-//! Pure: time is an argument. One `Pace` per source; one `Flight` per request under way.
+//! Pure: time is an argument. One `Pace` per connection, and those to one source share a line; one `Flight` per request
+//! under way.
 //!
 //! - **Goodput** is bytes over the time in which at least one request was under way, waiting for the first byte
 //!   included: what requests cost shows in it. Samples of at least 100 ms fade with a half-second constant.
@@ -14,7 +15,14 @@
 //!
 //! Invariant: chunk length within 16 KiB..1 MiB, claims within 1..=1,024 pieces and, from two pieces up, 256 MiB.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, Instant},
+};
+
+mod traffic;
+
+use traffic::Traffic;
 
 /// Bounds of a chunk's length, bytes.
 pub const MIN_CHUNK_LEN: u32 = 16 << 10;
@@ -59,11 +67,12 @@ pub struct Fixed {
     pub claim_bytes: Option<u64>,
 }
 
-/// The measured speed of one source, and the sizes that follow from it.
-#[derive(Clone, Debug)]
+/// The measured speed of one connection to a source, and the sizes that follow from it.
+#[derive(Debug)]
 pub struct Pace {
     piece_len: u32,
     fixed: Fixed,
+    line: Arc<Mutex<Traffic>>,
     goodput: Option<f64>,
     round_trip: Option<Duration>,
     n_flights: u32,
@@ -98,9 +107,16 @@ pub struct Flight {
     alone: bool,
     answered: bool,
     bytes: u64,
-    /// Start and byte count of the stretch in which it must make progress.
-    stretch: (Instant, u64),
+    stretch: Stretch,
     last_bytes: Instant,
+}
+
+/// In which a request must make progress, unless others do: its start, and the bytes of the request and of the line then.
+#[derive(Clone, Copy, Debug)]
+struct Stretch {
+    since: Instant,
+    bytes: u64,
+    line: u64,
 }
 
 impl Pace {
@@ -109,6 +125,7 @@ impl Pace {
         Self {
             piece_len: piece_len.max(1),
             fixed: Fixed::default(),
+            line: Arc::default(),
             goodput: None,
             round_trip: None,
             n_flights: 0,
@@ -128,9 +145,9 @@ impl Pace {
         Self { fixed, ..Self::new(piece_len) }
     }
 
-    /// Another one for the same pieces, of which nothing is known.
+    /// That of another connection to the same source, of which nothing is known.
     pub fn fresh(&self) -> Self {
-        Self::fixed(self.piece_len, self.fixed)
+        Self { line: self.line.clone(), ..Self::fixed(self.piece_len, self.fixed) }
     }
 
     /// A request goes out. Give what it returns to [`Self::on_chunk`], and in the end, however it ends, to [`Self::end`].
@@ -140,7 +157,8 @@ impl Pace {
         self.n_flights += 1;
         self.counted_to = Some(now);
         let chunk_len = self.chunk_len;
-        Flight { since: now, chunk_len, alone, answered: false, bytes: 0, stretch: (now, 0), last_bytes: now }
+        let stretch = Stretch { since: now, bytes: 0, line: self.line_bytes() };
+        Flight { since: now, chunk_len, alone, answered: false, bytes: 0, stretch, last_bytes: now }
     }
 
     /// Bytes of a piece came. Empty chunks are no progress.
@@ -154,8 +172,9 @@ impl Pace {
         }
         flight.bytes += bytes;
         flight.last_bytes = now;
-        if now.saturating_duration_since(flight.stretch.0) >= PROGRESS_LIMIT && !flight.is_too_slow(now) {
-            flight.stretch = (now, flight.bytes);
+        self.line().on_chunk(bytes, now);
+        if now.saturating_duration_since(flight.stretch.since) >= PROGRESS_LIMIT && !flight.is_too_slow(now) {
+            flight.begin_stretch(self.line_bytes(), now);
         }
         self.is_mixed |= flight.chunk_len != self.chunk_len;
         self.active_bytes += bytes;
@@ -182,10 +201,21 @@ impl Pace {
         }
     }
 
-    /// Whether to give the request up: nothing for 10 s at its start or 20 s later on, or less than 16 KiB in 20 s.
-    pub fn stalled(&self, flight: &Flight, now: Instant) -> bool {
+    /// Whether to give the request up: nothing for 10 s at its start or 20 s later on, or less than 16 KiB in 20 s, and no
+    /// more from the source's other requests. While those have the line, this one waits for its turn.
+    pub fn stalled(&self, flight: &mut Flight, now: Instant) -> bool {
         let limit = if flight.answered { PROGRESS_LIMIT } else { FIRST_BYTE_LIMIT };
-        now.saturating_duration_since(flight.last_bytes) >= limit || flight.is_too_slow(now)
+        let line = self.line();
+        let last_bytes = line.last_bytes.map_or(flight.last_bytes, |at| at.max(flight.last_bytes));
+        if now.saturating_duration_since(last_bytes) >= limit {
+            return true;
+        }
+        if !flight.is_too_slow(now) {
+            return false;
+        }
+        let (own, all) = (flight.bytes - flight.stretch.bytes, line.bytes - flight.stretch.line);
+        flight.begin_stretch(line.bytes, now);
+        all.saturating_sub(own) < FLOOR_BYTES
     }
 
     /// Bytes a chunk shall have: a power of two.
@@ -214,6 +244,20 @@ impl Pace {
     /// Bytes that came so far.
     pub const fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Bytes that came so far over all connections to the source.
+    pub fn line_bytes(&self) -> u64 {
+        self.line().bytes
+    }
+
+    fn line(&self) -> MutexGuard<'_, Traffic> {
+        self.line.lock().expect("no panic while the lock is held")
+    }
+
+    /// Whether the line carries as much as it lately did, or nearly: what one connection wins then, the others lose.
+    pub fn is_line_busy(&self, now: Instant) -> bool {
+        self.line().is_busy(now)
     }
 
     /// Bytes a second; none before the first measurement.
@@ -311,8 +355,12 @@ impl Pace {
 
 impl Flight {
     fn is_too_slow(&self, now: Instant) -> bool {
-        let (since, bytes) = self.stretch;
+        let Stretch { since, bytes, .. } = self.stretch;
         now.saturating_duration_since(since) >= PROGRESS_LIMIT && self.bytes - bytes < FLOOR_BYTES
+    }
+
+    fn begin_stretch(&mut self, line: u64, now: Instant) {
+        self.stretch = Stretch { since: now, bytes: self.bytes, line };
     }
 }
 
@@ -358,7 +406,7 @@ mod tests {
                 let bytes = left.min(chunk_len.into());
                 now += Duration::from_secs_f64(bytes as f64 / speed(chunk_len));
                 pace.on_chunk(&mut flight, bytes, now);
-                assert!(!pace.stalled(&flight, now));
+                assert!(!pace.stalled(&mut flight, now));
                 left -= bytes;
             }
             pace.end(flight, now);
@@ -464,20 +512,40 @@ mod tests {
         let start = Instant::now();
         let mut pace = Pace::new(PIECE_LEN);
         let mut flight = pace.begin(start);
-        assert!(!pace.stalled(&flight, start + millis(9_999)));
-        assert!(pace.stalled(&flight, start + millis(10_000)));
+        assert!(!pace.stalled(&mut flight, start + millis(9_999)));
+        assert!(pace.stalled(&mut flight, start + millis(10_000)));
         pace.on_chunk(&mut flight, 0, start + millis(9_000));
-        assert!(pace.stalled(&flight, start + millis(10_000)), "an empty chunk is no answer");
+        assert!(pace.stalled(&mut flight, start + millis(10_000)), "an empty chunk is no answer");
         pace.on_chunk(&mut flight, 100_000, start + millis(9_000));
-        assert!(!pace.stalled(&flight, start + millis(28_999)));
-        assert!(pace.stalled(&flight, start + millis(29_000)));
+        assert!(!pace.stalled(&mut flight, start + millis(28_999)));
+        assert!(pace.stalled(&mut flight, start + millis(29_000)));
         let mut trickle = pace.begin(start);
         for second in 1..20 {
             pace.on_chunk(&mut trickle, 1, start + millis(second * 1000));
-            assert!(!pace.stalled(&trickle, start + millis(second * 1000)));
+            assert!(!pace.stalled(&mut trickle, start + millis(second * 1000)));
         }
         pace.on_chunk(&mut trickle, 1, start + millis(20_000));
-        assert!(pace.stalled(&trickle, start + millis(20_000)));
+        assert!(pace.stalled(&mut trickle, start + millis(20_000)));
+    }
+
+    #[test]
+    fn one_that_waits_while_another_has_the_line_is_not_stalled() {
+        let start = Instant::now();
+        let mut pace = Pace::new(PIECE_LEN);
+        let mut beside = pace.fresh();
+        let (mut starved, mut fed) = (pace.begin(start), beside.begin(start));
+        for second in 1..60 {
+            let now = start + millis(second * 1000);
+            beside.on_chunk(&mut fed, 2_000, now);
+            assert!(!pace.stalled(&mut starved, now), "after {second} s");
+            assert!(pace.is_line_busy(now));
+        }
+        assert_eq!((pace.bytes(), pace.line_bytes()), (0, 59 * 2_000));
+        let end = start + millis(59_000);
+        assert!(!pace.is_line_busy(end + millis(5_000)), "nothing comes any more");
+        assert!(!pace.stalled(&mut starved, end + millis(9_999)));
+        assert!(pace.stalled(&mut starved, end + FIRST_BYTE_LIMIT));
+        assert!(beside.stalled(&mut fed, end + PROGRESS_LIMIT));
     }
 
     proptest! {
@@ -499,7 +567,7 @@ mod tests {
                     }
                     (_, Some(mut flight)) => {
                         pace.on_chunk(&mut flight, bytes, now);
-                        pace.stalled(&flight, now);
+                        pace.stalled(&mut flight, now);
                         flights.push(flight);
                     }
                     (_, None) => {}

@@ -8,7 +8,8 @@
 //! - **Fair share.** A claim is cut to what the source can do while the others finish the rest, so that all end together.
 //! - **Tail.** While a source has a free piece to fetch, no piece gets a second owner. With none left it may join the
 //!   owner of a late piece; and once nothing is free for anyone it races for pieces that it will have in less than half
-//!   the time their owner still needs. Two owners at most: that bounds the waste.
+//!   the time their owner still needs. Two owners at most: that bounds the waste. Connections to one source do not race
+//!   with one another while their line is busy.
 //! - **Promises.** A complete source that serves others tells what it promised them. Such pieces soon come from the
 //!   others as well, so of complete sources they are asked last, and only when the first copies had their time. While
 //!   there are other receivers, a complete source is asked for few pieces at once: simulated with 1 to 16 receivers on
@@ -32,7 +33,6 @@ mod simulation;
 
 use crate::have::HaveMap;
 use board::{Board, Have};
-use choose::RACE_MIN_GAIN;
 use claims::LATE_SLACK;
 use piece_set::PieceSet;
 use std::collections::BTreeMap;
@@ -106,8 +106,12 @@ struct Source {
     is_receiver: bool,
     /// The piece after its last claim.
     cursor: Option<u32>,
-    /// What a race has to gain.
-    race_gain: Duration,
+    /// The source whose connection it is; of a first connection, and of one alone, itself.
+    first: SourceKey,
+    /// There are other connections to the same source.
+    has_beside: bool,
+    /// What one of its connections wins, the others lose.
+    is_line_busy: bool,
     /// It had none of the free pieces when the board had freed so many, and got none since.
     idle_since: Option<u64>,
 }
@@ -151,7 +155,7 @@ impl Picker {
         }
         match self.sources.get_mut(&key) {
             Some(source) => (source.have, source.idle_since) = (have, None),
-            None => drop(self.sources.insert(key, Source::new(have))),
+            None => drop(self.sources.insert(key, Source::new(key, have))),
         }
         if let Some(source) = self.sources.get_mut(&key) {
             source.is_receiver |= map.is_empty();
@@ -348,16 +352,18 @@ impl Picker {
 }
 
 impl Source {
-    fn new(have: Have) -> Self {
+    fn new(first: SourceKey, have: Have) -> Self {
         Self {
             have,
+            first,
+            has_beside: false,
+            is_line_busy: false,
             counted: false,
             piece_time: MAX_PIECE_TIME,
             busy_until: None,
             is_receiver: false,
             cursor: None,
             idle_since: None,
-            race_gain: RACE_MIN_GAIN,
         }
     }
 
@@ -478,6 +484,15 @@ mod tests {
         second.iter().for_each(|piece| _ = picker.received(B, *piece));
         assert!(matches!(beside(&mut picker, now), Next::Wait(_)), "they share a line: no race for little");
         now += 10 * SECOND;
+        picker.set_line_busy(A, true);
+        assert!(
+            matches!(beside(&mut picker, now), Next::Wait(_)),
+            "while the line is busy, they only win from one another"
+        );
+        picker.set_have(C, &HaveMap::full(8));
+        assert!(matches!(next(&mut picker, C, 1, now), Next::Steal(_)), "another source may win");
+        picker.remove_source(C);
+        picker.set_line_busy(A, false);
         assert!(matches!(beside(&mut picker, now), Next::Steal(_)));
         picker.board.check();
         picker.release(B, &first);

@@ -117,6 +117,11 @@ impl Source {
         self.links.narrow();
     }
 
+    /// Ends a connection of several, counted from the first one, which stays.
+    pub fn let_go(&self, connection: usize) {
+        self.links.let_go(connection);
+    }
+
     /// Was it connected to several times?
     #[must_use]
     pub fn is_wide(&self) -> bool {

@@ -22,6 +22,7 @@ use tokio::{
 mod disk;
 mod held;
 mod landing;
+mod line;
 mod news;
 mod session;
 mod work;

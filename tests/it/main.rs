@@ -19,6 +19,7 @@ mod fan_out;
 mod full_disk;
 mod leaving;
 mod limits;
+mod long_line;
 mod main_job;
 mod membership;
 mod metrics;

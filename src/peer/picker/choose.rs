@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// A race must bring the piece in less than its owner's remaining time divided by this ...
 const RACE_FACTOR: u32 = 2;
 /// ... and gain more than this, or it is not worth the double bytes.
-pub(super) const RACE_MIN_GAIN: Duration = Duration::from_millis(100);
+const RACE_MIN_GAIN: Duration = Duration::from_millis(100);
 /// ... or than this, if a source has several connections: those share a line, and what one wins the others lose, unless
 /// one is stuck.
 const RACE_BESIDE_GAIN: Duration = Duration::from_millis(400);
@@ -48,11 +48,18 @@ impl Picker {
     /// Lets a further connection of `source` have what the source has. False if that is nobody.
     fn put_beside(&mut self, source: SourceKey, key: SourceKey) -> bool {
         let Some(first) = self.sources.get_mut(&source) else { return false };
-        first.race_gain = RACE_BESIDE_GAIN;
+        first.has_beside = true;
         let have = first.have.clone();
-        let beside = self.sources.entry(key).or_insert_with(|| Source::new(have.clone()));
-        (beside.have, beside.idle_since, beside.race_gain) = (have, None, RACE_BESIDE_GAIN);
+        let beside = self.sources.entry(key).or_insert_with(|| Source::new(source, have.clone()));
+        (beside.have, beside.idle_since, beside.has_beside) = (have, None, true);
         true
+    }
+
+    /// Whether a source's line is as busy as it can be: then no connection of it races for what another one was asked for.
+    pub fn set_line_busy(&mut self, source: SourceKey, is_busy: bool) {
+        if let Some(first) = self.sources.get_mut(&source) {
+            first.is_line_busy = is_busy;
+        }
     }
 
     /// The source was asked for these pieces, over the connection `key`, before this picker was there to say so: they are
@@ -86,8 +93,13 @@ impl Picker {
             self.sources.get_mut(&key)?.idle_since = Some(n_freed);
             return None;
         }
+        let share = self.fair_share(key, now);
+        // A slow connection is not to hold more at the end than it can bring while the others fetch the rest.
+        if source.has_beside && share == 0 && self.board.claims().n_of(key) > 0 {
+            return Some(Next::Wait(None));
+        }
         if matches!(source.have, Have::Some(_)) {
-            let limit = self.fair_share(key, now).clamp(1, max_pieces);
+            let limit = share.clamp(1, max_pieces);
             let pieces = self.board.free_in(&source.have, Among::All, order, limit as usize);
             self.claim(key, &pieces, now);
             return Some(Next::Claim(pieces));
@@ -104,7 +116,7 @@ impl Picker {
         if room == 0 {
             return Some(Next::Wait(None));
         }
-        let limit = self.fair_share(key, now).clamp(1, max_pieces).min(room);
+        let limit = share.clamp(1, max_pieces).min(room);
         let among = if is_repeat { Among::All } else { Among::Unpromised };
         let pieces = self.board.free_in(&source.have, among, order, limit as usize);
         self.claim(key, &pieces, now);
@@ -165,7 +177,13 @@ impl Picker {
     /// owner needs longest.
     pub(super) fn worth_stealing(&self, key: SourceKey, limit: usize, now: Instant) -> Vec<u32> {
         let source = &self.sources[&key];
-        let fits = |piece| self.is_others(key, &source.have, piece);
+        let race_gain = if source.has_beside { RACE_BESIDE_GAIN } else { RACE_MIN_GAIN };
+        let is_line_busy = self.sources.get(&source.first).is_some_and(|first| first.is_line_busy);
+        let is_beside = |owner| self.sources.get(&owner).is_some_and(|owner| owner.first == source.first);
+        let fits = |piece| {
+            self.is_others(key, &source.have, piece)
+                && !(is_line_busy && self.board.claims().owners(piece).any(is_beside))
+        };
         let late = self.board.claims().late(now).filter(|piece| fits(*piece)).take(limit);
         let mut candidates: BTreeSet<(Reverse<Duration>, u32)> =
             late.map(|piece| (Reverse(Duration::MAX), piece)).collect();
@@ -173,7 +191,7 @@ impl Picker {
         // The uplink of a source that many receivers want is worth more than a piece sooner for one of them.
         let is_wanted_by_many = matches!(source.have, Have::All) && self.n_receivers() > 0;
         if self.board.is_tail() && !is_wanted_by_many {
-            let more_than = (needs + source.piece_time) * RACE_FACTOR + source.race_gain;
+            let more_than = (needs + source.piece_time) * RACE_FACTOR + race_gain;
             let slow = self.board.claims().slow(now, more_than, limit, fits).into_iter();
             candidates.extend(slow.map(|(left, piece)| (Reverse(left), piece)));
         }
@@ -184,7 +202,7 @@ impl Picker {
         let share = self.fair_share(key, now).max(1) as usize;
         for (Reverse(left), piece) in candidates.into_iter().take(limit.min(share)) {
             needs += source.piece_time;
-            if left <= needs * RACE_FACTOR + source.race_gain {
+            if left <= needs * RACE_FACTOR + race_gain {
                 break;
             }
             picked.push(piece);

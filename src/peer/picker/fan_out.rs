@@ -102,7 +102,7 @@ impl FanOut {
             picker.set_have(key(SEED), &HaveMap::full(n));
             Node {
                 picker,
-                paces: vec![Pace::new(PIECE_LEN); settings.n_receivers + 1],
+                paces: (0..=settings.n_receivers).map(|_| Pace::new(PIECE_LEN)).collect(),
                 n_lanes: vec![0; settings.n_receivers + 1],
                 proven: vec![false; settings.n_receivers + 1],
                 wake_at: vec![None; settings.n_receivers + 1],

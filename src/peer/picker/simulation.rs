@@ -147,8 +147,8 @@ impl Simulation {
             Event::Wake(i) => self.peers[i].wake_at = None,
             Event::Deliver(i, life) if life == self.peers[i].life => self.deliver(i),
             Event::Stall(i, life) if life == self.peers[i].life => {
-                let peer = &self.peers[i];
-                assert!(peer.pace.stalled(&peer.flights[0].0, self.now));
+                let peer = &mut self.peers[i];
+                assert!(peer.pace.stalled(&mut peer.flights[0].0, self.now));
                 self.happen(Event::Leave(i));
             }
             Event::Deliver(..) | Event::Stall(..) => {}

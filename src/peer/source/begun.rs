@@ -82,7 +82,8 @@ impl Source {
             let first = layout.piece(i * count)?;
             Some(Wanted { id, layout, first, count: count.min(layout.n_pieces() - i * count) })
         });
-        let mut claims = claims.map(|wanted| (wanted, Arc::new(Mutex::new(Pace::new(layout.piece_len())))));
+        let pace = Pace::new(layout.piece_len());
+        let mut claims = claims.map(|wanted| (wanted, Arc::new(Mutex::new(pace.fresh()))));
         let (wanted, pace) = claims.next()?;
         let (source, fetching) = (self.clone(), pace.clone());
         let asking = carried(async move {

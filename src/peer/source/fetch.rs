@@ -8,7 +8,7 @@
 
 use std::{
     future::poll_fn,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard},
     task::{Context, Poll},
     time::{Duration, Instant},
@@ -23,7 +23,7 @@ use tower::{Service, ServiceExt};
 
 use super::{
     super::pace::{Flight, Pace},
-    FIRST_ANSWER, Source, SourceError,
+    Source, SourceError,
 };
 use crate::{
     content::{ContentId, Layout, Manifest, PieceIndex, VerifiedPiece},
@@ -122,41 +122,28 @@ impl Source {
             first_piece: wanted.first.get(),
             piece_count: wanted.count,
         });
-        let connection = self.links.of(lane).await;
+        let mut connection = self.links.of(lane).await;
         let chunk_length = lock(pace).chunk_length();
         metrics::CHUNKS_RECEIVED.observe(chunk_length.into());
         // Until the first answer, what connecting took; a busy core may have been in that.
         let round_trip = self.links.first().round_trip().min(lock(pace).round_trip());
         let round_trip_us = u32::try_from(round_trip.as_micros()).unwrap_or(u32::MAX);
         let request = GetChunksRequest { ranges: ranges.collect(), chunk_length, first_copies, round_trip_us };
-        let flight = Some(lock(pace).begin(Instant::now()));
-        let assembly = Assembly::new(claim);
-        let mut fetch = Fetch {
-            id: self.id,
-            pace: pace.clone(),
-            flight,
-            body: None,
-            connection,
-            input: Bytes::new(),
-            frames: Frames::default(),
-            assembly,
-            at_source: [0; 3],
-        };
-        let answer = timeout(FIRST_ANSWER, async {
-            let answer = self.call(fetch.connection.clone(), &request).await;
-            let first = self.links.first();
+        let mut flight = InFlight::begin(pace);
+        let answer = async {
+            let (answer, first) = (self.call(connection.clone(), &request).await, self.links.first());
             match answer {
                 // One too many: the source said so only after the handshake.
-                Err(SourceError::Broken(_)) if fetch.connection.is_closed() && !first.is_closed() => {
-                    fetch.connection = first.clone();
+                Err(SourceError::Broken(_)) if connection.is_closed() && !first.is_closed() => {
+                    connection = first.clone();
                     self.call(first.clone(), &request).await
                 }
                 answer => answer,
             }
-        });
-        let answer = answer.await;
-        fetch.body = Some(answer.map_err(|_| SourceError::Stalled)??);
-        Ok(fetch)
+        };
+        let body = Some(flight.wait_for(answer).await??);
+        let (input, frames, assembly) = (Bytes::new(), Frames::default(), Assembly::new(claim));
+        Ok(Fetch { id: self.id, flight, body, _connection: connection, input, frames, assembly, at_source: [0; 3] })
     }
 
     async fn call(&self, mut connection: Connection, request: &GetChunksRequest) -> Result<Incoming, SourceError> {
@@ -198,14 +185,56 @@ fn lock(pace: &Mutex<Pace>) -> MutexGuard<'_, Pace> {
     pace.lock().expect("no panic while the lock is held")
 }
 
+/// A request under way, which its pace counts from the first moment to the last.
+struct InFlight {
+    pace: Arc<Mutex<Pace>>,
+    flight: Option<Flight>,
+}
+
+impl InFlight {
+    fn begin(pace: &Arc<Mutex<Pace>>) -> Self {
+        let flight = Some(lock(pace).begin(Instant::now()));
+        Self { pace: pace.clone(), flight }
+    }
+
+    /// Bytes came.
+    fn on_chunk(&mut self, bytes: usize) -> Result<(), SourceError> {
+        let Some(flight) = &mut self.flight else { return Ok(()) };
+        let (now, mut pace) = (Instant::now(), lock(&self.pace));
+        pace.on_chunk(flight, bytes as u64, now);
+        if pace.stalled(flight, now) { Err(SourceError::Stalled) } else { Ok(()) }
+    }
+
+    /// Waits for something that the source is to send, as long as it is not stalled.
+    async fn wait_for<T>(&mut self, what: impl Future<Output = T>) -> Result<T, SourceError> {
+        let mut what = pin!(what);
+        loop {
+            if let Ok(found) = timeout(TICK, &mut what).await {
+                return Ok(found);
+            }
+            let stalled = |flight: &mut Flight| lock(&self.pace).stalled(flight, Instant::now());
+            if self.flight.as_mut().is_some_and(stalled) {
+                return Err(SourceError::Stalled);
+            }
+        }
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        if let Some(flight) = self.flight.take() {
+            lock(&self.pace).end(flight, Instant::now());
+        }
+    }
+}
+
 /// A claim that is being answered. Dropping it ends the stream.
 pub struct Fetch {
     id: PeerId,
-    pace: Arc<Mutex<Pace>>,
-    flight: Option<Flight>,
+    flight: InFlight,
     body: Option<Incoming>,
     /// What the body comes over ends with its last owner.
-    connection: Connection,
+    _connection: Connection,
     /// What came and was not looked at yet.
     input: Bytes,
     frames: Frames,
@@ -233,13 +262,8 @@ impl Fetch {
                     return Ok(Some(event));
                 }
             }
-            let (Some(body), Some(flight)) = (&mut self.body, &mut self.flight) else { return Ok(None) };
-            let Ok(frame) = timeout(TICK, poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx))).await else {
-                if lock(&self.pace).stalled(flight, Instant::now()) {
-                    return Err(SourceError::Stalled);
-                }
-                continue;
-            };
+            let Some(body) = &mut self.body else { return Ok(None) };
+            let frame = self.flight.wait_for(poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx))).await?;
             let frame = frame.transpose().map_err(|e| SourceError::Broken(e.to_string()))?;
             match frame.map(Frame::into_data) {
                 Some(Ok(data)) => self.input = data,
@@ -287,22 +311,8 @@ impl Fetch {
     }
 
     fn data(&mut self, data: Bytes) -> Result<Option<Event>, SourceError> {
-        if let Some(flight) = &mut self.flight {
-            let (now, mut pace) = (Instant::now(), lock(&self.pace));
-            pace.on_chunk(flight, data.len() as u64, now);
-            if pace.stalled(flight, now) {
-                return Err(SourceError::Stalled);
-            }
-        }
+        self.flight.on_chunk(data.len())?;
         Ok(self.assembly.data(data)?.map(Event::Piece))
-    }
-}
-
-impl Drop for Fetch {
-    fn drop(&mut self) {
-        if let Some(flight) = self.flight.take() {
-            lock(&self.pace).end(flight, Instant::now());
-        }
     }
 }
 

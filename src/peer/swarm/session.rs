@@ -4,7 +4,6 @@
 //! last lie, one lane reads alone.
 
 use std::{
-    convert::Infallible,
     ops::Range,
     pin::pin,
     sync::{
@@ -17,7 +16,12 @@ use std::{
 use futures_util::{FutureExt, TryStreamExt, stream::FuturesUnordered};
 use tokio::time::{sleep, timeout};
 
-use super::{Report, Swarm, connection_of, held::Held, source_of, work};
+use super::{
+    Report, Swarm,
+    held::Held,
+    line::{Line, Link},
+    source_of, work,
+};
 use crate::{
     identity::PeerId,
     peer::{
@@ -48,9 +52,6 @@ const APART: u32 = 4;
 const MANY: usize = 4;
 /// How long a piece may take at a source whose speed is not known yet.
 const UNKNOWN: Duration = Duration::from_secs(2);
-/// Next to nothing is less than so many bytes in that time.
-const SILENCE: Duration = Duration::from_secs(2);
-const NEXT_TO_NOTHING: u64 = 16 << 10;
 /// Bytes of the first claim over a short line. Receivers that begin together do not know of one another yet, and what they
 /// are sent side by side keeps all of them from having a piece to pass on: with four pieces each, 16 receivers of 64 MiB at
 /// 100 Mbit/s stood nearly idle for two seconds.
@@ -102,7 +103,7 @@ impl Swarm {
         let begun_paces = begun.iter().flat_map(|begun| begun.paces.iter().skip(1).cloned());
         let fresh = || Arc::new(Mutex::new(pace.lock().expect(UNLOCKED).fresh()));
         let further = begun_paces.chain(std::iter::repeat_with(fresh)).take(connections - 1);
-        let paces: Vec<_> = std::iter::once(pace.clone()).chain(further).collect();
+        let line = Line::new(key, std::iter::once(pace.clone()).chain(further));
         // The watch begins before the first claim: a source promises first copies to those who watch. Only who is woken is
         // polled, which counts where pieces trickle in from many sources.
         let (watch, asked) = match begun {
@@ -112,7 +113,7 @@ impl Swarm {
         let mut asked = asked.into_iter();
         let watch = self.watch(&source, key, watch).map(|ended| ended.map(|never| match never {}));
         let mut at_work = FuturesUnordered::from_iter([watch.boxed()]);
-        at_work.extend((0..n_lanes).map(|lane| self.lane((lane, asked.next()), &source, key, &paces).boxed()));
+        at_work.extend((0..n_lanes).map(|lane| self.lane((lane, asked.next()), &source, key, &line).boxed()));
         for _ in 0..n_lanes {
             at_work.try_next().await?;
         }
@@ -127,13 +128,13 @@ impl Swarm {
         (lane, asked): (usize, Option<Asked>),
         source: &Source,
         whole: SourceKey,
-        paces: &[Arc<Mutex<Pace>>],
+        line: &Line,
     ) -> Result<(), SourceError> {
         let (limit, piece_len) = (self.limit.lane(source.id), self.mean_piece_len());
-        let connection = || if source.is_wide() { lane % paces.len() } else { 0 };
+        let n_links = line.links().len();
+        let connection = || if source.is_wide() { lane % n_links } else { 0 };
         if let Some(asked) = asked {
-            self.take_asked((lane, asked), source, whole, (connection_of(whole, connection()), &paces[connection()]))
-                .await?;
+            self.take_asked((lane, asked), source, whole, (line, connection())).await?;
         }
         let wake = self.known(source.id, |known| known.wake.clone());
         // Over a long line the first of each connection asks at once, and only does not read on.
@@ -143,26 +144,23 @@ impl Swarm {
             _ => self.until_proven(source.id).await,
         }
         loop {
-            let is_too_much = lane > 0 && self.n_at_work.load(Ordering::Relaxed) >= MANY;
-            if self.in_company() {
-                source.narrow();
-            }
-            if (is_too_much || lane >= LANES && self.in_company()) && !self.is_done() {
+            if !self.has_use_for(lane, source) {
                 sleep(LOOK).await;
                 continue;
             }
-            if lane > 0 && !self.in_company() {
-                source.widen();
+            let connection = connection();
+            let link = &line.links()[connection];
+            if link.is_gone() {
+                return Ok(());
             }
-            let (key, pace) = (connection_of(whole, connection()), &paces[connection()]);
-            let pieces = limit.at_once(self.claim_pieces(lane, source, pace), piece_len);
+            let pieces = limit.at_once(self.claim_pieces(lane, source, link), piece_len);
             // Before the claim, so that its pieces are not kept from the others meanwhile.
             let paid = pieces.saturating_mul(piece_len);
             self.spent.add(Stage::Limit, limit.take(paid).await);
             let (mut changed, mut woken) = (pin!(self.changed.notified()), pin!(wake.notified()));
             changed.as_mut().enable();
             woken.as_mut().enable();
-            let next = self.next((whole, key), (pieces, source), (pace, paces));
+            let next = self.next(whole, (pieces, source), (link, line));
             limit.correct(paid, work::bytes(&self.work, next.pieces()));
             let (pieces, first_copies) = match next {
                 Next::Done => return Ok(()),
@@ -177,42 +175,56 @@ impl Swarm {
                 Next::Claim(pieces) => (pieces, true),
                 Next::Repeat(pieces) | Next::Steal(pieces) => (pieces, false),
             };
-            let held = Held { swarm: self, key, pieces: Mutex::new(pieces) };
+            let held = Held { swarm: self, key: link.key, pieces: Mutex::new(pieces) };
             let ended = tokio::select! {
-                ended = self.fetch(source, lane, &held, first_copies, pace) => ended,
-                never = self.look_on(key, pace) => match never {},
+                ended = self.fetch(source, lane, &held, first_copies, &link.pace) => ended,
+                () = self.look_on(source, line, connection) => return Ok(()),
             };
             drop(held);
             match ended {
                 // There is one before it, which the source is judged by.
                 Err(SourceError::Busy) if lane > 0 => sleep(LOOK).await,
-                Err(SourceError::Stalled) if lane >= paces.len() => sleep(LOOK).await,
+                Err(SourceError::Stalled) if lane >= n_links => sleep(LOOK).await,
                 ended => ended?,
             }
         }
     }
 
+    /// Whether a lane has something to do for now; as many connections as the source needs are kept.
+    fn has_use_for(&self, lane: usize, source: &Source) -> bool {
+        let is_too_much = lane > 0 && self.n_at_work.load(Ordering::Relaxed) >= MANY;
+        if self.in_company() {
+            source.narrow();
+        }
+        if (is_too_much || lane >= LANES && self.in_company()) && !self.is_done() {
+            return false;
+        }
+        if lane > 0 && !self.in_company() {
+            source.widen();
+        }
+        true
+    }
+
     /// What a connection is to fetch now, up to so many pieces; its source's account tells how fast all of them are.
-    fn next(
-        &self,
-        (whole, key): (SourceKey, SourceKey),
-        (pieces, source): (u32, &Source),
-        (pace, paces): (&Mutex<Pace>, &[Arc<Mutex<Pace>>]),
-    ) -> Next {
-        let goodput = paces.iter().filter_map(|pace| pace.lock().expect(UNLOCKED).goodput()).sum();
-        let (chunk_length, expected) = {
-            let pace = pace.lock().expect(UNLOCKED);
+    fn next(&self, whole: SourceKey, (pieces, source): (u32, &Source), (link, line): (&Link, &Line)) -> Next {
+        let (now, key) = (Instant::now(), link.key);
+        let goodput = line.goodput();
+        let (chunk_length, expected, is_line_busy) = {
+            let pace = link.pace();
             // Of a source that has shown nothing yet, nothing is late soon.
             let doubt = if pace.goodput().is_none() { UNKNOWN * pieces } else { Duration::ZERO };
             // A short claim among others does not wait for a round trip of its own.
             let usual = pace.claim_pieces().max(pieces);
-            (pace.chunk_length(), (pace.expected(usual) * pieces / usual).max(doubt))
+            let expected = (pace.expected(usual) * pieces / usual).max(doubt);
+            (pace.chunk_length(), expected, pace.is_line_busy(now))
         };
         let sizes = (chunk_length, pieces);
         self.account(source.id, |account| (account.sizes, account.goodput) = (sizes, goodput));
+        let mut picker = self.picker();
+        picker.set_line_busy(whole, is_line_busy && line.links().len() > 1);
         match key == whole {
-            true => self.picker().next(key, pieces, expected, Instant::now()),
-            false => self.picker().next_beside(whole, key, (pieces, expected), Instant::now()),
+            true => picker.next(key, pieces, expected, now),
+            false => picker.next_beside(whole, key, (pieces, expected), now),
         }
     }
 
@@ -222,7 +234,7 @@ impl Swarm {
         (lane, asked): (usize, Asked),
         source: &Source,
         whole: SourceKey,
-        (key, pace): (SourceKey, &Mutex<Pace>),
+        (line, connection): (&Line, usize),
     ) -> Result<(), SourceError> {
         let wanted = asked.wanted;
         let Some(at) = self.position(&wanted.id).filter(|at| self.work[*at].layout() == wanted.layout) else {
@@ -230,7 +242,8 @@ impl Swarm {
         };
         let first = self.work[at].first + wanted.first.get();
         let pieces: Vec<u32> = (first..first + wanted.count).collect();
-        let expected = pace.lock().expect(UNLOCKED).expected(wanted.count).max(UNKNOWN * wanted.count);
+        let link = &line.links()[connection];
+        let (key, expected) = (link.key, link.pace().expected(wanted.count).max(UNKNOWN * wanted.count));
         if !self.picker().adopt((whole, key), &pieces, expected, Instant::now()) {
             return Ok(());
         }
@@ -244,20 +257,7 @@ impl Swarm {
         };
         tokio::select! {
             ended = taking => ended,
-            never = self.look_on(key, pace) => match never {},
-        }
-    }
-
-    /// While next to nothing comes from a source, what it was promised is there for those who have nothing else to fetch.
-    async fn look_on(&self, key: SourceKey, pace: &Mutex<Pace>) -> Infallible {
-        loop {
-            let bytes = || pace.lock().expect(UNLOCKED).bytes();
-            let before = bytes();
-            sleep(SILENCE).await;
-            if bytes() - before < NEXT_TO_NOTHING {
-                self.picker().hurry(key, Instant::now());
-                self.changed.notify_waiters();
-            }
+            () = self.look_on(source, line, connection) => Ok(()),
         }
     }
 
@@ -288,15 +288,15 @@ impl Swarm {
         self.wake(peer);
     }
 
-    fn in_company(&self) -> bool {
+    pub(super) fn in_company(&self) -> bool {
         self.in_company.load(Ordering::Relaxed)
     }
 
     /// Pieces of a lane's next claim. Over several connections the last claims get shorter, in proportion to what each of them
     /// carries, so that all end together: what one is left with, the others fetch a second time.
-    fn claim_pieces(&self, lane: usize, source: &Source, pace: &Mutex<Pace>) -> u32 {
+    fn claim_pieces(&self, lane: usize, source: &Source, link: &Link) -> u32 {
         let (pieces, goodput) = {
-            let pace = pace.lock().expect(UNLOCKED);
+            let pace = link.pace();
             (pace.claim_pieces(), pace.goodput())
         };
         let connections = source.connections();

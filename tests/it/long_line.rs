@@ -1,0 +1,97 @@
+//! A long line that several connections to one source fill: a megabit a second, 60 ms there and back, and a queue that holds
+//! a quarter of a second. Whatever the packets that get lost do to this or that connection, hardly a byte comes twice.
+
+use std::{
+    process::{Child, Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    process::PATIENCE,
+    swarm::{MIB, Swarm, skip},
+};
+
+/// Namespaces `NAME-a` and `NAME-b`, joined by the benchmark's stand-in for such a line; all gone when dropped.
+struct LongLine {
+    name: String,
+    carrier: Option<Child>,
+}
+
+fn ip(words: &str) -> Option<String> {
+    let output = Command::new("ip").args(words.split(' ')).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+impl LongLine {
+    /// None if this machine does not let us.
+    fn new(swarm: &Swarm, [delay_us, mbit, queue_kib]: [&str; 3]) -> Option<Self> {
+        let mut line = Self { name: format!("sprat-line{}", std::process::id()), carrier: None };
+        let (ends, program) = (["a", "b"].map(|end| line.of(end)), swarm.path("wanlink"));
+        ends.iter().try_for_each(|end| ip(&format!("netns add {end}")).map(drop))?;
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/bench/wanlink.c");
+        let made = Command::new("cc").args(["-O2", "-o"]).arg(&program).arg(source).status();
+        assert!(made.is_ok_and(|status| status.success()), "{source} compiles");
+        let carrier =
+            Command::new(program).args(&ends).args([delay_us, mbit, "0", queue_kib]).stderr(Stdio::null()).spawn();
+        line.carrier = Some(carrier.unwrap());
+        for (i, end) in (1..).zip(&ends) {
+            let started = Instant::now();
+            while ip(&format!("-n {end} link show tw0")).is_none() {
+                if line.carrier.as_mut()?.try_wait().unwrap().is_some() || started.elapsed() > PATIENCE {
+                    return None;
+                }
+                sleep(Duration::from_millis(5));
+            }
+            ip(&format!("-n {end} addr add 10.76.0.{i}/24 dev tw0"))?;
+            ip(&format!("-n {end} link set lo up"))?;
+            ip(&format!("-n {end} link set tw0 mtu 1500 up"))?;
+        }
+        Some(line)
+    }
+
+    fn of(&self, end: &str) -> String {
+        format!("{}-{end}", self.name)
+    }
+
+    /// Bytes that have come to the far end.
+    fn carried(&self) -> u64 {
+        let shown = ip(&format!("-n {} -s -j link show tw0", self.of("b"))).unwrap();
+        let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+        shown[0]["stats64"]["rx"]["bytes"].as_u64().unwrap()
+    }
+}
+
+impl Drop for LongLine {
+    fn drop(&mut self) {
+        if let Some(carrier) = &mut self.carrier {
+            let _ = carrier.kill();
+            let _ = carrier.wait();
+        }
+        ["a", "b"].iter().for_each(|end| _ = ip(&format!("netns del {}", self.of(end))));
+    }
+}
+
+#[test]
+fn connections_that_share_a_slow_line_do_not_fetch_one_anothers_pieces() {
+    let mut swarm = Swarm::empty();
+    let Some(line) = LongLine::new(&swarm, ["30000", "1", "32"]) else {
+        return skip("a slow long line: needs root, the command ip and /dev/net/tun");
+    };
+    ["tracker", "source"].iter().for_each(|member| swarm.wrap(member, &["ip", "netns", "exec", &line.of("a")]));
+    swarm.wrap("sink", &["ip", "netns", "exec", &line.of("b")]);
+    swarm.start_tracker(&["--listen", "10.76.0.1:0"]);
+    swarm.write("film", MIB, "film");
+    swarm.same("film", "source-files/film");
+    swarm.sharing_peer("source", &["--listen", "10.76.0.1:0"]);
+    swarm.join("sink");
+    swarm.wait_listed("sink", "film", 1);
+    let before = line.carried();
+    let got = swarm.run("sink", ["get", "film", "-o", "copy", "--json"]).ok();
+    swarm.assert_same("film", "copy");
+    let (carried, said) = (line.carried() - before, got.json());
+    assert!(said.iter().all(|said| said["event"] != "note"), "the source is not lost: {said:?}");
+    let wasted = got.summary()["bytes_wasted"].as_u64().unwrap();
+    assert!(wasted <= MIB / 4, "{wasted} bytes came twice");
+    assert!(carried <= MIB * 3 / 2, "{carried} bytes crossed the line for {MIB}");
+}
