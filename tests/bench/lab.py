@@ -283,8 +283,8 @@ def star(limited, unlimited, mbit=100):
 
 
 @contextlib.contextmanager
-def long_link(rtt_ms, mbit, loss_percent, work):
-    """Two places joined by a link with delay and loss (wanlink.c: works on kernels without netem)."""
+def long_link(rtt_ms, mbit, loss_percent, queue_kib, work):
+    """Two places joined by a link with delay, loss and a queue (wanlink.c: works on kernels without netem)."""
     program = pathlib.Path(work, "wanlink")
     sh("cc", "-O2", "-o", program, pathlib.Path(__file__).with_name("wanlink.c"))
     with Namespaces() as namespaces:
@@ -292,7 +292,7 @@ def long_link(rtt_ms, mbit, loss_percent, work):
         for netns in names:  # windows that can cover bandwidth x round trip
             sh("ip", "netns", "exec", netns, "sysctl", "-qw", "net.ipv4.tcp_rmem=4096 131072 33554432",
                "net.ipv4.tcp_wmem=4096 16384 33554432")
-        link = Proc([program, *names, rtt_ms * 500, mbit, loss_percent, 4096], pathlib.Path(work, "wanlink-log"))
+        link = Proc([program, *names, rtt_ms * 500, mbit, loss_percent, queue_kib], pathlib.Path(work, "wanlink-log"))
         try:
             wait_until(link.said, 5, lambda: all("tw0" in sh("ip", "-n", netns, "-br", "link") for netns in names))
             places = []

@@ -152,18 +152,20 @@ def small(bench):
         shutil.rmtree(memory, ignore_errors=True)
 
 
-WAN = {  # setting: round trip in ms, Mbit/s, loss in percent, MiB
-    "50 ms, 1 Gbit/s": (50, 1000, 0, 256),
-    "20 ms, 1 Gbit/s, 1 % loss": (20, 1000, 1, 32),
+WAN = {  # setting: round trip in ms, Mbit/s, loss in percent, KiB of queue, MiB
+    "50 ms, 1 Gbit/s": (50, 1000, 0, 4096, 256),
+    "20 ms, 1 Gbit/s, 1 % loss": (20, 1000, 1, 4096, 32),
+    "50 ms, 100 Mbit/s": (50, 100, 0, 512, 64),
+    "60 ms, 2 Mbit/s": (60, 2, 0, 64, 4),
 }
 
 
 def wan(bench):
     """Long and lossy links: sprat, curl from nginx."""
-    for setting, (rtt_ms, mbit, loss, mib) in WAN.items():
+    for setting, (rtt_ms, mbit, loss, queue, mib) in WAN.items():
         size = (bench.options.mib or mib) * MIB
         folder, copy = payload.single(bench.keep, size), bench.work / "copy"
-        with (lab.long_link(rtt_ms, mbit, loss, bench.work) as (near, far), bench.network(near) as network,
+        with (lab.long_link(rtt_ms, mbit, loss, queue, bench.work) as (near, far), bench.network(near) as network,
               nginx(near, folder, bench.work) as (server, fetch)):
             source = network.source(near, folder, 1)
 
