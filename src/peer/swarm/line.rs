@@ -57,9 +57,13 @@ impl Line {
         &self.0
     }
 
+    fn live(&self) -> impl Iterator<Item = &Link> {
+        self.0.iter().filter(|link| !link.is_gone())
+    }
+
     /// Bytes a second.
     pub(super) fn goodput(&self) -> u64 {
-        self.0.iter().filter_map(|link| link.pace().goodput()).sum()
+        self.live().filter_map(|link| link.pace().goodput()).sum()
     }
 }
 
@@ -77,7 +81,7 @@ impl Swarm {
             tokio::select! { () = link.gone.cancelled() => return, () = sleep(SILENCE) => {} }
             let now = bytes();
             let (own, all) = (now.0 - before.0, now.1 - before.1);
-            let n = line.0.iter().filter(|link| !link.is_gone()).count() as u64;
+            let n = line.live().count() as u64;
             let is_behind = all >= NEXT_TO_NOTHING && own.saturating_mul(FAR_BEHIND * n) <= all;
             if connection > 0 && is_behind && !self.in_company() && self.account(source.id, |account| account.is_proven)
             {
