@@ -46,6 +46,8 @@ impl LongLine {
             ip(&format!("-n {end} addr add 10.76.0.{i}/24 dev tw0"))?;
             ip(&format!("-n {end} link set lo up"))?;
             ip(&format!("-n {end} link set tw0 mtu 1500 up"))?;
+            // As most machines are; whoever has no cubic keeps what it has.
+            let _ = ip(&format!("netns exec {end} sysctl -qw net.ipv4.tcp_congestion_control=cubic"));
         }
         Some(line)
     }
