@@ -1,14 +1,11 @@
 //! A long line that several connections to one source fill: a megabit a second, 60 ms there and back, and a queue that holds
 //! a quarter of a second. Whatever the packets that get lost do to this or that connection, few bytes come twice.
 
-use std::{
-    process::{Child, Command, Stdio},
-    thread::sleep,
-    time::{Duration, Instant},
-};
+use std::process::{Child, Command, Stdio};
 
 use crate::{
-    process::PATIENCE,
+    namespaces::told_by_ip as ip,
+    process::{PATIENCE, wait_until},
     swarm::{MIB, Swarm, skip},
 };
 
@@ -16,11 +13,6 @@ use crate::{
 struct LongLine {
     name: String,
     carrier: Option<Child>,
-}
-
-fn ip(words: &str) -> Option<String> {
-    let output = Command::new("ip").args(words.split(' ')).output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 impl LongLine {
@@ -36,12 +28,11 @@ impl LongLine {
             Command::new(program).args(&ends).args([delay_us, mbit, "0", queue_kib]).stderr(Stdio::null()).spawn();
         line.carrier = Some(carrier.unwrap());
         for (i, end) in (1..).zip(&ends) {
-            let started = Instant::now();
-            while ip(&format!("-n {end} link show tw0")).is_none() {
-                if line.carrier.as_mut()?.try_wait().unwrap().is_some() || started.elapsed() > PATIENCE {
-                    return None;
-                }
-                sleep(Duration::from_millis(5));
+            let carrier = line.carrier.as_mut()?;
+            let is_up = || ip(&format!("-n {end} link show tw0")).is_some();
+            let made = || (is_up() || carrier.try_wait().unwrap().is_some()).then(is_up);
+            if !wait_until("the line is there, or cannot be made", PATIENCE, made) {
+                return None;
             }
             ip(&format!("-n {end} addr add 10.76.0.{i}/24 dev tw0"))?;
             ip(&format!("-n {end} link set lo up"))?;

@@ -15,8 +15,14 @@ struct Machines {
     n: usize,
 }
 
+/// What the command `ip` prints; none if it fails.
+pub fn told_by_ip(words: &str) -> Option<String> {
+    let output = Command::new("ip").args(words.split(' ')).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
 fn ip(words: &str) -> bool {
-    Command::new("ip").args(words.split(' ')).output().is_ok_and(|output| output.status.success())
+    told_by_ip(words).is_some()
 }
 
 impl Machines {
