@@ -10,8 +10,8 @@
 //! are not journaled. A failed sync voids every claim since the last good one, because the kernel may have dropped what
 //! it could not write; such a piece has to be written again.
 //!
-//! A content of at most one piece has no journal, and no `.part` before its piece is written: an earlier one counts for
-//! nothing and is overwritten.
+//! A content of at most one piece has no journal, and no `.part` either, unless the file system can keep no file without a
+//! name; then it has one from its piece on, and an earlier one counts for nothing and is overwritten.
 //!
 //! All methods block on the disk; callers run them on a bounded pool. Reads and writes carry their offset, so a `Storage`
 //! may be shared between threads.
@@ -251,7 +251,9 @@ impl Storage {
     }
 
     fn subject(&self, part: &PartFile) -> Subject {
-        Subject { id: self.manifest.id(), layout: self.manifest.layout(), part: part.id() }
+        // What may have no `.part` has no journal either.
+        let part = part.id().unwrap_or_default();
+        Subject { id: self.manifest.id(), layout: self.manifest.layout(), part }
     }
 
     /// The `.part`, made now if it is not open.
@@ -264,7 +266,11 @@ impl Storage {
             let path = self.root.path().join(self.name.as_path());
             return Err(with_path(&path, io::Error::other("the download has its name already")).into());
         }
-        let part = self.root.create_part(&self.name).map_err(|e| match e.kind() {
+        let created = match self.is_single() {
+            true => self.root.create_unnamed(&self.name),
+            false => self.root.create_part(&self.name),
+        };
+        let part = created.map_err(|e| match e.kind() {
             io::ErrorKind::WouldBlock => StorageError::Busy(self.name.clone()),
             _ if is_full(&e) => {
                 let free = space::free(statvfs(self.root.path())).unwrap_or(0);
@@ -747,8 +753,9 @@ mod tests {
         let first = small.open();
         let second = small.open();
         first.write(&small.piece(0)).unwrap();
-        assert!(matches!(second.write(&small.piece(0)), Err(StorageError::Busy(_))));
+        second.write(&small.piece(0)).unwrap();
         first.finish().unwrap();
+        assert!(matches!(second.finish(), Err(StorageError::Exists(_))), "each has a file of its own");
         let world = World::new(5 * PIECE);
         let _held = world.open();
         let second = Storage::open(&world.root, &name("a/file.bin"), world.manifest.clone());
@@ -766,17 +773,45 @@ mod tests {
     }
 
     #[test]
-    fn a_small_content_overwrites_its_part_and_leaves_none() {
-        let world = World::new(10);
-        fs::create_dir(world.temp.path().join("a")).unwrap();
-        fs::write(world.part(), [7; 100]).unwrap();
+    fn a_small_content_takes_away_what_a_larger_one_left() {
+        let (world, larger) = (World::new(10), World::new(5 * PIECE));
+        let larger = Storage::open(&world.root, &name("a/file.bin"), larger.manifest).unwrap();
+        larger.write(&World::new(5 * PIECE).piece(1)).unwrap();
+        larger.sync_now().unwrap();
+        assert!(world.part().exists() && world.journal().exists());
         let storage = world.open();
         world.write_all(&storage);
-        assert_eq!(fs::read(world.part()).unwrap(), world.bytes);
         drop(storage);
-        assert!(!world.part().exists());
-        std::os::unix::fs::symlink("/etc/passwd", world.part()).unwrap();
-        assert!(matches!(world.open().write(&world.piece(0)), Err(StorageError::Io(_))));
+        assert!(world.part().exists(), "it is not whole");
+        let fetch = || {
+            // As another life finds the folder.
+            let root = Root::open(world.temp.path()).unwrap();
+            let storage = Storage::open(&root, &name("a/file.bin"), world.manifest.clone()).unwrap();
+            world.write_all(&storage);
+            storage.finish().unwrap()
+        };
+        let path = fetch();
+        assert!(world.part().exists(), "somebody is writing it");
+        drop(larger);
+        fs::remove_file(path).unwrap();
+        fetch();
+        assert_eq!(fs::read_dir(world.temp.path().join("a")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_a_part_is_left_alone() {
+        let world = World::new(10);
+        fs::create_dir(world.temp.path().join("a")).unwrap();
+        let target = world.temp.path().join("precious");
+        fs::write(&target, "old").unwrap();
+        std::os::unix::fs::symlink(&target, world.part()).unwrap();
+        let storage = world.open();
+        world.write_all(&storage);
+        storage.finish().unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"old");
+        assert!(world.part().is_symlink());
+        let larger = Storage::open(&world.root, &name("a/file.bin"), manifest(&content(5 * PIECE)));
+        assert!(matches!(larger, Err(StorageError::Io(_))));
     }
 
     #[test]

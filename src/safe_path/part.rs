@@ -6,18 +6,26 @@
 //!
 //! The names of our own files end in `.part` and `.part.part`. No [`SafeName`] ends in `.part`, so that no two files of
 //! ours meet, whatever the downloads are called.
+//!
+//! A file that is not worth keeping half-done has no name before it is whole, where the file system can do that (`O_TMPFILE`):
+//! a kill leaves nothing, nobody else can write to it, and a folder that changes once for each of thousands of files instead
+//! of twice costs half the time. 10,000 x 4 KiB made by two threads and named by a third, ms of CPU on tmpfs: 245 and 150.
 
 use std::{
     fs::File,
     io::{self, Read, Write},
-    os::fd::{AsFd, BorrowedFd},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use rustix::{
     fs::{
-        AtFlags, FileType, Mode, OFlags, RenameFlags, linkat, openat, renameat, renameat_with, statat, syncfs, unlinkat,
+        AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, linkat, openat, renameat, renameat_with, statat, syncfs,
+        unlinkat,
     },
     io::Errno,
 };
@@ -27,6 +35,7 @@ use super::{MAX_COMPONENT_LEN, PART_SUFFIX, SafeName, cut, refuse, with_path};
 
 const JOURNAL_SUFFIX: &str = ".journal.part.part";
 const NEW_JOURNAL_SUFFIX: &str = ".journal-new.part.part";
+const OWN_SUFFIX: &str = ".part.part";
 /// The first Linux whose `syncfs` tells of failed writes.
 const SYNCFS_TELLS: (u32, u32) = (5, 8);
 
@@ -34,7 +43,9 @@ const SYNCFS_TELLS: (u32, u32) = (5, 8);
 #[derive(Debug)]
 pub struct Folder {
     dir: File,
+    device: u64,
     path: PathBuf,
+    is_new: bool,
     /// The folder that this one was made in, until that is durable.
     made_in: Mutex<Option<Arc<Self>>>,
 }
@@ -46,8 +57,14 @@ impl AsFd for Folder {
 }
 
 impl Folder {
-    pub(super) fn new(dir: File, path: PathBuf, made_in: Option<Arc<Self>>) -> Self {
-        Self { dir, path, made_in: Mutex::new(made_in) }
+    pub(super) fn new(dir: File, path: PathBuf, made_in: Option<Arc<Self>>) -> io::Result<Self> {
+        let device = dir.metadata().map_err(|e| with_path(&path, e))?.dev();
+        Ok(Self { dir, device, path, is_new: made_in.is_some(), made_in: Mutex::new(made_in) })
+    }
+
+    /// The file system that its files are on.
+    pub fn device(&self) -> u64 {
+        self.device
     }
 
     /// Whether anything in it has this name, a symbolic link included.
@@ -56,6 +73,11 @@ impl Folder {
             Err(Errno::NOENT) => Ok(false),
             other => other.map(|_| true).map_err(|e| with_path(&self.path.join(file_name), e)),
         }
+    }
+
+    /// Whether an earlier download of a file of this name left its `.part` here.
+    pub fn has_left_over(&self, file_name: &str) -> io::Result<bool> {
+        if self.is_new { Ok(false) } else { self.has(&part_name(file_name)) }
     }
 
     /// Makes its entries durable, and itself if it was made for a download. File systems without such a call keep them in
@@ -102,31 +124,29 @@ pub enum PublishError {
     Io(#[from] io::Error),
 }
 
-/// A file being downloaded: open for positional reads and writes, and locked against other writers until dropped.
-/// Dropping it leaves the `.part` for a later run.
+/// A file being downloaded: open for positional reads and writes, and nobody else's to write until dropped. Dropping it
+/// leaves the `.part` for a later run, if there is one.
 #[derive(Debug)]
 pub struct PartFile {
     root: Arc<Path>,
     folder: Arc<Folder>,
     pub(super) name: SafeName,
-    part: String,
     file: Arc<File>,
+    part: Option<Part>,
+}
+
+/// The `.part` of a file that has one.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub(super) name: String,
     /// Device and inode.
-    id: (u64, u64),
-    existed: bool,
+    pub(super) id: (u64, u64),
+    pub(super) existed: bool,
 }
 
 impl PartFile {
-    pub(super) fn new(
-        root: Arc<Path>,
-        folder: Arc<Folder>,
-        name: SafeName,
-        part: String,
-        file: File,
-        id: (u64, u64),
-        existed: bool,
-    ) -> Self {
-        Self { root, folder, name, part, file: Arc::new(file), id, existed }
+    pub(super) fn new(root: Arc<Path>, folder: Arc<Folder>, name: SafeName, file: File, part: Option<Part>) -> Self {
+        Self { root, folder, name, file: Arc::new(file), part }
     }
 
     /// The open file. The lock lasts as long as a handle of it.
@@ -139,19 +159,24 @@ impl PartFile {
         &self.folder
     }
 
-    /// Where the `.part` lies, for messages.
+    /// Where the `.part` lies, or the file will, for messages.
     pub fn path(&self) -> PathBuf {
-        self.folder.path.join(&self.part)
+        self.folder.path.join(self.part.as_ref().map_or_else(|| self.name.file_name(), |part| &part.name))
     }
 
-    /// Device and inode.
-    pub fn id(&self) -> (u64, u64) {
-        self.id
+    /// Device and inode of a `.part`; none of a file without a name.
+    pub fn id(&self) -> Option<(u64, u64)> {
+        self.part.as_ref().map(|part| part.id)
+    }
+
+    /// Whether it has no `.part`.
+    pub fn is_unnamed(&self) -> bool {
+        self.part.is_none()
     }
 
     /// Whether the `.part` was left by an earlier run, and may hold pieces worth verifying.
     pub fn existed(&self) -> bool {
-        self.existed
+        self.part.as_ref().is_some_and(|part| part.existed)
     }
 
     /// Makes the content and the length durable. After a failure the content is in doubt.
@@ -171,7 +196,11 @@ impl PartFile {
     /// made the content durable, and syncs the folder afterwards.
     pub fn rename_to(&self, name: &SafeName) -> Result<PathBuf, PublishError> {
         let target = self.begin_rename(name)?;
-        match rename_to_free_name(&self.folder, &self.part, name.file_name()) {
+        let named = match &self.part {
+            Some(part) => rename_to_free_name(&self.folder, &part.name, name.file_name()),
+            None => link_unnamed(&self.file, &self.folder, name.file_name()),
+        };
+        match named {
             Err(Errno::EXIST) => Err(PublishError::Exists(target)),
             other => Ok(other.map(|()| target).map_err(|e| with_path(&self.path(), e))?),
         }
@@ -187,8 +216,17 @@ impl PartFile {
             Ok(found) if FileType::from_raw_mode(found.st_mode) == FileType::RegularFile => {}
             Ok(_) => return Err(PublishError::Exists(target)),
         }
-        renameat(&self.folder, &self.part, &self.folder, name.file_name()).map_err(|e| with_path(&target, e))?;
-        Ok(target)
+        let rename = |from: &str| renameat(&self.folder, from, &self.folder, name.file_name());
+        let replaced = match &self.part {
+            Some(part) => rename(&part.name),
+            None => {
+                // A name that no other file can have.
+                let own = own_name(name.file_name(), &format!(".{}{OWN_SUFFIX}", self.file.metadata()?.ino()));
+                let replaced = link_unnamed(&self.file, &self.folder, &own).and_then(|()| rename(&own));
+                replaced.inspect_err(|_| drop(self.folder.remove(&own)))
+            }
+        };
+        Ok(replaced.map(|()| target.clone()).map_err(|e| with_path(&target, e))?)
     }
 
     fn begin_rename(&self, name: &SafeName) -> io::Result<PathBuf> {
@@ -196,22 +234,27 @@ impl PartFile {
         if name.folder() != self.name.folder() {
             return Err(refuse(io::ErrorKind::InvalidInput, &target, "not in the folder of its .part"));
         }
-        if !self.is_named()? {
-            return Err(refuse(io::ErrorKind::NotFound, &self.path(), "moved or replaced while it was written"));
+        match &self.part {
+            Some(part) if !self.is_at(part)? => {
+                Err(refuse(io::ErrorKind::NotFound, &self.path(), "moved or replaced while it was written"))
+            }
+            _ => Ok(target),
         }
-        Ok(target)
     }
 
-    /// Removes the `.part`, unless something else has taken its name.
+    /// Removes the `.part`, if there is one, unless something else has taken its name.
     pub fn discard(&self) -> io::Result<()> {
-        if self.is_named()? { self.folder.remove(&self.part) } else { Ok(()) }
+        match &self.part {
+            Some(part) if self.is_at(part)? => self.folder.remove(&part.name),
+            _ => Ok(()),
+        }
     }
 
-    /// Whether its name is still this very file.
-    fn is_named(&self) -> io::Result<bool> {
-        match statat(&self.folder, &self.part, AtFlags::SYMLINK_NOFOLLOW) {
+    /// Whether the name of the `.part` is still this very file.
+    fn is_at(&self, part: &Part) -> io::Result<bool> {
+        match statat(&self.folder, &part.name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => Ok(false),
-            other => other.map(|found| (found.st_dev, found.st_ino) == self.id).map_err(|e| with_path(&self.path(), e)),
+            other => other.map(|found| (found.st_dev, found.st_ino) == part.id).map_err(|e| with_path(&self.path(), e)),
         }
     }
 
@@ -267,6 +310,30 @@ fn rename_to_free_name(folder: &Folder, from: &str, to: &str) -> rustix::io::Res
 pub(super) fn link_to_free_name(folder: &Folder, from: &str, to: &str) -> rustix::io::Result<()> {
     linkat(folder, from, folder, to, AtFlags::empty())?;
     unlinkat(folder, from, AtFlags::empty())
+}
+
+/// Whether [`link_unnamed`] can give a file without a name one: not in every sandbox.
+pub(super) fn can_be_named(file: &File) -> bool {
+    static CAN_BE_NAMED: OnceLock<bool> = OnceLock::new();
+    *CAN_BE_NAMED.get_or_init(|| statat(CWD, shown(file), AtFlags::empty()).is_ok())
+}
+
+/// Where the kernel shows an open file of this process.
+fn shown(file: &File) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
+}
+
+/// Gives a file without a name its first one; EXIST if anything has that.
+fn link_unnamed(file: &File, folder: &Folder, to: &str) -> rustix::io::Result<()> {
+    match linkat(file, "", folder, to, AtFlags::EMPTY_PATH) {
+        // Kernels before 6.10 allow it to root alone; this way takes half as long again.
+        Err(Errno::NOENT) => linkat(CWD, shown(file), folder, to, AtFlags::SYMLINK_FOLLOW)?,
+        other => other?,
+    }
+    // Who watches the folder for files that were written and closed did not hear of this one.
+    let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let _ = openat(folder, to, flags, Mode::empty());
+    Ok(())
 }
 
 /// The name of a file while it is being downloaded: `name.part`.

@@ -28,7 +28,7 @@ use rustix::{
 
 use super::{
     SafeName, absolute,
-    part::{Folder, PartFile, part_name},
+    part::{Folder, Part, PartFile, can_be_named, part_name},
     refuse, with_path,
 };
 
@@ -60,7 +60,7 @@ impl Root {
     pub fn open(path: &Path) -> io::Result<Self> {
         let path = absolute(path)?;
         let dir = rustix::fs::open(&path, FOLDER | OFlags::CLOEXEC, Mode::empty()).map_err(|e| with_path(&path, e))?;
-        let top = Arc::new(Folder::new(dir.into(), path.clone(), None));
+        let top = Arc::new(Folder::new(dir.into(), path.clone(), None)?);
         Ok(Self { top, path: path.into(), open: open_beneath, folders: Arc::default() })
     }
 
@@ -105,7 +105,7 @@ impl Root {
         match (self.open)(self.top.as_fd(), relative, FOLDER, Mode::empty()) {
             Err(Errno::NOENT) => Ok(None),
             Err(e) => Err(with_path(&path, e)),
-            Ok(dir) => Ok(Some(self.keep(relative, Folder::new(dir.into(), path, None)))),
+            Ok(dir) => Ok(Some(self.keep(relative, Folder::new(dir.into(), path, None)?))),
         }
     }
 
@@ -150,13 +150,27 @@ impl Root {
             let id = must_be_ours_alone(&file, path)?;
             match found {
                 Ok(found) if (found.st_dev, found.st_ino) == id => {
-                    return Ok(PartFile::new(self.path.clone(), folder, name.clone(), part, file, id, existed));
+                    let part = Some(Part { name: part, id, existed });
+                    return Ok(PartFile::new(self.path.clone(), folder, name.clone(), file, part));
                 }
                 Ok(_) | Err(Errno::NOENT) => {}
                 Err(e) => return Err(with_path(&path(), e)),
             }
         }
         Err(refuse(io::ErrorKind::WouldBlock, &path(), "another process keeps replacing it"))
+    }
+
+    /// As [`create_part`](Self::create_part), but where it can be done the file has no `.part`, and vanishes unless it gets its
+    /// name.
+    pub fn create_unnamed(&self, name: &SafeName) -> io::Result<PartFile> {
+        let folder = self.make_folder(parent(name))?;
+        let flags = OFlags::RDWR | OFlags::TMPFILE;
+        let opened = (self.open)(folder.as_fd(), Path::new("."), flags, Mode::from_raw_mode(0o666)).map(File::from);
+        match opened {
+            Ok(file) if can_be_named(&file) => Ok(PartFile::new(self.path.clone(), folder, name.clone(), file, None)),
+            // The file system, the kernel or a sandbox is not up to that. If nothing can be made at all, this says why.
+            _ => self.create_part(name),
+        }
     }
 
     /// The folder of this path, made if it is missing, with those above it.
@@ -177,7 +191,7 @@ impl Root {
             (found, made_in) = (open(), Some(above.clone()));
         }
         let dir = found.map_err(|e| with_path(&path, e))?;
-        Ok(self.keep(relative, Folder::new(dir.into(), path, made_in)))
+        Ok(self.keep(relative, Folder::new(dir.into(), path, made_in)?))
     }
 
     fn keep(&self, relative: &Path, folder: Folder) -> Arc<Folder> {
@@ -348,6 +362,55 @@ mod tests {
             assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no .part is left");
             assert!(!root.exists(&name("a/no/such")).unwrap());
         });
+    }
+
+    #[test]
+    fn a_file_without_a_name_gets_one_that_is_free_or_vanishes() {
+        on_both_ways(|world, root| {
+            let at = |text: &str| world.downloads.join(text);
+            let n_files = || fs::read_dir(&world.downloads).unwrap().count();
+            let make = |bytes: &[u8]| {
+                let part = root.create_unnamed(&name("x")).unwrap();
+                part.file().write_all_at(bytes, 0).unwrap();
+                part
+            };
+            let part = make(b"gone");
+            assert_eq!(n_files(), usize::from(!part.is_unnamed()), "no name, or a .part");
+            part.discard().unwrap();
+            drop(part);
+            assert_eq!(n_files(), 0);
+            let part = make(b"first");
+            assert_eq!(part.publish().unwrap(), at("x"));
+            assert!(part.publish_as(&name("folder/x")).is_err(), "another folder");
+            let second = make(b"second");
+            assert!(matches!(second.publish(), Err(PublishError::Exists(path)) if path == at("x")));
+            assert_eq!(fs::read(at("x")).unwrap(), b"first");
+            assert_eq!(second.rename_over(&name("x")).unwrap(), at("x"));
+            assert_eq!((fs::read(at("x")).unwrap(), n_files()), (b"second".to_vec(), 1));
+            let third = make(b"third");
+            assert_eq!(third.publish_as(&name("x").numbered(2).unwrap()).unwrap(), at("x (2)"));
+        });
+        let world = World::new();
+        let root = Root::open(&world.downloads).unwrap();
+        assert!(root.create_unnamed(&name("x")).unwrap().is_unnamed(), "this machine's temporary folder can do that");
+    }
+
+    /// As after one that was written under a name of its own and renamed.
+    #[test]
+    fn who_watches_a_folder_hears_of_a_file_that_had_no_name() {
+        use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
+        let world = World::new();
+        let queue = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).unwrap();
+        inotify::add_watch(&queue, &world.downloads, WatchFlags::CLOSE_WRITE | WatchFlags::MOVED_TO).unwrap();
+        let root = Root::open(&world.downloads).unwrap();
+        let part = root.create_unnamed(&name("x")).unwrap();
+        part.file().write_all_at(b"bytes", 0).unwrap();
+        part.publish().unwrap();
+        let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+        let mut events = inotify::Reader::new(&queue, &mut buffer);
+        let event = events.next().unwrap();
+        assert_eq!(event.file_name().map(|name| name.to_bytes()), Some(&b"x"[..]));
+        assert!(event.events().intersects(ReadFlags::CLOSE_WRITE | ReadFlags::MOVED_TO));
     }
 
     #[test]

@@ -20,14 +20,14 @@ pub fn sync_data(storages: &[&Storage]) -> Vec<Result<(), StorageError>> {
     let parts: Vec<_> = storages.iter().map(|storage| storage.settle()).collect();
     let mut devices: HashMap<u64, Vec<&PartFile>> = HashMap::new();
     for part in parts.iter().flatten() {
-        devices.entry(part.id().0).or_default().push(part);
+        devices.entry(part.folder().device()).or_default().push(part);
     }
     devices.retain(|_, parts| parts.len() >= MIN_GROUP);
     let outcomes = devices.into_iter().filter_map(|(device, parts)| Some((device, parts[0].sync_file_system()?)));
     let outcomes: HashMap<u64, io::Result<()>> = outcomes.collect();
     let end = |(storage, part): (&&Storage, Result<Arc<PartFile>, StorageError>)| {
         let part = part?;
-        let outcome = match outcomes.get(&part.id().0) {
+        let outcome = match outcomes.get(&part.folder().device()) {
             Some(outcome) => again(outcome).and_then(|()| storage.may_sync()),
             None => storage.sync_file(&part),
         };
@@ -76,12 +76,29 @@ impl Storage {
     pub fn end(&self) -> Result<Stamp, StorageError> {
         let part = self.part()?;
         if self.is_single() {
+            if part.is_unnamed()
+                && let Err(error) = self.remove_left_over(&part)
+            {
+                tracing::warn!("removing what an earlier download left: {error}");
+            }
             // Thousands of these may be kept; their descriptors are not.
             self.lock_part().take();
         } else if let Err(error) = part.remove_journal() {
             tracing::warn!("removing a journal: {error}");
         }
         Stamp::of(part.file()).map_err(|e| self.failed(e))
+    }
+
+    /// What an earlier version of the file left half-done, if it was larger, or if its file system needed a `.part` for it.
+    fn remove_left_over(&self, part: &PartFile) -> io::Result<()> {
+        if !part.folder().has_left_over(self.name.file_name())? {
+            return Ok(());
+        }
+        match self.root.create_part(&self.name) {
+            // Another download is writing it.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            left_over => left_over.and_then(|old| old.discard().and_then(|()| old.remove_journal())),
+        }
     }
 
     /// The `.part` of a complete content, with its sync begun.
