@@ -303,8 +303,8 @@ impl Library {
     }
 
     fn open_file(&self, location: &Arc<Location>) -> Result<File, ServeError> {
-        let error = match location.root.open_file(&location.relative) {
-            Ok(file) if Stamp::of(&file)? == location.stamp => return Ok(file),
+        let error = match location.root.open_described(&location.relative) {
+            Ok((file, metadata)) if Stamp::from(&metadata) == location.stamp => return Ok(file),
             Ok(_) => ServeError::Changed,
             Err(error) => match fs::symlink_metadata(location.path()) {
                 // The file is as it was: too many open files, no permission, a failing disk.

@@ -11,7 +11,7 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, File},
+    fs::{self, File, Metadata},
     io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -78,17 +78,23 @@ impl Root {
     /// Opens a regular file beneath the folder for reading, without following links and without ever waiting. Fails for
     /// anything else: a FIFO, socket, device or folder, and a path that is absolute or has `..` in it.
     pub fn open_file(&self, relative: &Path) -> io::Result<File> {
-        let path = self.path.join(relative);
+        self.open_described(relative).map(|(file, _)| file)
+    }
+
+    /// As [`open_file`](Self::open_file), with what the file system says of it.
+    pub fn open_described(&self, relative: &Path) -> io::Result<(File, Metadata)> {
+        let path = || self.path.join(relative);
         if relative.as_os_str().is_empty() || relative.components().any(|c| !matches!(c, Component::Normal(_))) {
-            return Err(refuse(io::ErrorKind::InvalidInput, &path, "not a path inside the folder"));
+            return Err(refuse(io::ErrorKind::InvalidInput, &path(), "not a path inside the folder"));
         }
         let file: File = (self.open)(self.top.as_fd(), relative, OFlags::RDONLY | NO_WAIT, Mode::empty())
-            .map_err(|e| with_path(&path, e))?
+            .map_err(|e| with_path(&path(), e))?
             .into();
-        if !file.metadata().map_err(|e| with_path(&path, e))?.is_file() {
-            return Err(refuse(io::ErrorKind::InvalidInput, &path, "not a regular file"));
+        let metadata = file.metadata().map_err(|e| with_path(&path(), e))?;
+        if !metadata.is_file() {
+            return Err(refuse(io::ErrorKind::InvalidInput, &path(), "not a regular file"));
         }
-        Ok(file)
+        Ok((file, metadata))
     }
 
     /// Opens the folder that holds, or would hold, the file of this name; `None` if there is none. Fails if one on the way
