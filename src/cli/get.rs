@@ -7,6 +7,7 @@
 use std::{collections::BTreeSet, os::unix::ffi::OsStrExt, path::Path, sync::Arc};
 
 use anyhow::Result;
+use futures_util::FutureExt;
 
 use super::{
     Ended, Session, Stop,
@@ -108,10 +109,16 @@ impl Holder {
         };
         let mut events = self.control.get(request(rows, output, existing)).await?;
         loop {
-            let event = events.next().await?;
+            let event = match events.next().now_or_never() {
+                Some(event) => event?,
+                None => {
+                    report.flush()?;
+                    events.next().await?
+                }
+            };
             report.event(&event)?;
             match event {
-                Event::Done(_) => return Ok(()),
+                Event::Done(_) => return report.flush(),
                 Event::Failed(failed) => {
                     return Err(Failed::new(Exit::from_code(failed.exit_code), failed.message).into());
                 }

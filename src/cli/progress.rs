@@ -1,7 +1,8 @@
 //! How a download is shown: bars on a terminal, a line every few seconds without one, events for programs.
 //!
 //! Invariant: bytes shown are verified bytes. Bars and lines go to standard error, paths of finished files and JSON
-//! events to standard output; no more than two progress events a second.
+//! events to standard output; no more than two progress events a second. What is said to standard output is there after
+//! [`Report::flush`], many lines at a time.
 
 use std::{
     env,
@@ -35,7 +36,12 @@ pub struct Report {
     verbose: bool,
     last: Option<Instant>,
     so_far: Option<Done>,
+    /// For standard output.
+    waiting: String,
 }
+
+/// Bytes of output that wait for more at most.
+const TOGETHER: usize = 64 << 10;
 
 enum Style {
     Json,
@@ -53,7 +59,7 @@ impl Report {
             false if !quiet && !dumb && io::stderr().is_terminal() => Style::Bars(Bars::new()),
             false => Style::Lines,
         };
-        Self { style, quiet, verbose, last: None, so_far: None }
+        Self { style, quiet, verbose, last: None, so_far: None, waiting: String::new() }
     }
 
     /// Shows an event. [`Event::Failed`] is only noted: [`failed`](Self::failed) shows it.
@@ -61,6 +67,10 @@ impl Report {
     /// # Errors
     /// If nobody reads standard output any more.
     pub fn event(&mut self, event: &Event) -> Result<()> {
+        if !matches!((&self.style, event), (Style::Json, _) | (_, Event::FileDone(_))) {
+            // Something else is about to be said to people.
+            self.flush()?;
+        }
         match event {
             Event::Progress(progress) => {
                 if let Style::Bars(bars) = &mut self.style {
@@ -68,7 +78,7 @@ impl Report {
                 }
                 if self.is_due() {
                     match self.style {
-                        Style::Json => output::json(&Line::from(progress))?,
+                        Style::Json => self.say(&serde_json::to_string(&Line::from(progress))?)?,
                         Style::Lines => self.note(&format!("{} %  {}", percent(progress), summary(progress))),
                         Style::Bars(_) => {}
                     }
@@ -78,8 +88,7 @@ impl Report {
             }
             Event::Failed(failed) => self.so_far.clone_from(&failed.so_far),
             Event::FileDone(file) if !matches!(self.style, Style::Json) => {
-                let path = escape(&file.path);
-                self.aside(|| output::line(&path))?;
+                self.say(&escape(&file.path))?;
             }
             Event::Note(told) if !matches!(self.style, Style::Json) => self.note(&told.text),
             Event::Done(done) if !matches!(self.style, Style::Json) => {
@@ -88,7 +97,7 @@ impl Report {
             }
             other => {
                 if let (Style::Json, Some(line)) = (&self.style, Line::of(other)) {
-                    output::json(&line)?;
+                    self.say(&serde_json::to_string(&line)?)?;
                 }
             }
         }
@@ -99,14 +108,28 @@ impl Report {
     ///
     /// # Errors
     /// If nobody reads standard output any more.
-    pub fn failed(&self, exit_code: u8, message: &str) -> Result<()> {
-        match self.style {
-            Style::Json => {
-                let so_far = self.so_far.as_ref().map(Summary::from);
-                output::json(&Line::Failed { exit_code, message, so_far })
-            }
-            _ => Ok(()),
+    pub fn failed(&mut self, exit_code: u8, message: &str) -> Result<()> {
+        if matches!(self.style, Style::Json) {
+            let so_far = self.so_far.as_ref().map(Summary::from);
+            let line = serde_json::to_string(&Line::Failed { exit_code, message, so_far })?;
+            self.say(&line)?;
         }
+        self.flush()
+    }
+
+    fn say(&mut self, line: &str) -> Result<()> {
+        self.waiting.push_str(line);
+        self.waiting.push('\n');
+        if self.waiting.len() < TOGETHER { Ok(()) } else { self.flush() }
+    }
+
+    /// Writes what is for standard output.
+    ///
+    /// # Errors
+    /// If nobody reads it any more.
+    pub fn flush(&mut self) -> Result<()> {
+        let waiting = std::mem::take(&mut self.waiting);
+        if waiting.is_empty() { Ok(()) } else { self.aside(|| output::print(waiting.as_bytes())) }
     }
 
     /// Says something to people beside the bars.
