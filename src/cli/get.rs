@@ -142,7 +142,7 @@ impl Holder {
             if complete {
                 node.drained().await;
             }
-            node.stop().await;
+            node.stop_last().await;
         }
     }
 }
