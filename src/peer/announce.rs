@@ -34,6 +34,10 @@ use crate::{
 /// Changes within this time travel together; while one announcement follows another, the time doubles up to a limit.
 const GATHER: Duration = Duration::from_millis(100);
 const LONGEST_GATHER: Duration = Duration::from_millis(400);
+/// The same for a peer that lives as long as a command and fetches small files only. Whoever fetches the same asks the tracker
+/// for others as late as this, and by then both are mostly done: to list 10,000 files for the half second that is left took a
+/// fortieth of all the time.
+const SHORT_LIVED_GATHER: Duration = Duration::from_secs(1);
 /// How long the answer to a goodbye is waited for; by a peer that lives as long as a command, only so long that the goodbye
 /// is certainly sent. Over 50 ms that is a thirtieth of a second less, of the three that 256 MiB take at 1 Gbit/s.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -131,7 +135,7 @@ impl Announcer {
                     () = sleep_until(due) => due,
                     Ok(()) = changed.changed(), if announced.is_some() => {
                         gather = if last.elapsed() < gather { LONGEST_GATHER.min(gather * 2) } else { GATHER };
-                        tokio::time::sleep(gather).await;
+                        self.gather(gather).await;
                         due
                     }
                     Ok(()) = self.attached.changed(), if announced.is_some() => due.min(beat + rhythm.busy),
@@ -169,6 +173,17 @@ impl Announcer {
             let request = HeartbeatRequest { generation: announced.generation, leaving: true, ..Default::default() };
             let patience = if self.is_short_lived { SHORT_GOODBYE } else { GOODBYE };
             let _ = timeout(patience, self.tracker.heartbeat(request)).await;
+        }
+    }
+
+    /// Lets changes come together.
+    async fn gather(&self, usual: Duration) {
+        let began = Instant::now();
+        loop {
+            tokio::time::sleep(usual).await;
+            if !self.is_short_lived || began.elapsed() >= SHORT_LIVED_GATHER || self.library.has_partial() {
+                return;
+            }
         }
     }
 

@@ -246,6 +246,11 @@ impl Library {
         files.map(|(path, location)| (path.to_owned(), location.stamp)).collect()
     }
 
+    /// Is some download in progress on offer?
+    pub fn has_partial(&self) -> bool {
+        self.lock().n_parts > 0
+    }
+
     /// The listing, by name.
     pub fn files(&self) -> Vec<FileInfo> {
         self.lock().files()

@@ -32,6 +32,8 @@ pub(super) struct State {
     pub(super) suspects: BTreeSet<PathBuf>,
     pub(super) n_files: u64,
     pub(super) n_bytes: u64,
+    /// Downloads in progress that are on offer.
+    pub(super) n_parts: usize,
     pub(super) version: u64,
     /// The latest changes; the last one made `version`.
     log: VecDeque<Change>,
@@ -78,6 +80,7 @@ impl State {
             suspects: BTreeSet::new(),
             n_files: 0,
             n_bytes: 0,
+            n_parts: 0,
             version: 1,
             log: VecDeque::new(),
             next_token: 0,
@@ -112,6 +115,7 @@ impl State {
         let entry = self.entry(manifest);
         if entry.part.is_none() {
             entry.part = Some(Part { token, file, have });
+            self.n_parts += 1;
             if !self.names.contains_key(name) {
                 self.list(name.clone(), id, None);
             }
@@ -126,6 +130,7 @@ impl State {
         }
         if let Some(entry) = self.contents.get_mut(id) {
             entry.part = None;
+            self.n_parts -= 1;
         }
         if self.names.get(name).is_some_and(|listed| listed.id == *id && listed.location.is_none()) {
             self.unlist(name);
