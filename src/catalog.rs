@@ -3,7 +3,7 @@
 //! Invariant: the listing is ordered by [`FileKey`] and nothing else, so that a key alone says where a reader stands. The
 //! content id is the identity, the name a label: the same name over two contents is two rows.
 
-use std::{net::SocketAddr, str::FromStr};
+use std::{net::SocketAddr, str::FromStr, sync::Arc};
 
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use thiserror::Error;
@@ -117,7 +117,7 @@ pub struct Row {
     /// Identity of the bytes.
     pub content_id: ContentId,
     /// Everybody who holds the content under whatever name; at most [`MAX_SOURCES`].
-    pub sources: Vec<SourceInfo>,
+    pub sources: Vec<Arc<SourceInfo>>,
     /// How many hold it.
     pub source_count: u32,
 }

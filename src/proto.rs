@@ -3,7 +3,11 @@
 //! Invariant: a generated message is checked here, once, where it arrives; nothing deeper sees an unchecked name, id,
 //! size, address or length.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use tonic::service::Routes;
 
@@ -189,7 +193,7 @@ impl From<Row> for FileRow {
             name: row.name.to_string(),
             size: row.size,
             content_id: row.content_id.to_string(),
-            sources: row.sources.into_iter().map(Into::into).collect(),
+            sources: row.sources.iter().map(|source| (&**source).into()).collect(),
             source_count: row.source_count,
         }
     }
@@ -199,22 +203,46 @@ impl TryFrom<FileRow> for Row {
     type Error = WireError;
 
     fn try_from(row: FileRow) -> Result<Self, WireError> {
-        if row.size > MAX_SIZE {
-            return Err(WireError::Size(row.size));
-        }
-        Ok(Self {
-            name: name(&row.name)?,
-            size: row.size,
-            content_id: content_id(&row.content_id)?,
-            sources: row.sources.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
-            source_count: row.source_count,
-        })
+        RowReader::default().row(row)
     }
 }
 
-impl From<SourceInfo> for Source {
-    fn from(source: SourceInfo) -> Self {
-        Self { peer_id: source.peer.to_string(), addresses: source.addresses, partial: source.partial }
+/// Reads many rows, in which the same sources come again and again.
+#[derive(Default)]
+pub struct RowReader {
+    known: HashMap<Source, Arc<SourceInfo>>,
+}
+
+impl RowReader {
+    /// Reads one of them.
+    ///
+    /// # Errors
+    /// If the row is malformed.
+    pub fn row(&mut self, row: FileRow) -> Result<Row, WireError> {
+        if row.size > MAX_SIZE {
+            return Err(WireError::Size(row.size));
+        }
+        Ok(Row {
+            name: name(&row.name)?,
+            size: row.size,
+            content_id: content_id(&row.content_id)?,
+            sources: row.sources.into_iter().map(|source| self.source(source)).collect::<Result<_, _>>()?,
+            source_count: row.source_count,
+        })
+    }
+
+    fn source(&mut self, source: Source) -> Result<Arc<SourceInfo>, WireError> {
+        if let Some(known) = self.known.get(&source) {
+            return Ok(known.clone());
+        }
+        let read = Arc::new(SourceInfo::try_from(source.clone())?);
+        Ok(self.known.entry(source).or_insert(read).clone())
+    }
+}
+
+impl From<&SourceInfo> for Source {
+    fn from(source: &SourceInfo) -> Self {
+        Self { peer_id: source.peer.to_string(), addresses: source.addresses.clone(), partial: source.partial }
     }
 }
 

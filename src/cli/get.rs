@@ -164,12 +164,13 @@ fn output(given: &Path, cwd: &Path, n_files: usize) -> Result<String> {
 
 /// What the peer is asked: the rows, with their sources, each of which is named once.
 fn request(rows: &[Row], output: String, existing: Existing) -> GetRequest {
-    let mut sources: Vec<&SourceInfo> = vec![];
+    let mut sources: Vec<&Arc<SourceInfo>> = vec![];
     let mut wanted = Vec::with_capacity(rows.len());
     for row in rows {
         let mut holders = Vec::with_capacity(row.sources.len());
         for source in &row.sources {
-            let at = sources.iter().rposition(|known| *known == source).unwrap_or_else(|| {
+            let is_it = |known: &&Arc<SourceInfo>| Arc::ptr_eq(known, source) || *known == source;
+            let at = sources.iter().rposition(is_it).unwrap_or_else(|| {
                 sources.push(source);
                 sources.len() - 1
             });
@@ -178,7 +179,7 @@ fn request(rows: &[Row], output: String, existing: Existing) -> GetRequest {
         let (name, content_id) = (row.name.to_string(), row.content_id.to_string());
         wanted.push(Wanted { name, size: row.size, content_id, sources: holders });
     }
-    let sources = sources.into_iter().cloned().map(Into::into).collect();
+    let sources = sources.into_iter().map(|source| (&**source).into()).collect();
     GetRequest { wanted, output, existing: existing.into(), sources }
 }
 

@@ -168,7 +168,7 @@ mod tests {
         let peer = PeerId::from_spki(peer);
         let source = SourceInfo { peer, addresses: vec!["10.0.0.1:7701".into()], partial: false };
         let name = SafeName::parse(name).unwrap();
-        Row { name, size: 7, content_id: ContentId::EMPTY, sources: vec![source], source_count: 3 }
+        Row { name, size: 7, content_id: ContentId::EMPTY, sources: vec![source.into()], source_count: 3 }
     }
 
     #[test]

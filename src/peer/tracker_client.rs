@@ -16,7 +16,7 @@ use crate::{
     net::{self, Connection},
     proto::{
         self, FileRow, HeartbeatRequest, HeartbeatResponse, ListFilesRequest, ListFilesResponse, RegisterRequest,
-        RegisterResponse, WatchFilesRequest, WatchFilesResponse, WireError,
+        RegisterResponse, RowReader, WatchFilesRequest, WatchFilesResponse, WireError,
         tracker_service_client::TrackerServiceClient,
     },
     tls::{self, Expect},
@@ -150,10 +150,10 @@ impl TrackerClient {
     /// # Errors
     /// As [`TrackerClient::register`].
     pub async fn list(&self, mut query: ListFilesRequest) -> Result<Vec<Row>> {
-        let mut rows = Vec::new();
+        let (mut rows, mut reader) = (Vec::new(), RowReader::default());
         let mut read = |files: Vec<FileRow>| -> Result<(), WireError> {
             for row in files {
-                rows.push(row.try_into()?);
+                rows.push(reader.row(row)?);
             }
             Ok(())
         };

@@ -275,9 +275,9 @@ struct Holder {
     partial: bool,
 }
 
-impl From<SourceInfo> for Holder {
-    fn from(source: SourceInfo) -> Self {
-        Self { peer_id: source.peer.to_string(), addresses: source.addresses, partial: source.partial }
+impl From<&SourceInfo> for Holder {
+    fn from(source: &SourceInfo) -> Self {
+        Self { peer_id: source.peer.to_string(), addresses: source.addresses.clone(), partial: source.partial }
     }
 }
 
@@ -286,5 +286,6 @@ async fn file(State(dashboard): Shown, Query(asked): Query<Content>) -> Result<R
     let rows = dashboard.parts.store.rows_of(&[content], true).await?;
     let names = rows.iter().map(|row| row.name.to_string()).collect();
     let row = rows.into_iter().next().ok_or(Trouble::Unknown)?;
-    json(&Held { names, n_sources: row.source_count, sources: row.sources.into_iter().map(Into::into).collect() })
+    let sources = row.sources.iter().map(|source| (&**source).into()).collect();
+    json(&Held { names, n_sources: row.source_count, sources })
 }

@@ -263,30 +263,28 @@ impl Index {
     }
 
     /// A row as a reader sees it.
-    pub(super) fn row(&self, key: &FileKey, caller_is_loopback: bool) -> Option<Row> {
-        let content = self.contents.get(&key.content_id).filter(|_| self.has_row(key))?;
-        let live: Vec<&Holder> = content.holders.iter().filter(|holder| self.is_live(holder.slot)).collect();
-        let source_count = u32::try_from(live.len()).expect("slots are counted in 32 bits");
-        let chosen =
-            if live.len() > MAX_SOURCES { live.into_iter().sample(&mut rand::rng(), MAX_SOURCES) } else { live };
+    pub(super) fn row(&self, key: &FileKey, sources: &mut Sources) -> Option<Row> {
+        self.row_of(key, self.contents.get(&key.content_id)?, sources)
+    }
+
+    fn row_of(&self, key: &FileKey, content: &Content, sources: &mut Sources) -> Option<Row> {
+        if !self.has_row(key) {
+            return None;
+        }
+        let live = || content.holders.iter().filter(|holder| self.is_live(holder.slot));
+        let n_live = live().count();
+        let source_count = u32::try_from(n_live).expect("slots are counted in 32 bits");
         let mut room = MAX_ROW_BYTES;
-        let sources = chosen.into_iter().map_while(|holder| {
-            let announcement = &self.slot(holder.slot).announcement;
-            let source = SourceInfo {
-                peer: announcement.peer,
-                addresses: announcement.addresses_for(caller_is_loopback),
-                partial: holder.n_complete == 0,
-            };
+        let mut source = |holder: &Holder| {
+            let source = sources.of(self.slot(holder.slot), holder.n_complete == 0);
             room = room.checked_sub(source_bytes(&source))?;
             Some(source)
-        });
-        Some(Row {
-            name: key.name.clone(),
-            size: content.size,
-            content_id: key.content_id,
-            sources: sources.collect(),
-            source_count,
-        })
+        };
+        let sources = match n_live > MAX_SOURCES {
+            true => live().sample(&mut rand::rng(), MAX_SOURCES).into_iter().map_while(source).collect(),
+            false => live().map_while(&mut source).collect(),
+        };
+        Some(Row { name: key.name.clone(), size: content.size, content_id: key.content_id, sources, source_count })
     }
 
     /// The keys of a content that readers see, in order.
@@ -304,8 +302,9 @@ impl Index {
             if n == SLICE {
                 return false;
             }
-            if self.is_wanted(matcher, &key)
-                && let Some(row) = self.row(&key, page.caller_is_loopback)
+            if let Some(content) = self.contents.get(&key.content_id)
+                && self.is_wanted(matcher, &key, content)
+                && let Some(row) = self.row_of(&key, content, &mut page.sources)
                 && !page.push(row)
             {
                 return true;
@@ -315,9 +314,9 @@ impl Index {
         true
     }
 
-    fn is_wanted(&self, matcher: &Matcher, key: &FileKey) -> bool {
+    fn is_wanted(&self, matcher: &Matcher, key: &FileKey, content: &Content) -> bool {
         matcher.matches_key(key)
-            && self.contents.get(&key.content_id).is_some_and(|content| matcher.matches_size(content.size))
+            && matcher.matches_size(content.size)
             && matcher
                 .peer()
                 .is_none_or(|peer| self.peers.get(&peer).is_some_and(|slot| self.slot(*slot).files.contains_key(key)))
@@ -373,6 +372,27 @@ impl Index {
 
     pub(super) fn n_contents(&self) -> usize {
         self.contents.len()
+    }
+}
+
+/// The sources of rows that are made together, in which the same ones come again and again.
+pub(super) struct Sources {
+    caller_is_loopback: bool,
+    /// By the serial of the slot, and whether it holds a part.
+    known: HashMap<(u64, bool), Arc<SourceInfo>>,
+}
+
+impl Sources {
+    pub(super) fn new(caller_is_loopback: bool) -> Self {
+        Self { caller_is_loopback, known: HashMap::new() }
+    }
+
+    fn of(&mut self, slot: &Slot, partial: bool) -> Arc<SourceInfo> {
+        let made = self.known.entry((slot.serial, partial)).or_insert_with(|| {
+            let addresses = slot.announcement.addresses_for(self.caller_is_loopback);
+            Arc::new(SourceInfo { peer: slot.announcement.peer, addresses, partial })
+        });
+        made.clone()
     }
 }
 

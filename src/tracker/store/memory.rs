@@ -15,7 +15,7 @@ use tokio::{sync::broadcast, task::yield_now};
 use super::{
     Budget, Heartbeat, Held, MAX_DELTA, PAUSE, PageInMaking, Registered, Registration, Stats, Store, StoreError,
     Surveyed, check_bounds,
-    index::{Index, Phase, SLICE, Slot, SlotIdx, file_bytes, slot_bytes},
+    index::{Index, Phase, SLICE, Slot, SlotIdx, Sources, file_bytes, slot_bytes},
 };
 use crate::{
     catalog::{Announcement, Change, FileKey, Matcher, Page, PeerRecord, Row},
@@ -329,11 +329,11 @@ impl Store for MemoryStore {
     }
 
     async fn rows_of(&self, contents: &[ContentId], caller_is_loopback: bool) -> Result<Vec<Row>, StoreError> {
-        let mut rows = Vec::new();
+        let (mut rows, mut sources) = (Vec::new(), Sources::new(caller_is_loopback));
         for id in contents {
             {
                 let index = &self.lock().index;
-                rows.extend(index.names_of(*id).filter_map(|key| index.row(&key, caller_is_loopback)));
+                rows.extend(index.names_of(*id).filter_map(|key| index.row(&key, &mut sources)));
             }
             yield_now().await;
         }
@@ -341,11 +341,11 @@ impl Store for MemoryStore {
     }
 
     async fn rows_at(&self, keys: &[FileKey], caller_is_loopback: bool) -> Result<Vec<Row>, StoreError> {
-        let mut rows = Vec::new();
+        let (mut rows, mut sources) = (Vec::new(), Sources::new(caller_is_loopback));
         for keys in keys.chunks(64) {
             {
                 let index = &self.lock().index;
-                rows.extend(keys.iter().filter_map(|key| index.row(key, caller_is_loopback)));
+                rows.extend(keys.iter().filter_map(|key| index.row(key, &mut sources)));
             }
             yield_now().await;
         }

@@ -42,6 +42,7 @@ mod conformance;
 mod index;
 mod memory;
 
+use index::Sources;
 pub use memory::MemoryStore;
 
 /// Most files one peer may announce.
@@ -313,7 +314,7 @@ fn check_bounds(n_files: usize, name_bytes: usize) -> Result<(), StoreError> {
 /// A page that fills up.
 struct PageInMaking {
     page: Page,
-    caller_is_loopback: bool,
+    sources: Sources,
     n_rows_left: usize,
     bytes_left: usize,
 }
@@ -321,12 +322,13 @@ struct PageInMaking {
 impl PageInMaking {
     fn new(limit: usize, caller_is_loopback: bool) -> Self {
         let (n_rows_left, bytes_left) = (limit.max(1), MAX_PAGE_BYTES);
-        Self { page: Page::default(), caller_is_loopback, n_rows_left, bytes_left }
+        Self { page: Page::default(), sources: Sources::new(caller_is_loopback), n_rows_left, bytes_left }
     }
 
     /// False if there is no room for the row; the page then says where to go on. The first row always has room.
     fn push(&mut self, row: Row) -> bool {
-        let bytes = 128 + row.name.as_str().len() + row.sources.iter().map(source_bytes).sum::<usize>();
+        let bytes =
+            128 + row.name.as_str().len() + row.sources.iter().map(|source| source_bytes(source)).sum::<usize>();
         if let Some(last) = self.page.rows.last()
             && (self.n_rows_left == 0 || self.bytes_left < bytes)
         {
