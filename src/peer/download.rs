@@ -112,7 +112,6 @@ pub struct Get {
 }
 
 /// A content whose target is free.
-#[derive(Clone)]
 struct Job {
     want: Want,
     target: SafeName,

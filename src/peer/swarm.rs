@@ -225,12 +225,13 @@ impl Swarm {
     /// A source that holds these contents whole; what else it may hold in part, it will tell itself.
     pub fn holds(&self, peer: PeerId, contents: &HashSet<ContentId>) {
         let whole = self.work.iter().enumerate().filter(|(_, work)| contents.contains(&work.want.id));
-        let (key, complete) = self.known(peer, |known| {
-            known.complete.extend(whole.map(|(at, _)| at));
-            (known.key, known.complete.clone())
-        });
         let mut have = HaveMap::empty(self.n_pieces);
-        complete.iter().flat_map(|at| self.work[*at].pieces()).for_each(|piece| _ = have.insert(piece));
+        let key = self.known(peer, |known| {
+            known.complete.extend(whole.map(|(at, _)| at));
+            let pieces = known.complete.iter().flat_map(|at| self.work[*at].pieces());
+            pieces.for_each(|piece| _ = have.insert(piece));
+            known.key
+        });
         self.picker().set_have(key, &have);
         self.wake(peer);
     }

@@ -49,6 +49,18 @@ const SYNC: Duration = Duration::from_secs(1);
 /// How long sources have to end what they do when all is here, so that their connections can be used again.
 const WIND_UP: Duration = Duration::from_millis(50);
 
+impl Job {
+    /// The manifest of a small file, as far as the listing is right.
+    fn unproven(&self) -> Option<Manifest> {
+        let Want { id, size, .. } = self.want;
+        match id == ContentId::EMPTY {
+            true => Manifest::single(id, 0).ok(),
+            false if self.is_disputed || size > MAX_SINGLE.into() => None,
+            false => Manifest::single(id, size).ok(),
+        }
+    }
+}
+
 impl Run {
     /// Fetches a batch, which is the last one unless a content of it has another size than the listing says; gives those back.
     pub(super) async fn batch(&mut self, jobs: Vec<Job>, is_last: bool) -> Result<Vec<Job>> {
@@ -58,7 +70,7 @@ impl Run {
         let pause = if is_soon { SOON } else { Duration::ZERO };
         let mut finder = Finder::start(self.get.tracker.clone(), self.get.membership.id(), contents, pause);
         let manifests = self.manifests(&jobs, &mut finder).await?;
-        let (work, local) = self.open(jobs.clone(), manifests).await?;
+        let (work, local) = self.open(jobs, manifests).await?;
         let (reports, mut received) = mpsc::channel(1024);
         let books = (self.progress.accounts.clone(), self.progress.spent.clone());
         let (membership, here) = (self.get.membership.clone(), self.get.here.clone());
@@ -88,23 +100,22 @@ impl Run {
             }
         }
         fetching.wind_up(is_last).await?;
-        let disputed = std::mem::take(&mut fetching.disputed);
-        let again = disputed.into_iter().map(|at| Job { is_disputed: true, ..jobs[at].clone() });
+        let works = fetching.disputed.iter().map(|at| &fetching.swarm.work()[*at]);
+        let again = works.map(|work| Job { want: work.want.clone(), target: work.target.clone(), is_disputed: true });
         Ok(again.collect())
     }
 
-    /// The manifests of all contents. A small file needs none: its id proves its bytes, and a source that knows another
-    /// size than the listing says so.
+    /// The manifests of all contents that need one. A small file does not: its id proves its bytes, and a source that knows
+    /// another size than the listing says so.
     async fn manifests(&mut self, jobs: &[Job], finder: &mut Finder) -> Result<HashMap<ContentId, Manifest>> {
         let mut manifests = HashMap::new();
         let mut unknown = vec![];
         for job in jobs {
-            let Want { id, size, .. } = job.want;
-            let small = || (!job.is_disputed && size <= MAX_SINGLE.into()).then(|| Manifest::single(id, size).ok());
-            let empty = || (id == ContentId::EMPTY).then(|| Manifest::single(id, 0).ok());
-            match self.get.disk.library.manifest(&id).or_else(|| empty().or_else(small).flatten()) {
+            let id = job.want.id;
+            match self.get.disk.library.manifest(&id) {
                 Some(manifest) => _ = manifests.insert(id, manifest),
-                None => unknown.push(id),
+                None if job.unproven().is_none() => unknown.push(id),
+                None => {}
             }
         }
         if !unknown.is_empty() {
@@ -153,8 +164,9 @@ impl Run {
         jobs: Vec<Job>,
         mut manifests: HashMap<ContentId, Manifest>,
     ) -> Result<(Vec<Work>, Vec<Vec<LocalPiece>>)> {
-        let jobs: Vec<_> =
-            jobs.into_iter().filter_map(|job| Some((manifests.remove(&job.want.id)?, job.want, job.target))).collect();
+        let mut manifest = |job: &Job| manifests.remove(&job.want.id).or_else(|| job.unproven());
+        let with_manifest = |job: Job| Some((manifest(&job)?, job.want, job.target));
+        let jobs: Vec<_> = jobs.into_iter().filter_map(with_manifest).collect();
         for (manifest, want, _) in &jobs {
             let (said, is) = (want.size, manifest.layout().size());
             self.progress.bytes_total.fetch_add(is.wrapping_sub(said), Ordering::Relaxed);

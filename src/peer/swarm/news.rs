@@ -78,9 +78,10 @@ impl Swarm {
         key: SourceKey,
         begun: Option<HaveWatch>,
     ) -> Result<Infallible, SourceError> {
-        let is_open = |work: &&super::Work| !work.layout().is_single() && work.left() > 0;
-        let open: Vec<_> = self.work.iter().filter(is_open).take(MAX_CONTENTS).collect();
-        let contents: Vec<_> = open.iter().map(|work| (work.want.id, work.layout())).collect();
+        let is_open = |work: &super::Work| !work.layout().is_single() && work.left() > 0;
+        let open = self.work.iter().enumerate().filter(|(_, work)| is_open(work)).take(MAX_CONTENTS);
+        let (positions, contents): (Vec<_>, Vec<_>) =
+            open.map(|(at, work)| (at, (work.want.id, work.layout()))).unzip();
         let here = self.here.clone();
         let begun = begun.filter(|watch| watch.contents() == contents);
         let watch = match contents.is_empty() {
@@ -97,12 +98,11 @@ impl Swarm {
             if std::mem::take(&mut is_first) {
                 self.told(source.id);
             }
-            let id = contents[at].0;
             if let News::Peer(peer, addresses) = news {
                 self.in_company.store(true, Ordering::Relaxed);
-                self.report(Report::Met(peer, addresses, id)).await;
-            } else if let Some(at) = self.position(&id) {
-                self.hear(source.id, key, at, news);
+                self.report(Report::Met(peer, addresses, contents[at].0)).await;
+            } else {
+                self.hear(source.id, key, positions[at], news);
             }
         }
         Err(SourceError::Broken("it ended its news".into()))
