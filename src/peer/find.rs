@@ -208,7 +208,7 @@ pub struct Learning<'a> {
     pub connected: &'a mut HashMap<PeerId, Source>,
     /// What the sources are known for.
     pub accounts: &'a Accounts,
-    /// Those that sent a wrong manifest, with what was wrong: they are given up.
+    /// Those that sent a wrong manifest, with what was wrong: they are given up, and not asked again.
     pub liars: Vec<(PeerId, String)>,
     /// What the first one asked that holds it all may be asked for as well, and then was.
     pub opening: Option<Opening>,
@@ -227,7 +227,8 @@ pub async fn learn(
     learning: &mut Learning<'_>,
 ) -> Result<HashMap<ContentId, Manifest>> {
     let mut manifests = HashMap::new();
-    let mut waiting: Vec<PeerId> = found.peers().collect();
+    let is_liar = |peer: &PeerId| learning.liars.iter().any(|(liar, _)| liar == peer);
+    let mut waiting: Vec<PeerId> = found.peers().filter(|peer| !is_liar(peer)).collect();
     // Not everybody asks the same one first.
     let first = rand::random_range(0..waiting.len().max(1));
     waiting.rotate_left(first);
@@ -265,22 +266,25 @@ pub async fn learn(
                 if matches!(error, SourceError::Lied(_)) {
                     (account.lies, account.state) = (account.lies + 1, State::Gone);
                     learning.liars.push((peer, error.to_string()));
+                } else {
+                    trouble.push((peer, error));
                 }
-                trouble.push((peer, error));
             }
         }
     }
-    Err(nobody(contents.len() - manifests.len(), &trouble))
+    Err(nobody(contents.len() - manifests.len(), &trouble, learning.liars.len()))
 }
 
-fn nobody(n: usize, trouble: &[(PeerId, SourceError)]) -> anyhow::Error {
-    let lied = trouble.iter().filter(|(_, error)| matches!(error, SourceError::Lied(_))).count();
+fn nobody(n: usize, trouble: &[(PeerId, SourceError)], lied: usize) -> anyhow::Error {
     let files = if n == 1 { "the file".to_owned() } else { format!("{n} files") };
-    if lied > 0 && lied == trouble.len() {
+    if lied > 0 && trouble.is_empty() {
         return Failed::new(Exit::Integrity, format!("{files}: every source ({lied}) sent a wrong manifest")).into();
     }
-    let why = trouble.first().map(|(peer, error)| format!("; source {}: {error}", peer.short())).unwrap_or_default();
-    Failed::new(Exit::NoSource, format!("no source of {files} can be reached{why}")).into()
+    let text = match trouble.first() {
+        Some((peer, error)) => format!("no source of {files} can be reached; source {}: {error}", peer.short()),
+        None => format!("no source has {files} any more"),
+    };
+    Failed::new(Exit::NoSource, text).into()
 }
 
 async fn ask(

@@ -82,7 +82,8 @@ impl Liar {
         let bytes = Bytes::from(fs::read(swarm.path(path)).unwrap());
         let manifest = manifest(&bytes);
         let (asked, sent) = (Arc::default(), Arc::default());
-        let lies = Lies { lie, bytes, manifest, asked: Arc::clone(&asked), sent: Arc::clone(&sent) };
+        let described = AtomicUsize::new(0);
+        let lies = Lies { lie, bytes, manifest, described, asked: Arc::clone(&asked), sent: Arc::clone(&sent) };
         let runtime = Runtime::new().unwrap();
         let peer_id = identity.key.peer_id().to_string();
         runtime.block_on(begin(identity, swarm.address(), name, lies));
@@ -181,6 +182,8 @@ struct Lies {
     lie: Lie,
     bytes: Bytes,
     manifest: Manifest,
+    /// How often it was asked for the manifest.
+    described: AtomicUsize,
     asked: Arc<AtomicUsize>,
     sent: Arc<AtomicU64>,
 }
@@ -241,6 +244,11 @@ impl ChunkService for Lies {
         _: Request<GetManifestRequest>,
     ) -> Result<Response<Answers<GetManifestResponse>>, Status> {
         use get_manifest_response::Part;
+        if self.lie == Lie::Delay && self.described.fetch_add(1, Ordering::Relaxed) < 2 {
+            let error = Part::Error(ContentError { code: Code::NotFound.into(), ..<_>::default() });
+            let answer = [Ok(GetManifestResponse { index: 0, part: Some(error) })];
+            return Ok(Response::new(Box::pin(stream::iter(answer))));
+        }
         let (size, hashes) = self.hashes();
         let header = ManifestHeader {
             size,

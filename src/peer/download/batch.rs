@@ -43,6 +43,8 @@ const MAX_SOURCES: usize = 32;
 const SOON: Duration = Duration::from_secs(1);
 /// How long to hope for a source when there is none.
 const GRACE: Duration = Duration::from_secs(4);
+/// Between two questions for manifests that nobody had.
+const AGAIN: Duration = Duration::from_millis(250);
 const TICK: Duration = Duration::from_millis(100);
 /// Between two looks for something that should be synced.
 const SYNC: Duration = Duration::from_secs(1);
@@ -119,31 +121,44 @@ impl Run {
             }
         }
         if !unknown.is_empty() {
-            let membership = &self.get.membership;
-            let opening = self.opening(jobs, &unknown);
-            let (connected, accounts) = (&mut self.connected, &self.progress.accounts);
-            let mut learning = Learning { connected, accounts, liars: vec![], opening, begun: None };
-            // Those that the caller named will do, if they answer.
-            let told = match self.found.covers(unknown.iter()) {
-                true => learn(membership, &unknown, &self.found, &mut learning).await.ok(),
-                false => None,
-            };
-            let learnt = match told {
-                Some(learnt) => Ok(learnt),
-                None => {
-                    finder.current(&mut self.found).await?;
-                    learn(membership, &unknown, &self.found, &mut learning).await
-                }
-            };
-            let Learning { liars, begun, .. } = learning;
-            self.begun = begun;
-            for (peer, why) in liars {
-                let text = format!("source {}: given up: {why}", peer.short());
-                self.tell(Happening::Note(Some(peer), text)).await;
-            }
-            manifests.extend(learnt?);
+            manifests.extend(self.learn(jobs, &unknown, finder).await?);
         }
         Ok(manifests)
+    }
+
+    /// The manifests that only sources can tell. One that nobody has now may be away for a moment, because its file was
+    /// touched and is hashed anew.
+    async fn learn(
+        &mut self,
+        jobs: &[Job],
+        unknown: &[ContentId],
+        finder: &mut Finder,
+    ) -> Result<HashMap<ContentId, Manifest>> {
+        let opening = self.opening(jobs, unknown);
+        let (connected, accounts) = (&mut self.connected, &self.progress.accounts);
+        let mut learning = Learning { connected, accounts, liars: vec![], opening, begun: None };
+        let until = Instant::now() + GRACE;
+        // Those that the caller named will do, if they answer.
+        let mut is_current = !self.found.covers(unknown.iter());
+        if is_current {
+            finder.current(&mut self.found).await?;
+        }
+        let learnt = loop {
+            match learn(&self.get.membership, unknown, &self.found, &mut learning).await {
+                Err(_) if !std::mem::replace(&mut is_current, true) => finder.current(&mut self.found).await?,
+                Err(error) if is_no_source(&error) && Instant::now() < until => {
+                    let _ = timeout(AGAIN, finder.next(&mut self.found)).await;
+                }
+                learnt => break learnt,
+            }
+        };
+        let Learning { liars, begun, .. } = learning;
+        self.begun = begun;
+        for (peer, why) in liars {
+            let text = format!("source {}: given up: {why}", peer.short());
+            self.tell(Happening::Note(Some(peer), text)).await;
+        }
+        learnt
     }
 
     /// What a far source may be asked for together with the manifest: the first long content, unless a limit has a say in
@@ -367,6 +382,10 @@ impl Fetching<'_> {
         }
         Err(nobody(&accounts, &self.run.get.wants))
     }
+}
+
+fn is_no_source(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Failed>().is_some_and(|failed| failed.exit == Exit::NoSource)
 }
 
 /// Why nobody is left, in one line.
