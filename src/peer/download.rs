@@ -47,6 +47,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 mod batch;
+mod manifests;
 
 use super::{
     find::Found,

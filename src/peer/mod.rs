@@ -9,6 +9,7 @@ pub mod control;
 pub mod download;
 pub mod find;
 pub mod hasher;
+mod holder;
 pub mod index;
 pub mod join;
 pub mod keeper;
@@ -49,9 +50,11 @@ use tokio::{net::TcpListener, sync::watch, task::spawn_blocking};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
+pub use self::holder::attach;
 use self::{
     announce::{Announcer, Reachable},
     control::{Control, ControlServer},
+    holder::{SOCKET, lock},
     index::Index,
     library::Library,
     limit::{Limit, Limits as Bandwidth},
@@ -68,13 +71,10 @@ use crate::{
     net::{self, Connection, Front, Limits, Listener},
     operator,
     proto::{self, chunk_service_server::ChunkServiceServer, control_service_server::ControlServiceServer},
-    safe_path::{self, Root},
+    safe_path::Root,
     tls,
 };
 
-const LOCK: &str = "lock";
-const SOCKET: &str = "control.sock";
-const LOCK_WAIT: Duration = Duration::from_secs(5);
 const DRAIN: Duration = Duration::from_secs(12);
 /// The port unless told otherwise; the next ones are tried if it is taken.
 pub const DEFAULT_PORT: u16 = 7701;
@@ -316,45 +316,6 @@ impl Node {
     pub async fn stop_last(self) {
         std::mem::forget(self.control.clone());
         self.stop().await;
-    }
-}
-
-/// The control connection of the peer that runs in `state_dir`; `None` if nobody does.
-///
-/// # Errors
-/// If a peer holds the directory but does not answer.
-pub async fn attach(state_dir: &Path) -> Result<Option<Connection>> {
-    if !state_dir.exists() {
-        return Ok(None);
-    }
-    let until = Instant::now() + LOCK_WAIT;
-    loop {
-        if safe_path::lock(&state_dir.join(LOCK))?.is_some() {
-            return Ok(None);
-        }
-        // The holder may just be starting, or just ending.
-        match net::dial_unix(state_dir, SOCKET, net::CONTROL).await {
-            Ok(connection) => return Ok(Some(connection)),
-            Err(error) if Instant::now() > until => {
-                let text = format!("a peer runs in {}, but its control socket does not answer", state_dir.display());
-                return Err(anyhow::Error::from(error).context(text));
-            }
-            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
-        }
-    }
-}
-
-async fn lock(state_dir: &Path) -> Result<File> {
-    let until = Instant::now() + LOCK_WAIT;
-    loop {
-        if let Some(lock) = safe_path::lock(&state_dir.join(LOCK)).map_err(|error| Failed::state_dir(&error))? {
-            return Ok(lock);
-        }
-        if Instant::now() > until {
-            let text = format!("a peer already runs in {}; use it, or another --state-dir", state_dir.display());
-            return Err(Failed::new(Exit::Failure, text).into());
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 

@@ -19,17 +19,15 @@ use tokio::{
 
 use super::{Job, Run, blocking};
 use crate::{
-    content::{ContentId, Layout, MAX_SINGLE, Manifest},
+    content::{ContentId, MAX_SINGLE, Manifest},
     exit::{Exit, Failed},
     identity::PeerId,
     peer::{
         account::{Account, State},
-        find::{Finder, Learning, learn},
-        limit::Rates,
-        pace::Fixed,
+        find::Finder,
         progress::{Happening, Progress},
         reuse::LocalPiece,
-        source::{Opening, Source},
+        source::Source,
         swarm::{Report, Swarm, Work},
         targets::{Opened, Want, explain},
     },
@@ -42,26 +40,12 @@ const MAX_SOURCES: usize = 32;
 /// gives them on before they are whole: it is asked only when they take longer.
 const SOON: Duration = Duration::from_secs(1);
 /// How long to hope for a source when there is none.
-const GRACE: Duration = Duration::from_secs(4);
-/// Between two questions for manifests that nobody had.
-const AGAIN: Duration = Duration::from_millis(250);
+pub(super) const GRACE: Duration = Duration::from_secs(4);
 const TICK: Duration = Duration::from_millis(100);
 /// Between two looks for something that should be synced.
 const SYNC: Duration = Duration::from_secs(1);
 /// How long sources have to end what they do when all is here, so that their connections can be used again.
 const WIND_UP: Duration = Duration::from_millis(50);
-
-impl Job {
-    /// The manifest of a small file, as far as the listing is right.
-    fn unproven(&self) -> Option<Manifest> {
-        let Want { id, size, .. } = self.want;
-        match id == ContentId::EMPTY {
-            true => Manifest::single(id, 0).ok(),
-            false if self.is_disputed || size > MAX_SINGLE.into() => None,
-            false => Manifest::single(id, size).ok(),
-        }
-    }
-}
 
 impl Run {
     /// Fetches a batch, which is the last one unless a content of it has another size than the listing says; gives those back.
@@ -105,72 +89,6 @@ impl Run {
         let works = fetching.disputed.iter().map(|at| &fetching.swarm.work()[*at]);
         let again = works.map(|work| Job { want: work.want.clone(), target: work.target.clone(), is_disputed: true });
         Ok(again.collect())
-    }
-
-    /// The manifests of all contents that need one. A small file does not: its id proves its bytes, and a source that knows
-    /// another size than the listing says so.
-    async fn manifests(&mut self, jobs: &[Job], finder: &mut Finder) -> Result<HashMap<ContentId, Manifest>> {
-        let mut manifests = HashMap::new();
-        let mut unknown = vec![];
-        for job in jobs {
-            let id = job.want.id;
-            match self.get.disk.library.manifest(&id) {
-                Some(manifest) => _ = manifests.insert(id, manifest),
-                None if job.unproven().is_none() => unknown.push(id),
-                None => {}
-            }
-        }
-        if !unknown.is_empty() {
-            manifests.extend(self.learn(jobs, &unknown, finder).await?);
-        }
-        Ok(manifests)
-    }
-
-    /// The manifests that only sources can tell. One that nobody has now may be away for a moment, because its file was
-    /// touched and is hashed anew.
-    async fn learn(
-        &mut self,
-        jobs: &[Job],
-        unknown: &[ContentId],
-        finder: &mut Finder,
-    ) -> Result<HashMap<ContentId, Manifest>> {
-        let opening = self.opening(jobs, unknown);
-        let (connected, accounts) = (&mut self.connected, &self.progress.accounts);
-        let mut learning = Learning { connected, accounts, liars: vec![], opening, begun: None };
-        let until = Instant::now() + GRACE;
-        // Those that the caller named will do, if they answer.
-        let mut is_current = !self.found.covers(unknown.iter());
-        if is_current {
-            finder.current(&mut self.found).await?;
-        }
-        let learnt = loop {
-            match learn(&self.get.membership, unknown, &self.found, &mut learning).await {
-                Err(_) if !std::mem::replace(&mut is_current, true) => finder.current(&mut self.found).await?,
-                Err(error) if is_no_source(&error) && Instant::now() < until => {
-                    let _ = timeout(AGAIN, finder.next(&mut self.found)).await;
-                }
-                learnt => break learnt,
-            }
-        };
-        let Learning { liars, begun, .. } = learning;
-        self.begun = begun;
-        for (peer, why) in liars {
-            let text = format!("source {}: given up: {why}", peer.short());
-            self.tell(Happening::Note(Some(peer), text)).await;
-        }
-        learnt
-    }
-
-    /// What a far source may be asked for together with the manifest: the first long content, unless a limit has a say in
-    /// when it comes, or sizes are given that this would not have.
-    fn opening(&self, jobs: &[Job], unknown: &[ContentId]) -> Option<Opening> {
-        let job = jobs.iter().find(|job| unknown.contains(&job.want.id) && job.want.size > MAX_SINGLE.into())?;
-        let is_free = self.get.limit.rates() == Rates::default() && self.get.fixed == Fixed::default();
-        let layout = Layout::new(job.want.size).ok().filter(|_| is_free)?;
-        let here = (self.get.here.addresses.clone(), self.get.here.port);
-        // Those who hold it are where the tracker is, or on the way there, and if not, little is lost.
-        let is_far = self.get.tracker.is_far();
-        Some(Opening { id: job.want.id, layout, here, is_far })
     }
 
     /// Opens the `.part` of every content; corrects the totals, which the listing may have stated wrongly.
@@ -382,10 +300,6 @@ impl Fetching<'_> {
         }
         Err(nobody(&accounts, &self.run.get.wants))
     }
-}
-
-fn is_no_source(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<Failed>().is_some_and(|failed| failed.exit == Exit::NoSource)
 }
 
 /// Why nobody is left, in one line.

@@ -20,13 +20,16 @@ use rand::seq::IteratorRandom;
 
 use super::{Budget, Held, MAX_NAMES_PER_CONTENT, PageInMaking, source_bytes};
 use crate::{
-    catalog::{Announcement, ContentPrefix, FileKey, MAX_SOURCES, Matcher, Row, SourceInfo},
+    catalog::{Announcement, ContentPrefix, FileKey, MAX_SOURCES, Matcher, Row},
     content::ContentId,
     identity::PeerId,
     safe_path::SafeName,
 };
 
+mod sources;
 mod survey;
+
+pub(super) use sources::Sources;
 
 /// Entries worked on while the lock is held once.
 pub(super) const SLICE: usize = 2048;
@@ -372,27 +375,6 @@ impl Index {
 
     pub(super) fn n_contents(&self) -> usize {
         self.contents.len()
-    }
-}
-
-/// The sources of rows that are made together, in which the same ones come again and again.
-pub(super) struct Sources {
-    caller_is_loopback: bool,
-    /// By the serial of the slot, and whether it holds a part.
-    known: HashMap<(u64, bool), Arc<SourceInfo>>,
-}
-
-impl Sources {
-    pub(super) fn new(caller_is_loopback: bool) -> Self {
-        Self { caller_is_loopback, known: HashMap::new() }
-    }
-
-    fn of(&mut self, slot: &Slot, partial: bool) -> Arc<SourceInfo> {
-        let made = self.known.entry((slot.serial, partial)).or_insert_with(|| {
-            let addresses = slot.announcement.addresses_for(self.caller_is_loopback);
-            Arc::new(SourceInfo { peer: slot.announcement.peer, addresses, partial })
-        });
-        made.clone()
     }
 }
 
