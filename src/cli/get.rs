@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     catalog::{MIN_PREFIX_LEN, Row, SourceInfo},
-    client::Control,
+    client::{Control, GetEvents},
     config::Service,
     exit::{Exit, Failed},
     peer::{self, Node, tracker_client::TrackerClient},
@@ -107,7 +107,14 @@ impl Holder {
             (.., true) => Existing::Skip,
             _ => Existing::Refuse,
         };
-        let mut events = self.control.get(request(rows, output, existing)).await?;
+        let events = self.control.get(request(rows, output, existing)).await?;
+        let told = Self::tell(events, report).await;
+        // What is on the disk is told before anything else is done, whatever ended it.
+        let flushed = report.flush();
+        told.and(flushed)
+    }
+
+    async fn tell(mut events: GetEvents, report: &mut Report) -> Result<()> {
         loop {
             let event = match events.next().now_or_never() {
                 Some(event) => event?,
@@ -118,7 +125,7 @@ impl Holder {
             };
             report.event(&event)?;
             match event {
-                Event::Done(_) => return report.flush(),
+                Event::Done(_) => return Ok(()),
                 Event::Failed(failed) => {
                     return Err(Failed::new(Exit::from_code(failed.exit_code), failed.message).into());
                 }

@@ -214,9 +214,11 @@ pub struct Learning<'a> {
     pub opening: Option<Opening>,
     /// See `opening`.
     pub begun: Option<Begun>,
+    /// What was learnt.
+    pub manifests: HashMap<ContentId, Manifest>,
 }
 
-/// Learns the manifests of all `contents`, asking a few sources side by side.
+/// Learns the manifests of all `contents` that are not known yet, asking a few sources side by side.
 ///
 /// # Errors
 /// [`Exit::NoSource`] or [`Exit::Integrity`] if there is a content whose manifest nobody can prove.
@@ -225,25 +227,24 @@ pub async fn learn(
     contents: &[ContentId],
     found: &Found,
     learning: &mut Learning<'_>,
-) -> Result<HashMap<ContentId, Manifest>> {
-    let mut manifests = HashMap::new();
+) -> Result<()> {
     let is_liar = |peer: &PeerId| learning.liars.iter().any(|(liar, _)| liar == peer);
     let mut waiting: Vec<PeerId> = found.peers().filter(|peer| !is_liar(peer)).collect();
     // Not everybody asks the same one first.
     let first = rand::random_range(0..waiting.len().max(1));
     waiting.rotate_left(first);
     let mut asked = FuturesUnordered::new();
-    let mut trouble = Vec::new();
+    let (mut trouble, mut n_without) = (Vec::new(), 0);
     loop {
-        if manifests.len() == contents.len() {
-            return Ok(manifests);
+        if learning.manifests.len() == contents.len() {
+            return Ok(());
         }
         while asked.len() < ASKED
             && let Some(peer) = waiting.pop()
         {
             let Some(Candidate { addresses, complete, partial }) = found.of(peer) else { continue };
             let held = |id: &&ContentId| complete.contains(*id) || partial.contains(*id);
-            let missing = contents.iter().filter(held).filter(|id| !manifests.contains_key(*id));
+            let missing = contents.iter().filter(held).filter(|id| !learning.manifests.contains_key(*id));
             let missing: Vec<_> = missing.take(MAX_CONTENTS).copied().collect();
             if !missing.is_empty() {
                 let connected = learning.connected.remove(&peer).filter(|source| !source.is_closed());
@@ -256,7 +257,8 @@ pub async fn learn(
             Ok((source, learnt, begun)) => {
                 learning.connected.insert(peer, source);
                 learning.begun = begun.or_else(|| learning.begun.take());
-                manifests.extend(learnt.into_iter().map(|manifest| (manifest.id(), manifest)));
+                n_without += usize::from(learnt.iter().any(Option::is_none));
+                learning.manifests.extend(learnt.into_iter().flatten().map(|manifest| (manifest.id(), manifest)));
             }
             Err(error) => {
                 tracing::debug!(%peer, "asking for manifests: {error}");
@@ -272,9 +274,11 @@ pub async fn learn(
             }
         }
     }
-    Err(nobody(contents.len() - manifests.len(), &trouble, learning.liars.len()))
+    let n_liars = if n_without > 0 { 0 } else { learning.liars.len() };
+    Err(nobody(contents.len() - learning.manifests.len(), &trouble, n_liars))
 }
 
+/// Why: they are in trouble, or they do not have it, or all there are, so many, lied.
 fn nobody(n: usize, trouble: &[(PeerId, SourceError)], lied: usize) -> anyhow::Error {
     let files = if n == 1 { "the file".to_owned() } else { format!("{n} files") };
     if lied > 0 && trouble.is_empty() {
@@ -293,7 +297,7 @@ async fn ask(
     addresses: &[String],
     connected: Option<Source>,
     (ids, opening): (Vec<ContentId>, Option<Opening>),
-) -> (PeerId, Result<(Source, Vec<Manifest>, Option<Begun>), SourceError>) {
+) -> (PeerId, Result<(Source, Vec<Option<Manifest>>, Option<Begun>), SourceError>) {
     let answer = async {
         let source = match connected {
             Some(source) => source,
@@ -304,7 +308,7 @@ async fn ask(
         };
         let begun = opening.and_then(|opening| source.begin(&opening));
         let manifests = source.manifests(&ids).await?;
-        Ok((source, manifests.into_iter().flatten().collect(), begun))
+        Ok((source, manifests, begun))
     };
     (peer, answer.await)
 }

@@ -314,7 +314,7 @@ impl Node {
     /// As [`stop`](Self::stop), for a process that ends then: the kernel takes back what is known of 10,000 files in no time,
     /// and taking it apart takes 12 ms, of half a second.
     pub async fn stop_last(self) {
-        std::mem::forget(self.control.clone());
+        std::mem::forget(self.control.library.clone());
         self.stop().await;
     }
 }

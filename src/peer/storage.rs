@@ -76,7 +76,7 @@ impl Drop for Storage {
         let Some(part) = self.part.get_mut().unwrap_or_else(PoisonError::into_inner).take() else { return };
         let ledger = self.lock();
         let is_worthless = self.is_single() || !part.existed() && ledger.have.is_empty();
-        if !ledger.is_named && is_worthless {
+        if !ledger.is_named && is_worthless && !part.is_unnamed() {
             drop(ledger);
             if let Err(error) = part.discard().and_then(|()| part.remove_journal()) {
                 tracing::warn!("removing an empty download: {error}");
@@ -241,8 +241,8 @@ impl Storage {
     /// Removes the `.part` and its journal.
     pub fn discard(self) -> io::Result<()> {
         match self.opened() {
-            Some(part) => part.discard().and_then(|()| part.remove_journal()),
-            None => Ok(()),
+            Some(part) if !part.is_unnamed() => part.discard().and_then(|()| part.remove_journal()),
+            _ => Ok(()),
         }
     }
 
@@ -266,11 +266,12 @@ impl Storage {
             let path = self.root.path().join(self.name.as_path());
             return Err(with_path(&path, io::Error::other("the download has its name already")).into());
         }
-        let created = match self.is_single() {
-            true => self.root.create_unnamed(&self.name),
-            false => self.root.create_part(&self.name),
-        };
-        let part = created.map_err(|e| match e.kind() {
+        let created = if self.is_single() { Root::create_unnamed } else { Root::create_part };
+        Ok(held.insert(self.create(created)?).clone())
+    }
+
+    fn create(&self, create: fn(&Root, &SafeName) -> io::Result<PartFile>) -> Result<Arc<PartFile>, StorageError> {
+        let part = create(&self.root, &self.name).map_err(|e| match e.kind() {
             io::ErrorKind::WouldBlock => StorageError::Busy(self.name.clone()),
             _ if is_full(&e) => {
                 let free = space::free(statvfs(self.root.path())).unwrap_or(0);
@@ -282,7 +283,7 @@ impl Storage {
         if self.is_single() && part.existed() {
             part.file().set_len(0).map_err(|e| with_path(&part.path(), e))?;
         }
-        Ok(held.insert(Arc::new(part)).clone())
+        Ok(Arc::new(part))
     }
 
     fn opened(&self) -> Option<Arc<PartFile>> {
@@ -782,20 +783,32 @@ mod tests {
         let storage = world.open();
         world.write_all(&storage);
         drop(storage);
-        assert!(world.part().exists(), "it is not whole");
+        assert!(world.part().exists() && world.journal().exists(), "it is not whole");
         let fetch = || {
             // As another life finds the folder.
             let root = Root::open(world.temp.path()).unwrap();
             let storage = Storage::open(&root, &name("a/file.bin"), world.manifest.clone()).unwrap();
             world.write_all(&storage);
-            storage.finish().unwrap()
+            storage.finish()
         };
-        let path = fetch();
-        assert!(world.part().exists(), "somebody is writing it");
+        assert!(matches!(fetch(), Err(StorageError::Busy(_))), "somebody is writing it");
+        assert!(world.part().exists() && world.journal().exists());
         drop(larger);
-        fs::remove_file(path).unwrap();
-        fetch();
+        fetch().unwrap();
         assert_eq!(fs::read_dir(world.temp.path().join("a")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_small_file_whose_folder_was_removed_meanwhile_gets_its_name() {
+        for replace in [false, true] {
+            let world = World::new(10);
+            let storage = world.open();
+            world.write_all(&storage);
+            fs::remove_dir(world.temp.path().join("a")).unwrap();
+            let path = storage.finish_as(&name("a/file.bin"), replace).unwrap();
+            assert_eq!(fs::read(path).unwrap(), world.bytes);
+            assert_eq!(fs::read_dir(world.temp.path().join("a")).unwrap().count(), 1);
+        }
     }
 
     #[test]

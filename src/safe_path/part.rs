@@ -7,9 +7,11 @@
 //! The names of our own files end in `.part` and `.part.part`. No [`SafeName`] ends in `.part`, so that no two files of
 //! ours meet, whatever the downloads are called.
 //!
-//! A file that is not worth keeping half-done has no name before it is whole, where the file system can do that (`O_TMPFILE`):
-//! a kill leaves nothing, nobody else can write to it, and a folder that changes once for each of thousands of files instead
-//! of twice costs half the time. 10,000 x 4 KiB made by two threads and named by a third, ms of CPU on tmpfs: 245 and 150.
+//! A file that is not worth keeping half-done has no name before it is whole, where that is as safe (`O_TMPFILE`): a kill
+//! leaves nothing, nobody else can write to it, and a folder that changes once for each of thousands of files instead of twice
+//! costs half the time. 10,000 x 4 KiB made by two threads and named by a third, ms of CPU on tmpfs: 245 and 150. Safe it is
+//! on file systems that are known to have the bytes of such a file durable with its name (btrfs does not, before 6.16), and
+//! since kernels heed the umask of whoever makes one.
 
 use std::{
     fs::File,
@@ -19,13 +21,13 @@ use std::{
         unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use rustix::{
     fs::{
-        AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, linkat, openat, renameat, renameat_with, statat, syncfs,
-        unlinkat,
+        AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, fstatfs, linkat, openat, renameat, renameat_with, statat,
+        syncfs, unlinkat,
     },
     io::Errno,
 };
@@ -38,6 +40,10 @@ const NEW_JOURNAL_SUFFIX: &str = ".journal-new.part.part";
 const OWN_SUFFIX: &str = ".part.part";
 /// The first Linux whose `syncfs` tells of failed writes.
 const SYNCFS_TELLS: (u32, u32) = (5, 8);
+/// The first Linux that heeds the umask everywhere when it makes a file without a name.
+const HEEDS_UMASK: (u32, u32) = (6, 0);
+/// Their numbers, from linux/magic.h: ext4, XFS, tmpfs.
+const CAN_NAME_LATER: [u32; 3] = [0xef53, 0x5846_5342, 0x0102_1994];
 
 /// An open folder beneath a root.
 #[derive(Debug)]
@@ -46,6 +52,7 @@ pub struct Folder {
     device: u64,
     path: PathBuf,
     is_new: bool,
+    takes_unnamed: bool,
     /// The folder that this one was made in, until that is durable.
     made_in: Mutex<Option<Arc<Self>>>,
 }
@@ -59,7 +66,14 @@ impl AsFd for Folder {
 impl Folder {
     pub(super) fn new(dir: File, path: PathBuf, made_in: Option<Arc<Self>>) -> io::Result<Self> {
         let device = dir.metadata().map_err(|e| with_path(&path, e))?.dev();
-        Ok(Self { dir, device, path, is_new: made_in.is_some(), made_in: Mutex::new(made_in) })
+        let kind = fstatfs(&dir).map_err(|e| with_path(&path, e))?.f_type;
+        let takes_unnamed = is_kernel(HEEDS_UMASK) && CAN_NAME_LATER.iter().any(|known| i64::from(*known) == kind);
+        Ok(Self { dir, device, path, is_new: made_in.is_some(), takes_unnamed, made_in: Mutex::new(made_in) })
+    }
+
+    /// Whether a file without a name is as safe here as one with.
+    pub(super) fn takes_unnamed(&self) -> bool {
+        self.takes_unnamed
     }
 
     /// The file system that its files are on.
@@ -75,9 +89,9 @@ impl Folder {
         }
     }
 
-    /// Whether an earlier download of a file of this name left its `.part` here.
-    pub fn has_left_over(&self, file_name: &str) -> io::Result<bool> {
-        if self.is_new { Ok(false) } else { self.has(&part_name(file_name)) }
+    /// Whether a download of a file of this name has a journal here.
+    pub fn has_journal(&self, file_name: &str) -> io::Result<bool> {
+        if self.is_new { Ok(false) } else { self.has(&own_name(file_name, JOURNAL_SUFFIX)) }
     }
 
     /// Makes its entries durable, and itself if it was made for a download. File systems without such a call keep them in
@@ -186,10 +200,7 @@ impl PartFile {
 
     /// Makes everything on this file system durable; `None` if a failure might go untold.
     pub fn sync_file_system(&self) -> Option<io::Result<()>> {
-        let release = rustix::system::uname();
-        let mut numbers = release.release().to_str().unwrap_or("").split('.').map_while(|n| n.parse::<u32>().ok());
-        let tells = (numbers.next()?, numbers.next()?) >= SYNCFS_TELLS;
-        tells.then(|| syncfs(&self.file).map_err(|e| with_path(&self.path(), e)))
+        is_kernel(SYNCFS_TELLS).then(|| syncfs(&self.file).map_err(|e| with_path(&self.path(), e)))
     }
 
     /// Gives the file its final name, which must be free and in the same folder. Returns the absolute path. The caller has
@@ -222,8 +233,8 @@ impl PartFile {
             None => {
                 // A name that no other file can have.
                 let own = own_name(name.file_name(), &format!(".{}{OWN_SUFFIX}", self.file.metadata()?.ino()));
-                let replaced = link_unnamed(&self.file, &self.folder, &own).and_then(|()| rename(&own));
-                replaced.inspect_err(|_| drop(self.folder.remove(&own)))
+                link_unnamed(&self.file, &self.folder, &own)
+                    .and_then(|()| rename(&own).inspect_err(|_| drop(self.folder.remove(&own))))
             }
         };
         Ok(replaced.map(|()| target.clone()).map_err(|e| with_path(&target, e))?)
@@ -312,22 +323,21 @@ pub(super) fn link_to_free_name(folder: &Folder, from: &str, to: &str) -> rustix
     unlinkat(folder, from, AtFlags::empty())
 }
 
-/// Whether [`link_unnamed`] can give a file without a name one: not in every sandbox.
-pub(super) fn can_be_named(file: &File) -> bool {
-    static CAN_BE_NAMED: OnceLock<bool> = OnceLock::new();
-    *CAN_BE_NAMED.get_or_init(|| statat(CWD, shown(file), AtFlags::empty()).is_ok())
+/// Is it this Linux, or a later one?
+fn is_kernel(version: (u32, u32)) -> bool {
+    let release = rustix::system::uname();
+    let mut numbers = release.release().to_str().unwrap_or("").split('.').map_while(|n| n.parse::<u32>().ok());
+    numbers.next().zip(numbers.next()).is_some_and(|this| this >= version)
 }
 
-/// Where the kernel shows an open file of this process.
-fn shown(file: &File) -> String {
-    format!("/proc/self/fd/{}", file.as_raw_fd())
-}
-
-/// Gives a file without a name its first one; EXIST if anything has that.
+/// Gives a file without a name its first one; EXIST if anything has that. Some sandboxes forbid it.
 fn link_unnamed(file: &File, folder: &Folder, to: &str) -> rustix::io::Result<()> {
     match linkat(file, "", folder, to, AtFlags::EMPTY_PATH) {
         // Kernels before 6.10 allow it to root alone; this way takes half as long again.
-        Err(Errno::NOENT) => linkat(CWD, shown(file), folder, to, AtFlags::SYMLINK_FOLLOW)?,
+        Err(Errno::NOENT) => {
+            let shown = format!("/proc/self/fd/{}", file.as_raw_fd());
+            linkat(CWD, shown, folder, to, AtFlags::SYMLINK_FOLLOW)?;
+        }
         other => other?,
     }
     // Who watches the folder for files that were written and closed did not hear of this one.

@@ -28,7 +28,7 @@ use rustix::{
 
 use super::{
     SafeName, absolute,
-    part::{Folder, Part, PartFile, can_be_named, part_name},
+    part::{Folder, Part, PartFile, part_name},
     refuse, with_path,
 };
 
@@ -166,16 +166,16 @@ impl Root {
         Err(refuse(io::ErrorKind::WouldBlock, &path(), "another process keeps replacing it"))
     }
 
-    /// As [`create_part`](Self::create_part), but where it can be done the file has no `.part`, and vanishes unless it gets its
-    /// name.
+    /// As [`create_part`](Self::create_part), but where that is as safe the file has no `.part`, and vanishes unless it gets
+    /// its name.
     pub fn create_unnamed(&self, name: &SafeName) -> io::Result<PartFile> {
         let folder = self.make_folder(parent(name))?;
-        let flags = OFlags::RDWR | OFlags::TMPFILE;
-        let opened = (self.open)(folder.as_fd(), Path::new("."), flags, Mode::from_raw_mode(0o666)).map(File::from);
-        match opened {
-            Ok(file) if can_be_named(&file) => Ok(PartFile::new(self.path.clone(), folder, name.clone(), file, None)),
-            // The file system, the kernel or a sandbox is not up to that. If nothing can be made at all, this says why.
-            _ => self.create_part(name),
+        let (flags, mode) = (OFlags::RDWR | OFlags::TMPFILE, Mode::from_raw_mode(0o666));
+        let open = || (self.open)(folder.as_fd(), Path::new("."), flags, mode).ok();
+        match folder.takes_unnamed().then(open).flatten() {
+            Some(file) => Ok(PartFile::new(self.path.clone(), folder, name.clone(), file.into(), None)),
+            // If nothing can be made at all, this says why.
+            None => self.create_part(name),
         }
     }
 
@@ -398,7 +398,7 @@ mod tests {
         });
         let world = World::new();
         let root = Root::open(&world.downloads).unwrap();
-        assert!(root.create_unnamed(&name("x")).unwrap().is_unnamed(), "this machine's temporary folder can do that");
+        assert_eq!(root.create_unnamed(&name("x")).unwrap().is_unnamed(), root.top.takes_unnamed());
     }
 
     /// As after one that was written under a name of its own and renamed.

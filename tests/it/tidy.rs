@@ -56,6 +56,7 @@ const LAW: &[(u8, &str, &str)] = &[
     (6, "peer/picker", "content have"),
     (6, "peer/pace", ""),
     (6, "peer/limit", "identity"),
+    (6, "peer/holder", "<6"),
     (6, "peer/hasher", "<6"),
     (6, "peer/storage", "<6 peer/hasher"),
     (6, "peer/index", "<6 peer/hasher"),

@@ -73,7 +73,8 @@ impl Run {
     ) -> Result<HashMap<ContentId, Manifest>> {
         let opening = self.opening(jobs, unknown);
         let (connected, accounts) = (&mut self.connected, &self.progress.accounts);
-        let mut learning = Learning { connected, accounts, liars: vec![], opening, begun: None };
+        let manifests = HashMap::new();
+        let mut learning = Learning { connected, accounts, liars: vec![], opening, begun: None, manifests };
         let until = Instant::now() + GRACE;
         // Those that the caller named will do, if they answer.
         let mut is_current = !self.found.covers(unknown.iter());
@@ -89,13 +90,13 @@ impl Run {
                 learnt => break learnt,
             }
         };
-        let Learning { liars, begun, .. } = learning;
+        let Learning { liars, begun, manifests, .. } = learning;
         self.begun = begun;
         for (peer, why) in liars {
             let text = format!("source {}: given up: {why}", peer.short());
             self.tell(Happening::Note(Some(peer), text)).await;
         }
-        learnt
+        learnt.map(|()| manifests)
     }
 
     /// What a far source may be asked for together with the manifest: the first long content, unless a limit has a say in

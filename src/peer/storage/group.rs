@@ -3,12 +3,12 @@
 //! Invariant: the order of each file stays: its data is durable before it gets its name, its folder after that. A failure is
 //! that of every file it may concern.
 
-use std::{collections::HashMap, io, path::PathBuf, sync::Arc};
+use std::{collections::HashMap, io, os::unix::fs::FileExt, path::PathBuf, sync::Arc};
 
 use super::{Ledger, Storage, StorageError};
 use crate::{
     peer::hasher::Stamp,
-    safe_path::{Folder, PartFile, PublishError, SafeName, with_path},
+    safe_path::{Folder, PartFile, PublishError, Root, SafeName, with_path},
 };
 
 /// From so many files on one file system on, the whole file system is synced at once instead of one file after the other.
@@ -63,7 +63,17 @@ impl Storage {
     /// regular file in the same folder. Returns the absolute path. Durable after [`sync_folders`].
     pub fn name(&self, name: &SafeName, replace: bool) -> Result<PathBuf, StorageError> {
         let part = self.part()?;
-        let named = if replace { part.rename_over(name) } else { part.rename_to(name) };
+        if part.is_unnamed() {
+            self.remove_left_over(&part)?;
+        }
+        let publish = |part: &PartFile| if replace { part.rename_over(name) } else { part.rename_to(name) };
+        let named = match publish(&part) {
+            Err(PublishError::Io(error)) if part.is_unnamed() => {
+                tracing::debug!("a file without a name is written anew: {error}");
+                publish(&*self.write_anew(&part)?)
+            }
+            named => named,
+        };
         let path = named.map_err(|e| match e {
             PublishError::Exists(path) => StorageError::Exists(path),
             PublishError::Io(e) => StorageError::Io(e),
@@ -76,11 +86,6 @@ impl Storage {
     pub fn end(&self) -> Result<Stamp, StorageError> {
         let part = self.part()?;
         if self.is_single() {
-            if part.is_unnamed()
-                && let Err(error) = self.remove_left_over(&part)
-            {
-                tracing::warn!("removing what an earlier download left: {error}");
-            }
             // Thousands of these may be kept; their descriptors are not.
             self.lock_part().take();
         } else if let Err(error) = part.remove_journal() {
@@ -89,16 +94,34 @@ impl Storage {
         Stamp::of(part.file()).map_err(|e| self.failed(e))
     }
 
-    /// What an earlier version of the file left half-done, if it was larger, or if its file system needed a `.part` for it.
-    fn remove_left_over(&self, part: &PartFile) -> io::Result<()> {
-        if !part.folder().has_left_over(self.name.file_name())? {
+    /// What an earlier, larger version of the file left half-done goes. One that is still being written keeps the name.
+    fn remove_left_over(&self, part: &PartFile) -> Result<(), StorageError> {
+        if !part.folder().has_journal(self.name.file_name())? {
             return Ok(());
         }
         match self.root.create_part(&self.name) {
-            // Another download is writing it.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
-            left_over => left_over.and_then(|old| old.discard().and_then(|()| old.remove_journal())),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(StorageError::Busy(self.name.clone()));
+            }
+            left_over => {
+                if let Err(error) = left_over.and_then(|old| old.discard().and_then(|()| old.remove_journal())) {
+                    tracing::warn!("removing what an earlier download left: {error}");
+                }
+            }
         }
+        Ok(())
+    }
+
+    /// A `.part`, which can get its name, for a file that could not: where a sandbox forbids it, or the folder was removed
+    /// meanwhile.
+    fn write_anew(&self, unnamed: &PartFile) -> Result<Arc<PartFile>, StorageError> {
+        let mut bytes = vec![0; usize::try_from(self.manifest.layout().size()).unwrap_or(0)];
+        unnamed.file().read_exact_at(&mut bytes, 0)?;
+        let part = self.create(Root::create_part)?;
+        part.file().write_all_at(&bytes, 0).map_err(|e| self.failed(e))?;
+        part.sync()?;
+        *self.lock_part() = Some(part.clone());
+        Ok(part)
     }
 
     /// The `.part` of a complete content, with its sync begun.
