@@ -274,19 +274,19 @@ pub async fn learn(
             }
         }
     }
-    let n_liars = if n_without > 0 { 0 } else { learning.liars.len() };
-    Err(nobody(contents.len() - learning.manifests.len(), &trouble, n_liars))
+    Err(nobody(contents.len() - learning.manifests.len(), &trouble, n_without, learning.liars.len()))
 }
 
-/// Why: they are in trouble, or they do not have it, or all there are, so many, lied.
-fn nobody(n: usize, trouble: &[(PeerId, SourceError)], lied: usize) -> anyhow::Error {
+/// Why: some are in trouble, some do not have it now, or all there are lied.
+fn nobody(n: usize, trouble: &[(PeerId, SourceError)], n_without: usize, lied: usize) -> anyhow::Error {
     let files = if n == 1 { "the file".to_owned() } else { format!("{n} files") };
-    if lied > 0 && trouble.is_empty() {
+    if lied > 0 && n_without == 0 && trouble.is_empty() {
         return Failed::new(Exit::Integrity, format!("{files}: every source ({lied}) sent a wrong manifest")).into();
     }
     let text = match trouble.first() {
         Some((peer, error)) => format!("no source of {files} can be reached; source {}: {error}", peer.short()),
-        None => format!("no source has {files} any more"),
+        None if n_without > 0 => format!("no source has {files} any more"),
+        None => format!("no source of {files} can be reached"),
     };
     Failed::new(Exit::NoSource, text).into()
 }
