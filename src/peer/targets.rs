@@ -79,6 +79,13 @@ pub struct Finishing<'a> {
     pub target: &'a SafeName,
 }
 
+/// A file that has its name, beneath the root too.
+struct Named {
+    path: PathBuf,
+    name: SafeName,
+    is_ours: bool,
+}
+
 /// What was learnt of files, by their absolute paths.
 pub type Hashes = Vec<(PathBuf, Hashed)>;
 
@@ -219,7 +226,7 @@ impl Disk {
     pub fn finish(&self, files: &[Finishing<'_>], existing: Existing) -> (Vec<Result<PathBuf>>, Hashes) {
         let storages: Vec<_> = files.iter().map(|file| file.storage).collect();
         let synced = sync_data(&storages);
-        let mut outcomes: Vec<Result<(PathBuf, SafeName)>> = files
+        let mut outcomes: Vec<Result<Named>> = files
             .iter()
             .zip(synced)
             .map(|(file, synced)| synced.map_err(explain).and_then(|()| self.name(file, existing)))
@@ -230,7 +237,7 @@ impl Disk {
         for (i, durable) in named.into_iter().zip(folders) {
             let Finishing { storage, want, .. } = files[i];
             match (durable.and_then(|()| storage.end()), &outcomes[i]) {
-                (Ok(stamp), Ok((path, name))) => {
+                (Ok(stamp), Ok(Named { path, name, is_ours: true })) => {
                     let hashed = Hashed { manifest: storage.manifest().clone(), stamp, hashed_at_ns: i128::MAX };
                     offers.push((path.clone(), name.clone(), &want.name, hashed));
                 }
@@ -239,20 +246,28 @@ impl Disk {
             }
         }
         let hashes = self.offer(offers);
-        (outcomes.into_iter().map(|outcome| outcome.map(|(path, _)| path)).collect(), hashes)
+        (outcomes.into_iter().map(|outcome| outcome.map(|named| named.path)).collect(), hashes)
     }
 
-    /// Renames a durable file; also says under which name it is now.
-    fn name(&self, file: &Finishing<'_>, existing: Existing) -> Result<(PathBuf, SafeName)> {
+    /// Gives a durable file its name. If another download of the same small file was first, that one will do: nothing keeps
+    /// the two apart before.
+    fn name(&self, file: &Finishing<'_>, existing: Existing) -> Result<Named> {
         let mut name = file.target.clone();
         let mut n = 1;
         loop {
             match file.storage.name(&name, existing == Existing::Overwrite) {
+                Err(StorageError::Exists(path))
+                    if name == file.want.target
+                        && file.storage.manifest().layout().is_single()
+                        && self.is_identical(file.want)? =>
+                {
+                    return Ok(Named { path, name, is_ours: false });
+                }
                 Err(StorageError::Exists(_)) if existing == Existing::Rename && n < MAX_NUMBER => {
                     n += 1;
                     name = file.target.numbered(n)?;
                 }
-                named => return Ok((named.map_err(explain)?, name)),
+                named => return Ok(Named { path: named.map_err(explain)?, name, is_ours: true }),
             }
         }
     }

@@ -70,6 +70,24 @@ fn one_target_is_written_by_one_get() {
 }
 
 #[test]
+fn a_tree_that_two_members_fetch_into_one_folder_is_whole() {
+    let mut swarm = Swarm::start();
+    for i in 0..500 {
+        swarm.write(&format!("c-files/{}/{i}", i % 7), 100 + i, &format!("{i}"));
+    }
+    swarm.sharing_peer("c", &[]);
+    swarm.join("a");
+    swarm.join("b");
+    swarm.wait_ls("a", PATIENCE, |rows| (rows.len() == 500).then_some(()));
+    let gets = ["a", "b"].map(|member| swarm.spawn(member, ["get", "**", "-o", "copy/"]));
+    gets.into_iter().for_each(|get| drop(get.finish(PATIENCE).ok()));
+    assert_eq!(swarm.files_in("copy").len(), 500);
+    for i in [0, 250, 499] {
+        swarm.assert_same(&format!("c-files/{}/{i}", i % 7), &format!("copy/{}/{i}", i % 7));
+    }
+}
+
+#[test]
 fn a_killed_get_is_taken_over_by_the_next_while_the_peer_still_ends_it() {
     let mut swarm = Swarm::start();
     swarm.write("film", 192 * MIB, "film");
