@@ -9,7 +9,7 @@
 //! - **Tail.** While a source has a free piece to fetch, no piece gets a second owner. With none left it may join the
 //!   owner of a late piece; and once nothing is free for anyone it races for pieces that it will have in less than half
 //!   the time their owner still needs. Two owners at most: that bounds the waste. Connections to one source do not race
-//!   with one another while their line is busy.
+//!   with one another while their line is busy, unless one is far behind and a piece costs little of it.
 //! - **Promises.** A complete source that serves others tells what it promised them. Such pieces soon come from the
 //!   others as well, so of complete sources they are asked last, and only when the first copies had their time. While
 //!   there are other receivers, a complete source is asked for few pieces at once: simulated with 1 to 16 receivers on
@@ -489,6 +489,9 @@ mod tests {
             matches!(beside(&mut picker, now), Next::Wait(_)),
             "while the line is busy, they only win from one another"
         );
+        let far_ahead = picker.next_beside(A, B, (4, SECOND / 100 * 4), now);
+        let Next::Steal(pieces) = far_ahead else { panic!("unless one is far behind: {far_ahead:?}") };
+        picker.release(B, &pieces);
         picker.set_have(C, &HaveMap::full(8));
         assert!(matches!(next(&mut picker, C, 1, now), Next::Steal(_)), "another source may win");
         picker.remove_source(C);
