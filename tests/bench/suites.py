@@ -2,7 +2,9 @@
 
 Invariant: a record exists only if every byte of its sample was compared.
 """
+import contextlib
 import json
+import mmap
 import os
 import pathlib
 import shutil
@@ -14,6 +16,10 @@ import lab
 import payload
 from lab import MIB, Failed, Proc, watch_rss
 from programs import SECONDS, Network, last_event, nginx, rsync_daemon
+
+# Of the free memory, what is taken before a sample at most, and what is left for the rest of the machine meanwhile.
+MOST_TAKEN = 24 << 30
+SPARED = 1 << 30
 
 
 class Bench:
@@ -74,11 +80,16 @@ def remove(*paths):
     os.sync()
 
 
-def take_memory(path, like):
-    """Has the machine hold as much free memory as a copy of a file takes. One that gives freed memory back to its host pays
-    for each page of a new file again, and the one that comes first after a pause would pay most."""
-    shutil.copyfile(like, path)
-    path.unlink()
+def take_memory():
+    """Has the machine hold the memory that is free. One that gives freed memory back to its host pays for each page that
+    is used again, several times what copying into it costs, and whether a program finds such pages is chance."""
+    fields = dict(line.split(":") for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
+    size = min(int(fields["MemFree"].split()[0]) << 10, MOST_TAKEN) - SPARED
+    if size > 0:
+        with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            with contextlib.suppress(OSError):  # a kernel without huge pages; it only takes longer
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            memory[::mmap.PAGESIZE] = bytes(size // mmap.PAGESIZE)
 
 
 def in_turn(tools, rep):
@@ -96,7 +107,6 @@ def single(bench):
         source = network.source(place, folder, 1)
 
         def ours():
-            member = bench.member(network, place)
             return network.get(member, place, "payload", copy), source
 
         plain = ["cp", "--reflink=never", folder / "payload", copy]
@@ -108,7 +118,9 @@ def single(bench):
         for rep in bench.reps():
             for tool, start in in_turn(tools, rep):
                 remove(copy)
-                take_memory(copy, folder / "payload")
+                # Nothing comes between the memory and its use.
+                member = bench.member(network, place)
+                take_memory()
                 costs = bench.costs(*start())
                 payload.same_file(folder / "payload", copy)
                 bench.record(tool=tool, rep=rep, bytes=size, **costs)
