@@ -307,6 +307,12 @@ impl Library {
         }
     }
 
+    /// The download in progress of a content of which there is no file; does not block.
+    pub fn open_part(&self, id: &ContentId) -> Option<Reader> {
+        let (manifest, Held::Part { file, token }) = self.lock().held(id, &[])? else { return None };
+        Some(Reader { library: self.clone(), manifest, source: Source::Part { file, token } })
+    }
+
     fn open_file(&self, location: &Arc<Location>) -> Result<File, ServeError> {
         let error = match location.root.open_described(&location.relative) {
             Ok((file, metadata)) if Stamp::from(&metadata) == location.stamp => return Ok(file),
@@ -453,9 +459,11 @@ mod tests {
         let mut reader = shelf.library.open(&id).unwrap();
         assert_eq!(reader.read(0, 700_000).unwrap(), bytes);
         assert_eq!(reader.read(262_100, 100).unwrap(), bytes[262_100..262_200]);
+        assert!(reader.read_at_once(262_100, 100).is_none_or(|read| read == bytes[262_100..262_200]));
         assert_eq!(reader.read(700_000, 0).unwrap(), b""[..]);
         for (offset, len) in [(0, 700_001), (700_000, 1), (u64::MAX, 1)] {
             assert!(matches!(reason(reader.read(offset, len)), ServeError::OutOfRange));
+            assert_eq!(reader.read_at_once(offset, len), None);
         }
         let empty = shelf.put("empty", b"");
         assert_eq!(shelf.library.open(&empty).unwrap().read(0, 0).unwrap(), b""[..]);
@@ -471,6 +479,7 @@ mod tests {
         let mut reader = shelf.library.open(&id).unwrap();
         assert_eq!(reader.read(0, 10).unwrap(), [1; 10][..]);
         shelf.write("a", &[2], 500);
+        assert_eq!(reader.read_at_once(0, 10), None);
         assert!(matches!(reason(reader.read(0, 10)), ServeError::Changed));
         shelf.assert_withdrawn("a");
         assert!(matches!(reason(shelf.library.open(&id)), ServeError::NotFound));
@@ -606,12 +615,15 @@ mod tests {
 
         let mut reader = shelf.library.open(&id).unwrap();
         assert!(matches!(reason(reader.read(0, 1)), ServeError::NotFound));
+        assert_eq!(shelf.library.open_part(&id).unwrap().read_at_once(0, 1), None);
         second.add_piece(piece(&manifest, 0));
         partial.add_piece(piece(&manifest, 1));
         let len = MIN_PIECE_LEN;
         assert_eq!(reader.read(len.into(), len).unwrap(), bytes[..len as usize]);
+        assert!(reader.read_at_once(len.into(), len).is_none_or(|read| read == bytes[..len as usize]));
         for (offset, len) in [(len - 1, 2), (2 * len - 1, 2), (2 * len, 1)] {
             assert!(matches!(reason(reader.read(offset.into(), len)), ServeError::NotFound));
+            assert_eq!(reader.read_at_once(offset.into(), len), None);
         }
         let row = FileInfo { name: name("a"), size: bytes.len() as u64, content_id: id, partial: true };
         assert_eq!(shelf.library.files(), std::slice::from_ref(&row));
@@ -619,6 +631,7 @@ mod tests {
 
         let version = shelf.library.changes_since(0).version;
         assert_eq!(shelf.put("a", &bytes), id);
+        assert!(shelf.library.open_part(&id).is_none());
         let update = Update::Delta { added: vec![FileInfo { partial: false, ..row }], removed: vec![] };
         assert_eq!(shelf.library.changes_since(version).update, update);
         drop((partial, second));

@@ -1,9 +1,16 @@
 //! Reading a content, and the check that keeps a changed file from being served.
 
-use std::{fs::File, io, sync::Arc};
+use std::{
+    fs::File,
+    io::{self, IoSliceMut},
+    sync::Arc,
+};
 
 use bytes::Bytes;
-use rustix::{buffer::spare_capacity, io::Errno};
+use rustix::{
+    buffer::spare_capacity,
+    io::{Errno, ReadWriteFlags},
+};
 
 use super::{Library, Location, MAX_TRIES, ServeError};
 use crate::{content::Manifest, peer::hasher::Stamp};
@@ -29,12 +36,11 @@ impl Reader {
     /// Reads `len` bytes at `offset`. If the file changed, another copy is read instead, and [`ServeError::Changed`] is
     /// the answer only when there is none. Blocks.
     pub fn read(&mut self, offset: u64, len: u32) -> Result<Bytes, ServeError> {
-        let layout = self.manifest.layout();
-        if offset.checked_add(len.into()).is_none_or(|end| end > layout.size()) {
+        if !self.has(offset, len) {
             return Err(ServeError::OutOfRange);
         }
         for _ in 0..MAX_TRIES {
-            match self.try_read(offset, len) {
+            match self.try_read(offset, len, read_exact) {
                 Err(ServeError::Changed) => {}
                 done => return done,
             }
@@ -46,8 +52,17 @@ impl Reader {
         Err(ServeError::Changed)
     }
 
+    /// The same if the kernel has the bytes in memory; else, and if anything is wrong, none. Does not block.
+    pub fn read_at_once(&self, offset: u64, len: u32) -> Option<Bytes> {
+        self.has(offset, len).then(|| self.try_read(offset, len, read_cached).ok()).flatten()
+    }
+
+    fn has(&self, offset: u64, len: u32) -> bool {
+        offset.checked_add(len.into()).is_some_and(|end| end <= self.manifest.layout().size())
+    }
+
     /// Reads from the present source; [`ServeError::Changed`] means that it is of no use any more.
-    fn try_read(&self, offset: u64, len: u32) -> Result<Bytes, ServeError> {
+    fn try_read(&self, offset: u64, len: u32, read_exact: ReadExact) -> Result<Bytes, ServeError> {
         match &self.source {
             Source::File { file, location } => {
                 let bytes = read_exact(file, offset, len as usize);
@@ -68,6 +83,16 @@ impl Reader {
             }
         }
     }
+}
+
+/// Gives so many bytes of a file from an offset on.
+type ReadExact = fn(&File, u64, usize) -> io::Result<Bytes>;
+
+/// Fails if not all of them are in the page cache, or the file system cannot tell.
+fn read_cached(file: &File, offset: u64, len: usize) -> io::Result<Bytes> {
+    let mut bytes = vec![0; len];
+    let n = rustix::io::preadv2(file, &mut [IoSliceMut::new(&mut bytes)], offset, ReadWriteFlags::NOWAIT)?;
+    if n == len { Ok(bytes.into()) } else { Err(Errno::AGAIN.into()) }
 }
 
 /// Reads exactly `len` bytes, without clearing the memory first.

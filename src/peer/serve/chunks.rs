@@ -38,6 +38,8 @@ use crate::{
 
 /// Bytes read from the disk at a time, unless a chunk is longer.
 const READ: u32 = 1 << 20;
+/// Bytes of the longest read that is tried without the blocking pool.
+const AT_ONCE: u32 = 128 << 10;
 /// The longest range that is read together with others, bytes, and how many are.
 const SMALL: u64 = 16 << 10;
 const GROUP: usize = 64;
@@ -114,7 +116,19 @@ pub(super) struct Sending {
 struct Gone;
 
 /// What was read ahead, or is being read.
-type Reading = AbortOnDropHandle<Result<(Reader, Bytes), ServeError>>;
+enum Reading {
+    Here(Reader, Bytes),
+    Begun(AbortOnDropHandle<Result<(Reader, Bytes), ServeError>>),
+}
+
+impl Reading {
+    async fn ended(self) -> Result<(Reader, Bytes), ServeError> {
+        match self {
+            Self::Here(reader, bytes) => Ok((reader, bytes)),
+            Self::Begun(reading) => reading.await.unwrap_or_else(|e| Err(std::io::Error::other(e).into())),
+        }
+    }
+}
 
 impl Sending {
     pub(super) async fn run(mut self, spans: Vec<Span>) {
@@ -161,7 +175,10 @@ impl Sending {
     async fn range(&mut self, range: u32, span: Span) -> Result<Result<(), ServeError>, Gone> {
         let library = self.library.clone();
         let opened = Instant::now();
-        let reader = blocking(move || library.open(&span.id)).await;
+        let reader = match library.open_part(&span.id) {
+            Some(reader) => Ok(reader),
+            None => blocking(move || library.open(&span.id)).await,
+        };
         self.spent.disk += micros(opened);
         let reader = match reader {
             Ok(reader) if reader.manifest().layout().size() == span.size => reader,
@@ -172,9 +189,9 @@ impl Sending {
         let (mut at, mut ahead) = (span.from, read(reader, span.from, self.read_length(span.from, granted)));
         loop {
             let waiting = Instant::now();
-            let done = ahead.await;
+            let done = ahead.ended().await;
             self.spent.disk += micros(waiting);
-            let (reader, bytes) = match done.unwrap_or_else(|e| Err(ServeError::Io(std::io::Error::other(e)))) {
+            let (reader, bytes) = match done {
                 Ok(read) => read,
                 Err(error) => return Ok(Err(error)),
             };
@@ -282,8 +299,15 @@ fn read_small(library: &Library, spans: &[Span]) -> AbortOnDropHandle<Vec<Result
     AbortOnDropHandle::new(tokio::task::spawn_blocking(move || spans.iter().map(read).collect()))
 }
 
+/// Short reads of what the kernel holds are not worth a hop to another thread, which takes five system calls.
 fn read(mut reader: Reader, offset: u64, len: u32) -> Reading {
-    AbortOnDropHandle::new(tokio::task::spawn_blocking(move || reader.read(offset, len).map(|bytes| (reader, bytes))))
+    if len <= AT_ONCE
+        && let Some(bytes) = reader.read_at_once(offset, len)
+    {
+        return Reading::Here(reader, bytes);
+    }
+    let read = move || reader.read(offset, len).map(|bytes| (reader, bytes));
+    Reading::Begun(AbortOnDropHandle::new(tokio::task::spawn_blocking(read)))
 }
 
 #[cfg(test)]
