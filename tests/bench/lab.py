@@ -64,6 +64,25 @@ class Place:
         self.netns, self.ip = netns, ip
 
 
+def wait_for_all(procs, within):
+    """Waits for the end of each. Asleep meanwhile: one that looked every few milliseconds took a twentieth of the machine
+    that it measures."""
+    ends, limit = {}, time.monotonic() + within
+    try:
+        for proc in procs:
+            if proc.poll() is None:
+                ends[os.pidfd_open(proc.pid)] = proc
+        while running := [end for end, proc in ends.items() if proc.code is None]:
+            ended, _, _ = select.select(running, [], [], max(0, limit - time.monotonic()))
+            if not ended:
+                raise Failed(f"not within {within:.0f} s: the end of {ends[running[0]].said()} ({len(running)} running)")
+            for end in ended:
+                ends[end].poll()
+    finally:
+        for end in ends:
+            os.close(end)
+
+
 class Proc:
     """A started program; a session of its own, killed by its id only. Its output goes to LOG.out and LOG.err."""
 
@@ -92,15 +111,7 @@ class Proc:
 
     def wait(self, within):
         """Waits for the end; the exit code."""
-        if self.poll() is None:
-            # Asleep meanwhile: one that looked every few milliseconds took a twentieth of the machine that it measures.
-            end = os.pidfd_open(self.pid)
-            try:
-                select.select([end], [], [], within)
-            finally:
-                os.close(end)
-            if self.poll() is None:
-                raise Failed(f"not within {within:.0f} s: the end of {self.said()}")
+        wait_for_all([self], within)
         return self.code
 
     def succeed(self, within):

@@ -17,9 +17,8 @@ import payload
 from lab import MIB, Failed, Proc, watch_rss
 from programs import SECONDS, Network, last_event, nginx, rsync_daemon
 
-# Of the free memory, what is taken before a sample at most, and what is left for the rest of the machine meanwhile.
-MOST_TAKEN = 24 << 30
-SPARED = 1 << 30
+# Bytes of memory that are free beyond what a sample needs.
+SPARED = 512 << 20
 
 
 class Bench:
@@ -80,16 +79,28 @@ def remove(*paths):
     os.sync()
 
 
-def take_memory():
-    """Has the machine hold the memory that is free. One that gives freed memory back to its host pays for each page that
-    is used again, several times what copying into it costs, and whether a program finds such pages is chance."""
+def take_memory(size):
+    """Memory that is in use until it is closed."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages; it only takes longer
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    memory[::mmap.PAGESIZE] = bytes(-(-size // mmap.PAGESIZE))
+    return memory
+
+
+@contextlib.contextmanager
+def warm_memory(size):
+    """Leaves so much memory free, which was in use just before. A machine that gives freed memory back to its host pays for
+    each page that is used again, several times what copying into it costs, and for giving back as well."""
     fields = dict(line.split(":") for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
-    size = min(int(fields["MemFree"].split()[0]) << 10, MOST_TAKEN) - SPARED
-    if size > 0:
-        with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-            with contextlib.suppress(OSError):  # a kernel without huge pages; it only takes longer
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            memory[::mmap.PAGESIZE] = bytes(size // mmap.PAGESIZE)
+    rest = (int(fields["MemFree"].split()[0]) << 10) - SPARED - size
+    if rest <= 0:
+        yield
+        return
+    given = take_memory(size)
+    with take_memory(rest):
+        given.close()
+        yield
 
 
 def in_turn(tools, rep):
@@ -120,8 +131,8 @@ def single(bench):
                 remove(copy)
                 # Nothing comes between the memory and its use.
                 member = bench.member(network, place)
-                take_memory()
-                costs = bench.costs(*start())
+                with warm_memory(2 * size):
+                    costs = bench.costs(*start())
                 payload.same_file(folder / "payload", copy)
                 bench.record(tool=tool, rep=rep, bytes=size, **costs)
         remove(copy)
@@ -203,7 +214,7 @@ def swarm(bench):
         bound = max(size / speed, n * size / ((n + 1) * speed))
         for rep in bench.reps():
             with (lab.star(n + 1, 1, options.mbit) as (seed_place, *places, tracker),
-                  bench.network(tracker) as network):
+                  bench.network(tracker) as network, warm_memory((n + 8) * 2 * size)):
                 sample = one_swarm(bench, network, seed_place, places, folder)
             bench.record(rep=rep, peers=n, mbit=options.mbit, bytes=size, bound=bound, **sample)
 
@@ -222,11 +233,7 @@ def one_swarm(bench, network, seed_place, places, folder):
     sent, busy, start = seed.moved("eth0")[1], lab.busy_seconds(), time.monotonic()
     os.close(opener)
     # The deadline is far behind a server that sends N copies one after another.
-    limit = start + 60 + 3 * len(places) * bench.options.mib * MIB * 8 / (bench.options.mbit * 1e6)
-    while any(get.poll() is None for get in gets):
-        if time.monotonic() > limit:
-            raise Failed(f"{sum(get.poll() is None for get in gets)} of {len(gets)} receivers never ended")
-        time.sleep(0.005)
+    lab.wait_for_all(gets, 60 + 3 * len(places) * bench.options.mib * MIB * 8 / (bench.options.mbit * 1e6))
     sent = seed.moved("eth0")[1] - sent
     busy = (lab.busy_seconds() - busy) / os.cpu_count()
     for get in gets:
