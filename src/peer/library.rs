@@ -459,11 +459,9 @@ mod tests {
         let mut reader = shelf.library.open(&id).unwrap();
         assert_eq!(reader.read(0, 700_000).unwrap(), bytes);
         assert_eq!(reader.read(262_100, 100).unwrap(), bytes[262_100..262_200]);
-        assert!(reader.read_at_once(262_100, 100).is_none_or(|read| read == bytes[262_100..262_200]));
         assert_eq!(reader.read(700_000, 0).unwrap(), b""[..]);
         for (offset, len) in [(0, 700_001), (700_000, 1), (u64::MAX, 1)] {
             assert!(matches!(reason(reader.read(offset, len)), ServeError::OutOfRange));
-            assert_eq!(reader.read_at_once(offset, len), None);
         }
         let empty = shelf.put("empty", b"");
         assert_eq!(shelf.library.open(&empty).unwrap().read(0, 0).unwrap(), b""[..]);
@@ -479,7 +477,6 @@ mod tests {
         let mut reader = shelf.library.open(&id).unwrap();
         assert_eq!(reader.read(0, 10).unwrap(), [1; 10][..]);
         shelf.write("a", &[2], 500);
-        assert_eq!(reader.read_at_once(0, 10), None);
         assert!(matches!(reason(reader.read(0, 10)), ServeError::Changed));
         shelf.assert_withdrawn("a");
         assert!(matches!(reason(shelf.library.open(&id)), ServeError::NotFound));

@@ -40,7 +40,7 @@ impl Reader {
             return Err(ServeError::OutOfRange);
         }
         for _ in 0..MAX_TRIES {
-            match self.try_read(offset, len, read_exact) {
+            match self.try_read(offset, len) {
                 Err(ServeError::Changed) => {}
                 done => return done,
             }
@@ -52,9 +52,14 @@ impl Reader {
         Err(ServeError::Changed)
     }
 
-    /// The same if the kernel has the bytes in memory; else, and if anything is wrong, none. Does not block.
+    /// The same of a download in progress, if the kernel has the bytes in memory; else, and if anything is wrong, none. Does
+    /// not block.
     pub fn read_at_once(&self, offset: u64, len: u32) -> Option<Bytes> {
-        self.has(offset, len).then(|| self.try_read(offset, len, read_cached).ok()).flatten()
+        let Source::Part { file, token } = &self.source else { return None };
+        if !self.has(offset, len) || self.holds(*token, offset, len).is_err() {
+            return None;
+        }
+        read_cached(file, offset, len as usize).ok()
     }
 
     fn has(&self, offset: u64, len: u32) -> bool {
@@ -62,7 +67,7 @@ impl Reader {
     }
 
     /// Reads from the present source; [`ServeError::Changed`] means that it is of no use any more.
-    fn try_read(&self, offset: u64, len: u32, read_exact: ReadExact) -> Result<Bytes, ServeError> {
+    fn try_read(&self, offset: u64, len: u32) -> Result<Bytes, ServeError> {
         match &self.source {
             Source::File { file, location } => {
                 let bytes = read_exact(file, offset, len as usize);
@@ -73,22 +78,24 @@ impl Reader {
                 Err(ServeError::Changed)
             }
             Source::Part { file, token } => {
-                let piece_len = u64::from(self.manifest.layout().piece_len());
-                let mut pieces = offset / piece_len..(offset + u64::from(len)).div_ceil(piece_len);
-                let mut state = self.library.lock();
-                let part = state.part(&self.manifest.id(), *token).ok_or(ServeError::Changed)?;
-                let held = pieces.all(|piece| u32::try_from(piece).is_ok_and(|piece| part.have.contains(piece)));
-                drop(state);
-                if held { Ok(read_exact(file, offset, len as usize)?) } else { Err(ServeError::NotFound) }
+                self.holds(*token, offset, len)?;
+                Ok(read_exact(file, offset, len as usize)?)
             }
         }
     }
+
+    /// Whether the download in progress has all pieces of a range.
+    fn holds(&self, token: u64, offset: u64, len: u32) -> Result<(), ServeError> {
+        let piece_len = u64::from(self.manifest.layout().piece_len());
+        let mut pieces = offset / piece_len..(offset + u64::from(len)).div_ceil(piece_len);
+        let mut state = self.library.lock();
+        let part = state.part(&self.manifest.id(), token).ok_or(ServeError::Changed)?;
+        let held = pieces.all(|piece| u32::try_from(piece).is_ok_and(|piece| part.have.contains(piece)));
+        if held { Ok(()) } else { Err(ServeError::NotFound) }
+    }
 }
 
-/// Gives so many bytes of a file from an offset on.
-type ReadExact = fn(&File, u64, usize) -> io::Result<Bytes>;
-
-/// Fails if not all of them are in the page cache, or the file system cannot tell.
+/// Reads exactly `len` bytes, unless not all of them are in the page cache or the file system cannot tell.
 fn read_cached(file: &File, offset: u64, len: usize) -> io::Result<Bytes> {
     let mut bytes = vec![0; len];
     let n = rustix::io::preadv2(file, &mut [IoSliceMut::new(&mut bytes)], offset, ReadWriteFlags::NOWAIT)?;

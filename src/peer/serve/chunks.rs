@@ -299,7 +299,8 @@ fn read_small(library: &Library, spans: &[Span]) -> AbortOnDropHandle<Vec<Result
     AbortOnDropHandle::new(tokio::task::spawn_blocking(move || spans.iter().map(read).collect()))
 }
 
-/// Short reads of what the kernel holds are not worth a hop to another thread, which takes five system calls.
+/// A short read of what was written a moment ago is not worth a hop to another thread, which takes five system calls: half
+/// of all that 16 peers made who passed pieces of 64 KiB on to one another.
 fn read(mut reader: Reader, offset: u64, len: u32) -> Reading {
     if len <= AT_ONCE
         && let Some(bytes) = reader.read_at_once(offset, len)
