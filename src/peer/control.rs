@@ -47,7 +47,7 @@ use crate::{
     metrics,
     proto::*,
     request::carried,
-    safe_path::{Root, SafeName, with_path},
+    safe_path::{Root, SafeName},
     telemetry,
     units::RATES,
 };
@@ -173,7 +173,7 @@ impl Control {
                 }
                 None => "choose another -o".into(),
             };
-            Failed::new(Exit::NoSpace, format!("cannot write to {}; {hint}", with_path(folder, error)))
+            Failed::new(Exit::NoSpace, format!("cannot write to {error}; {hint}"))
         };
         Root::open_or_create(folder).map_err(unusable)?;
         let folder = folder.canonicalize().with_context(|| folder.display().to_string())?;

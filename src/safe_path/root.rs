@@ -66,7 +66,8 @@ impl Root {
 
     /// Opens a folder and makes it first if it does not exist, with its parents.
     pub fn open_or_create(path: &Path) -> io::Result<Self> {
-        fs::create_dir_all(path).map_err(|e| with_path(path, e))?;
+        let is_file = |e: &io::Error| e.kind() == io::ErrorKind::AlreadyExists;
+        fs::create_dir_all(path).map_err(|e| with_path(path, if is_file(&e) { Errno::NOTDIR.into() } else { e }))?;
         Self::open(path)
     }
 
@@ -756,6 +757,8 @@ mod tests {
         assert_eq!(Root::open_or_create(&missing).unwrap().path(), missing);
         fs::write(world.downloads.join("file"), "").unwrap();
         assert!(Root::open(&world.downloads.join("file")).is_err());
+        let error = Root::open_or_create(&world.downloads.join("file")).unwrap_err().to_string();
+        assert!(error.ends_with("/file: a file or link is where a folder is needed"), "{error}");
         symlink(&world.outside, world.downloads.join("link")).unwrap();
         assert!(Root::open(&world.downloads.join("link")).is_ok(), "the root's own path is the user's choice");
     }

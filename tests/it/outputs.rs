@@ -137,6 +137,8 @@ fn where_nothing_can_be_written_nothing_is_fetched() {
     let swarm = network();
     fs::write(swarm.path("file"), "mine").unwrap();
     swarm.run("sink", ["get", ALIEN, "-o", "file/below/new.mkv"]).fails(8, &["file"]);
+    let why = "/file/: a file or link is where a folder is needed; choose another -o";
+    swarm.run("sink", ["get", ALIEN, "-o", "file/"]).fails(8, &[why]);
     // Not even root may write there.
     swarm.run("sink", ["get", ALIEN, "-o", "/proc/new.mkv"]).fails(8, &["/proc"]);
 }
