@@ -34,6 +34,9 @@ def options():
                         help="a folder on the disk to measure; payloads stay there for the next run (%(default)s)")
     parser.add_argument("--tmpfs", default="/dev/shm", help="small: a folder in memory (/dev/shm)")
     parser.add_argument("--quiet", type=float, default=0, help="wait so many seconds at most for an idle machine (0)")
+    parser.add_argument("--hold-memory", action="store_true",
+                        help="single, swarm: take all free memory but what a sample needs meanwhile, on a virtual machine "
+                             "that gives freed memory back to its host")
     parser.add_argument("--out", help="append the records to this file, a JSON object a line")
     chosen = parser.parse_args()
     chosen.mib = chosen.mib or MIB.get(chosen.suite)

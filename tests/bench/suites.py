@@ -65,6 +65,10 @@ class Bench:
             costs |= {"source_cpu": source.cpu() - before, "source_rss": source.peak_rss}
         return costs
 
+    def memory(self, size):
+        """While a sample of so many bytes lasts. The rest of the machine's memory is only taken if that was asked for."""
+        return warm_memory(size) if self.options.hold_memory else contextlib.nullcontext()
+
     def member(self, network, place):
         """A new member: nothing of an earlier sample is known to it."""
         self.count += 1
@@ -131,7 +135,7 @@ def single(bench):
                 remove(copy)
                 # Nothing comes between the memory and its use.
                 member = bench.member(network, place)
-                with warm_memory(2 * size):
+                with bench.memory(2 * size):
                     costs = bench.costs(*start())
                 payload.same_file(folder / "payload", copy)
                 bench.record(tool=tool, rep=rep, bytes=size, **costs)
@@ -214,7 +218,7 @@ def swarm(bench):
         bound = max(size / speed, n * size / ((n + 1) * speed))
         for rep in bench.reps():
             with (lab.star(n + 1, 1, options.mbit) as (seed_place, *places, tracker),
-                  bench.network(tracker) as network, warm_memory((n + 8) * 2 * size)):
+                  bench.network(tracker) as network, bench.memory((n + 8) * 2 * size)):
                 sample = one_swarm(bench, network, seed_place, places, folder)
             bench.record(rep=rep, peers=n, mbit=options.mbit, bytes=size, bound=bound, **sample)
 
