@@ -7,7 +7,11 @@
 //! Invariant: a download that does not end with the shared file has no speed, and its column no mean; runs of different
 //! sizes take turns, so that whatever else the machine does falls on all of them.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a table is what this program is for")]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a table is what this program is for"
+)]
 
 use std::{
     fs::{self, File},
@@ -61,7 +65,15 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 const LOOPBACK: &str = "127.0.0.1:0";
 const NAME: &str = "payload";
 const PATIENCE: Duration = Duration::from_secs(30);
-const CHUNKS: [u32; 7] = [16 << 10, 32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20];
+const CHUNKS: [u32; 7] = [
+    16 << 10,
+    32 << 10,
+    64 << 10,
+    128 << 10,
+    256 << 10,
+    512 << 10,
+    1 << 20,
+];
 const CLAIMS: [u64; 6] = [256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20];
 
 /// Measures adaptive chunk and claim lengths against fixed ones.
@@ -104,15 +116,38 @@ struct Setting {
 }
 
 const fn line(mb_per_second: f64, millis: u64) -> Option<Line> {
-    Some(Line { bytes_per_second: mb_per_second * 1e6, round_trip: Duration::from_millis(millis) })
+    Some(Line {
+        bytes_per_second: mb_per_second * 1e6,
+        round_trip: Duration::from_millis(millis),
+    })
 }
 
 /// Over the trickle a chunk of 256 KiB takes 13 s, and 10 s without an answer are the end of a source.
 const SETTINGS: [Setting; 4] = [
-    Setting { name: "fast LAN", runs: usize::MAX, size: 512 << 20, lines: &[None] },
-    Setting { name: "slow link", runs: usize::MAX, size: 4 << 20, lines: &[line(1.0, 50)] },
-    Setting { name: "mixed", runs: usize::MAX, size: 256 << 20, lines: &[line(200.0, 1), line(2.0, 20)] },
-    Setting { name: "trickle", runs: 1, size: 256 << 10, lines: &[line(0.02, 100)] },
+    Setting {
+        name: "fast LAN",
+        runs: usize::MAX,
+        size: 512 << 20,
+        lines: &[None],
+    },
+    Setting {
+        name: "slow link",
+        runs: usize::MAX,
+        size: 4 << 20,
+        lines: &[line(1.0, 50)],
+    },
+    Setting {
+        name: "mixed",
+        runs: usize::MAX,
+        size: 256 << 20,
+        lines: &[line(200.0, 1), line(2.0, 20)],
+    },
+    Setting {
+        name: "trickle",
+        runs: 1,
+        size: 256 << 10,
+        lines: &[line(0.02, 100)],
+    },
 ];
 
 fn main() -> Result<()> {
@@ -120,13 +155,34 @@ fn main() -> Result<()> {
     drop(std::hint::black_box(Vec::<u8>::with_capacity(16 << 20)));
     let options = Options::parse();
     // Lines have a thread of their own, so that they keep time while the product is busy.
-    let lines = Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let lines = Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()?;
     let product = Builder::new_multi_thread().enable_all().build()?;
-    let chunks = CHUNKS.map(|len| (human_size(len.into()), Fixed { chunk_len: Some(len), ..Fixed::default() }));
-    let claims = CLAIMS.map(|len| (human_size(len), Fixed { claim_bytes: Some(len), ..Fixed::default() }));
+    let chunks = CHUNKS.map(|len| {
+        (
+            human_size(len.into()),
+            Fixed {
+                chunk_len: Some(len),
+                ..Fixed::default()
+            },
+        )
+    });
+    let claims = CLAIMS.map(|len| {
+        (
+            human_size(len),
+            Fixed {
+                claim_bytes: Some(len),
+                ..Fixed::default()
+            },
+        )
+    });
     let wanted = |table: &str| options.table.as_ref().is_none_or(|only| only == table);
     if wanted("chunks") {
-        println!("Chunk length (claims adapt; a chunk ends with its piece, here after 256 KiB at the latest), MB/s:\n");
+        println!(
+            "Chunk length (claims adapt; a chunk ends with its piece, here after 256 KiB at the latest), MB/s:\n"
+        );
         product.block_on(table(&options, &chunks, lines.handle()))?;
     }
     if wanted("claims") {
@@ -144,7 +200,10 @@ async fn table(options: &Options, fixed: &[(String, Fixed)], lines: &Handle) -> 
     println!("| | {} | adaptive ÷ best fixed |", names.join(" | "));
     println!("|---{}|", "|--:".repeat(columns.len() + 1));
     let mut means = vec![1.0; columns.len()];
-    let settings: Vec<_> = SETTINGS.iter().filter(|setting| setting.name.contains(&options.setting)).collect();
+    let settings: Vec<_> = SETTINGS
+        .iter()
+        .filter(|setting| setting.name.contains(&options.setting))
+        .collect();
     for setting in &settings {
         let stage = Stage::start(setting, options, lines).await?;
         // The first download of all opens what stays open.
@@ -156,20 +215,43 @@ async fn table(options: &Options, fixed: &[(String, Fixed)], lines: &Handle) -> 
             }
         }
         stage.stop().await;
-        let speeds: Vec<_> = outcomes.iter().map(|runs| median(runs.iter().map(|outcome| outcome.0))).collect();
-        means.iter_mut().zip(&speeds).for_each(|(mean, speed)| *mean *= speed);
+        let speeds: Vec<_> = outcomes
+            .iter()
+            .map(|runs| median(runs.iter().map(|outcome| outcome.0)))
+            .collect();
+        means
+            .iter_mut()
+            .zip(&speeds)
+            .for_each(|(mean, speed)| *mean *= speed);
         row(setting.name, &speeds);
         if setting.lines.len() == 1 && setting.lines[0].is_some() {
-            let gaps: Vec<_> = outcomes.iter().map(|runs| median(runs.iter().map(|outcome| outcome.1))).collect();
-            println!("| {}: longest wait, ms | {} | |", setting.name, cells(&gaps));
+            let gaps: Vec<_> = outcomes
+                .iter()
+                .map(|runs| median(runs.iter().map(|outcome| outcome.1)))
+                .collect();
+            println!(
+                "| {}: longest wait, ms | {} | |",
+                setting.name,
+                cells(&gaps)
+            );
         }
         if options.all {
             for ((name, _), runs) in columns.iter().zip(&outcomes) {
-                eprintln!("{} {name}: {}", setting.name, cells(&runs.iter().map(|run| run.0).collect::<Vec<_>>()));
+                eprintln!(
+                    "{} {name}: {}",
+                    setting.name,
+                    cells(&runs.iter().map(|run| run.0).collect::<Vec<_>>())
+                );
             }
         }
     }
-    row("geometric mean", &means.iter().map(|mean| mean.powf(1.0 / settings.len() as f64)).collect::<Vec<_>>());
+    row(
+        "geometric mean",
+        &means
+            .iter()
+            .map(|mean| mean.powf(1.0 / settings.len() as f64))
+            .collect::<Vec<_>>(),
+    );
     println!();
     Ok(())
 }
@@ -206,7 +288,9 @@ struct Stage {
 
 impl Stage {
     async fn start(setting: &Setting, options: &Options, lines: &Handle) -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("sprat-chunks-").tempdir_in(&options.dir)?;
+        let folder = tempfile::Builder::new()
+            .prefix("sprat-chunks-")
+            .tempdir_in(&options.dir)?;
         let tracker = Tracker::start(TrackerOptions {
             state_dir: folder.path().join("tracker"),
             listen: LOOPBACK.parse()?,
@@ -234,14 +318,37 @@ impl Stage {
         let membership = Membership::load(&state, None)?;
         let client = Arc::new(TrackerClient::new(membership.clone()));
         let name = SafeName::from_path(Path::new(NAME))?;
-        let want = Want { target: name.clone(), name, size, id };
+        let want = Want {
+            target: name.clone(),
+            name,
+            size,
+            id,
+        };
         let until = Instant::now() + PATIENCE;
         loop {
-            let rows = client.list(ListFilesRequest { content_id: id.to_string(), ..Default::default() }).await?;
-            if rows.iter().any(|row| row.source_count as usize == sources.len()) {
-                return Ok(Self { folder, tracker, sources, membership, client, want });
+            let rows = client
+                .list(ListFilesRequest {
+                    content_id: id.to_string(),
+                    ..Default::default()
+                })
+                .await?;
+            if rows
+                .iter()
+                .any(|row| row.source_count as usize == sources.len())
+            {
+                return Ok(Self {
+                    folder,
+                    tracker,
+                    sources,
+                    membership,
+                    client,
+                    want,
+                });
             }
-            ensure!(Instant::now() < until, "the sources did not list the file within {PATIENCE:?}");
+            ensure!(
+                Instant::now() < until,
+                "the sources did not list the file within {PATIENCE:?}"
+            );
             sleep(Duration::from_millis(20)).await;
         }
     }
@@ -252,7 +359,8 @@ impl Stage {
         let run = self.folder.path().join(format!("run-{run}"));
         let folder = run.join("files");
         fs::create_dir_all(&folder)?;
-        let (cancel, tasks, library) = (CancellationToken::new(), TaskTracker::new(), Library::new());
+        let (cancel, tasks, library) =
+            (CancellationToken::new(), TaskTracker::new(), Library::new());
         let index = Arc::new(Index::open(&run.join("index.redb"))?);
         let shares = Arc::new(Shares::new(SharesConfig {
             index: index.clone(),
@@ -272,7 +380,13 @@ impl Stage {
             here: Here::default(),
             limit: Limit::new(Rates::default()),
             fixed,
-            disk: Disk { root, index, library, shares, cancel: cancel.clone() },
+            disk: Disk {
+                root,
+                index,
+                library,
+                shares,
+                cancel: cancel.clone(),
+            },
             wants: vec![self.want.clone()],
             found: Found::default(),
             existing: Existing::Refuse,
@@ -291,7 +405,11 @@ impl Stage {
                 Some(_) = happened.recv() => {}
                 _ = ticks.tick() => {}
             }
-            let has: u64 = progress.accounts().values().map(|account| account.bytes).sum();
+            let has: u64 = progress
+                .accounts()
+                .values()
+                .map(|account| account.bytes)
+                .sum();
             if has > had {
                 longest = longest.max(since.elapsed());
                 (had, since) = (has, Instant::now());
@@ -309,7 +427,10 @@ impl Stage {
         }
         let size = size?;
         ensure!(size == self.want.size, "the file has {size} bytes");
-        Ok((size as f64 / 1e6 / took.as_secs_f64(), longest.as_secs_f64() * 1e3))
+        Ok((
+            size as f64 / 1e6 / took.as_secs_f64(),
+            longest.as_secs_f64() * 1e3,
+        ))
     }
 
     async fn stop(self) {
@@ -333,10 +454,17 @@ fn payload(share: &Path, size: u64) -> Result<ContentId> {
         file.write_all(&buffer[..n])?;
         left -= n as u64;
     }
-    Ok(hash_file(&File::open(&path)?, &CancellationToken::new())?.manifest.id())
+    Ok(hash_file(&File::open(&path)?, &CancellationToken::new())?
+        .manifest
+        .id())
 }
 
-async fn source(folder: &Path, state_dir: PathBuf, line: Option<Line>, lines: &Handle) -> Result<Node> {
+async fn source(
+    folder: &Path,
+    state_dir: PathBuf,
+    line: Option<Line>,
+    lines: &Handle,
+) -> Result<Node> {
     let listen = Probe::bind(LOOPBACK)?.local_addr()?;
     let advertise = match line {
         Some(line) => vec![lines.spawn(relay(listen, line)).await??.to_string()],
@@ -344,7 +472,10 @@ async fn source(folder: &Path, state_dir: PathBuf, line: Option<Line>, lines: &H
     };
     Node::start(NodeOptions {
         state_dir,
-        shares: vec![ShareSpec { name: None, path: folder.join("share") }],
+        shares: vec![ShareSpec {
+            name: None,
+            path: folder.join("share"),
+        }],
         downloads: None,
         listen: Some(listen),
         operator: None,
@@ -371,10 +502,19 @@ async fn relay(far: SocketAddr, line: Line) -> Result<SocketAddr> {
 }
 
 /// Relays a connection; its bytes to `near` share the line's rate with all others.
-async fn connect(near: TcpStream, far: SocketAddr, line: Line, clock: Arc<Mutex<Instant>>) -> Result<()> {
+async fn connect(
+    near: TcpStream,
+    far: SocketAddr,
+    line: Line,
+    clock: Arc<Mutex<Instant>>,
+) -> Result<()> {
     let socket = TcpSocket::new_v4()?;
     // What a slow line does not take stays with the sender, not in a buffer between.
-    socket.set_recv_buffer_size(if line.bytes_per_second < 1e7 { 64 << 10 } else { 4 << 20 })?;
+    socket.set_recv_buffer_size(if line.bytes_per_second < 1e7 {
+        64 << 10
+    } else {
+        4 << 20
+    })?;
     let far = socket.connect(far).await?;
     near.set_nodelay(true)?;
     far.set_nodelay(true)?;
@@ -396,23 +536,42 @@ async fn until(at: Instant) {
 /// How far a line makes good what the timer was late.
 const SLACK: Duration = Duration::from_millis(4);
 
-async fn carry(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, line: Line, clock: Option<Arc<Mutex<Instant>>>) {
+async fn carry(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    line: Line,
+    clock: Option<Arc<Mutex<Instant>>>,
+) {
     // Long enough for what is on its way, in blocks of at most 64 KiB.
     let (sender, mut receiver) = mpsc::channel::<(Instant, Vec<u8>)>(1024);
     let read = async move {
         loop {
-            let mut block = vec![0; if line.bytes_per_second < 1e7 { 4 << 10 } else { 64 << 10 }];
-            let Ok(n @ 1..) = from.read(&mut block).await else { return };
+            let mut block = vec![
+                0;
+                if line.bytes_per_second < 1e7 {
+                    4 << 10
+                } else {
+                    64 << 10
+                }
+            ];
+            let Ok(n @ 1..) = from.read(&mut block).await else {
+                return;
+            };
             block.truncate(n);
             let mut leaves = Instant::now();
             if let Some(clock) = &clock {
                 let mut clock = clock.lock().expect("no panic while the lock is held");
                 let earliest = leaves.checked_sub(SLACK).unwrap_or(leaves);
-                *clock = (*clock).max(earliest) + Duration::from_secs_f64(n as f64 / line.bytes_per_second);
+                *clock = (*clock).max(earliest)
+                    + Duration::from_secs_f64(n as f64 / line.bytes_per_second);
                 leaves = leaves.max(*clock);
             }
             until(leaves).await;
-            if sender.send((leaves + line.round_trip / 2, block)).await.is_err() {
+            if sender
+                .send((leaves + line.round_trip / 2, block))
+                .await
+                .is_err()
+            {
                 return;
             }
         }

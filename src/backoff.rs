@@ -15,16 +15,26 @@ pub struct Backoff {
 impl Backoff {
     /// Delays that start around `first` and double up to `longest`.
     pub const fn new(first: Duration, longest: Duration) -> Self {
-        Self { first, longest, n_failures: 0 }
+        Self {
+            first,
+            longest,
+            n_failures: 0,
+        }
     }
 
     /// Counts a failure and says how long to wait: between half and the whole of the current step. `random` is uniform
     /// in 0..1; anything outside is moved to the nearest bound.
     pub fn delay(&mut self, random: f64) -> Duration {
-        let doubled = 2u32.checked_pow(self.n_failures).and_then(|factor| self.first.checked_mul(factor));
+        let doubled = 2u32
+            .checked_pow(self.n_failures)
+            .and_then(|factor| self.first.checked_mul(factor));
         let step = doubled.unwrap_or(self.longest).min(self.longest);
         self.n_failures = self.n_failures.saturating_add(1);
-        let random = if random.is_nan() { 1.0 } else { random.clamp(0.0, 1.0) };
+        let random = if random.is_nan() {
+            1.0
+        } else {
+            random.clamp(0.0, 1.0)
+        };
         step.mul_f64(0.5 + random / 2.0)
     }
 
@@ -51,7 +61,10 @@ mod tests {
     fn doubles_to_the_longest_and_starts_over_after_a_success() {
         let mut backoff = Backoff::new(FIRST, LONGEST);
         let whole: Vec<u128> = (0..9).map(|_| backoff.delay(1.0).as_millis()).collect();
-        assert_eq!(whole, [100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000]);
+        assert_eq!(
+            whole,
+            [100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000]
+        );
         assert_eq!(backoff.n_failures(), 9);
         backoff.reset();
         assert_eq!(backoff.delay(0.0), FIRST / 2);

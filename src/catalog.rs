@@ -38,7 +38,10 @@ pub struct FileInfo {
 impl FileInfo {
     /// The row this file belongs to.
     pub fn key(&self) -> FileKey {
-        FileKey { name: self.name.clone(), content_id: self.content_id }
+        FileKey {
+            name: self.name.clone(),
+            content_id: self.content_id,
+        }
     }
 }
 
@@ -61,7 +64,10 @@ impl FileKey {
     /// Reads [`page_token`](Self::page_token); `None` if no tracker can have written it.
     pub fn from_page_token(token: &str) -> Option<Self> {
         let (content_id, name) = token.split_once('/')?;
-        let key = Self { name: SafeName::parse(name).ok()?, content_id: content_id.parse().ok()? };
+        let key = Self {
+            name: SafeName::parse(name).ok()?,
+            content_id: content_id.parse().ok()?,
+        };
         (key.name.as_str() == name).then_some(key)
     }
 }
@@ -83,7 +89,11 @@ impl Announcement {
     /// The addresses that a caller may be told: loopback only if both came over loopback.
     pub fn addresses_for(&self, caller_is_loopback: bool) -> Vec<String> {
         let loopback = caller_is_loopback && self.seen_over_loopback;
-        self.addresses.iter().filter(|address| loopback || !is_loopback(address)).cloned().collect()
+        self.addresses
+            .iter()
+            .filter(|address| loopback || !is_loopback(address))
+            .cloned()
+            .collect()
     }
 }
 
@@ -125,7 +135,10 @@ pub struct Row {
 impl Row {
     /// The row's place in the order.
     pub fn key(&self) -> FileKey {
-        FileKey { name: self.name.clone(), content_id: self.content_id }
+        FileKey {
+            name: self.name.clone(),
+            content_id: self.content_id,
+        }
     }
 }
 
@@ -178,7 +191,9 @@ pub enum QueryError {
     #[error("the glob or text is longer than {MAX_PATTERN_LEN} bytes")]
     TooLong,
     /// Not a [`ContentPrefix`].
-    #[error("a content id is 64 lower-case hex digits, or at least the first {MIN_PREFIX_LEN} of them")]
+    #[error(
+        "a content id is 64 lower-case hex digits, or at least the first {MIN_PREFIX_LEN} of them"
+    )]
     ContentPrefix,
     /// Not a name.
     #[error("bad name: {0}")]
@@ -188,14 +203,26 @@ pub enum QueryError {
 impl Query {
     /// Checks the query and makes it fit for many rows.
     pub fn compile(self) -> Result<Matcher, QueryError> {
-        if [&self.glob, &self.text].into_iter().flatten().any(|pattern| pattern.len() > MAX_PATTERN_LEN) {
+        if [&self.glob, &self.text]
+            .into_iter()
+            .flatten()
+            .any(|pattern| pattern.len() > MAX_PATTERN_LEN)
+        {
             return Err(QueryError::TooLong);
         }
-        let glob = self.glob.as_deref().map(|glob| nfc(glob) + if glob.ends_with('/') { "**" } else { "" });
-        let literal =
-            glob.as_deref().and_then(|glob| glob.split(['*', '?', '[', '{', '\\']).next()).unwrap_or_default();
+        let glob = self
+            .glob
+            .as_deref()
+            .map(|glob| nfc(glob) + if glob.ends_with('/') { "**" } else { "" });
+        let literal = glob
+            .as_deref()
+            .and_then(|glob| glob.split(['*', '?', '[', '{', '\\']).next())
+            .unwrap_or_default();
         Ok(Matcher {
-            start: self.name.clone().or_else(|| SafeName::parse(literal.trim_end_matches('/')).ok()),
+            start: self
+                .name
+                .clone()
+                .or_else(|| SafeName::parse(literal.trim_end_matches('/')).ok()),
             literal: literal.to_owned(),
             glob: glob.as_deref().map(compile_glob).transpose()?,
             text: self.text.as_deref().map(|text| nfc(text).to_lowercase()),
@@ -235,16 +262,30 @@ impl Matcher {
     pub fn is_past(&self, name: &SafeName) -> bool {
         match &self.query.name {
             Some(wanted) => name > wanted,
-            None => name.as_str() > self.literal.as_str() && !name.as_str().starts_with(&self.literal),
+            None => {
+                name.as_str() > self.literal.as_str() && !name.as_str().starts_with(&self.literal)
+            }
         }
     }
 
     /// Whether a row with this key is wanted, if its size is.
     pub fn matches_key(&self, key: &FileKey) -> bool {
-        self.query.name.as_ref().is_none_or(|name| *name == key.name)
-            && self.query.content.is_none_or(|prefix| prefix.contains(key.content_id))
-            && self.glob.as_ref().is_none_or(|glob| glob.is_match(key.name.as_str()))
-            && self.text.as_ref().is_none_or(|text| key.name.as_str().to_lowercase().contains(text))
+        self.query
+            .name
+            .as_ref()
+            .is_none_or(|name| *name == key.name)
+            && self
+                .query
+                .content
+                .is_none_or(|prefix| prefix.contains(key.content_id))
+            && self
+                .glob
+                .as_ref()
+                .is_none_or(|glob| glob.is_match(key.name.as_str()))
+            && self
+                .text
+                .as_ref()
+                .is_none_or(|text| key.name.as_str().to_lowercase().contains(text))
     }
 
     /// Whether a file of this size is wanted.
@@ -274,7 +315,10 @@ impl ContentPrefix {
 
 impl From<ContentId> for ContentPrefix {
     fn from(id: ContentId) -> Self {
-        Self { first: id, last: id }
+        Self {
+            first: id,
+            last: id,
+        }
     }
 }
 
@@ -286,13 +330,18 @@ impl FromStr for ContentPrefix {
             return Err(QueryError::ContentPrefix);
         }
         let id = |digits: String| digits.parse().map_err(|_| QueryError::ContentPrefix);
-        Ok(Self { first: id(format!("{text:0<64}"))?, last: id(format!("{text:f<64}"))? })
+        Ok(Self {
+            first: id(format!("{text:0<64}"))?,
+            last: id(format!("{text:f<64}"))?,
+        })
     }
 }
 
 /// Unlike `Glob::compile_matcher`, a set reports a pattern that its regex engine refuses instead of panicking.
 fn compile_glob(glob: &str) -> Result<GlobSet, globset::Error> {
-    GlobSetBuilder::new().add(GlobBuilder::new(glob).literal_separator(true).build()?).build()
+    GlobSetBuilder::new()
+        .add(GlobBuilder::new(glob).literal_separator(true).build()?)
+        .build()
 }
 
 /// Names are kept in NFC, so what they are compared with must be too.
@@ -303,7 +352,9 @@ fn nfc(text: &str) -> String {
 fn is_loopback(address: &str) -> bool {
     match address.parse::<SocketAddr>() {
         Ok(address) => address.ip().to_canonical().is_loopback(),
-        Err(_) => address.rsplit_once(':').is_some_and(|(host, _)| host.eq_ignore_ascii_case("localhost")),
+        Err(_) => address
+            .rsplit_once(':')
+            .is_some_and(|(host, _)| host.eq_ignore_ascii_case("localhost")),
     }
 }
 
@@ -314,11 +365,17 @@ mod tests {
     use super::*;
 
     fn key(name: &str) -> FileKey {
-        FileKey { name: SafeName::parse(name).unwrap(), content_id: ContentId::EMPTY }
+        FileKey {
+            name: SafeName::parse(name).unwrap(),
+            content_id: ContentId::EMPTY,
+        }
     }
 
     fn glob(pattern: &str, name: &str) -> bool {
-        let query = Query { glob: Some(pattern.to_owned()), ..Query::default() };
+        let query = Query {
+            glob: Some(pattern.to_owned()),
+            ..Query::default()
+        };
         query.compile().unwrap().matches_key(&key(name))
     }
 
@@ -332,27 +389,55 @@ mod tests {
             assert!(!glob(shots, "shots") && !glob(shots, "shots-2/a"));
         }
         assert!(glob("*.{mkv,mp4}", "a.mp4") && glob("[ab].x", "b.x") && !glob("[ab].x", "c.x"));
-        assert!(glob("caf\u{65}\u{301}*", "caf\u{e9}.txt"), "a pattern in NFD finds a name in NFC");
+        assert!(
+            glob("caf\u{65}\u{301}*", "caf\u{e9}.txt"),
+            "a pattern in NFD finds a name in NFC"
+        );
     }
 
     #[test]
     fn hostile_globs_are_errors() {
-        for pattern in ["[", "{a", "a**{", &format!("{}a{}", "{".repeat(400), "}".repeat(400)), &"a".repeat(1025)] {
-            let query = Query { glob: Some(pattern.to_owned()), ..Query::default() };
+        for pattern in [
+            "[",
+            "{a",
+            "a**{",
+            &format!("{}a{}", "{".repeat(400), "}".repeat(400)),
+            &"a".repeat(1025),
+        ] {
+            let query = Query {
+                glob: Some(pattern.to_owned()),
+                ..Query::default()
+            };
             assert!(query.compile().is_err(), "{pattern}");
         }
     }
 
     #[test]
     fn text_ignores_case() {
-        let matcher = Query { text: Some("ÜBER".to_owned()), ..Query::default() }.compile().unwrap();
+        let matcher = Query {
+            text: Some("ÜBER".to_owned()),
+            ..Query::default()
+        }
+        .compile()
+        .unwrap();
         assert!(matcher.matches_key(&key("x/die über.txt")) && !matcher.matches_key(&key("uber")));
     }
 
     #[test]
     fn sizes_are_inclusive() {
-        let matcher = Query { min_size: 2, max_size: Some(4), ..Query::default() }.compile().unwrap();
-        assert_eq!((1..6).filter(|size| matcher.matches_size(*size)).collect::<Vec<_>>(), [2, 3, 4]);
+        let matcher = Query {
+            min_size: 2,
+            max_size: Some(4),
+            ..Query::default()
+        }
+        .compile()
+        .unwrap();
+        assert_eq!(
+            (1..6)
+                .filter(|size| matcher.matches_size(*size))
+                .collect::<Vec<_>>(),
+            [2, 3, 4]
+        );
         assert!(Query::default().compile().unwrap().matches_size(u64::MAX));
     }
 
@@ -360,16 +445,41 @@ mod tests {
     fn prefixes_have_eight_digits_or_more() {
         let prefix: ContentPrefix = "af1349b9".parse().unwrap();
         assert!(prefix.contains(ContentId::EMPTY));
-        assert!(!"af1349ba".parse::<ContentPrefix>().unwrap().contains(ContentId::EMPTY));
-        assert_eq!(ContentId::EMPTY.to_string().parse::<ContentPrefix>().unwrap(), ContentId::EMPTY.into());
-        for bad in ["", "af1349b", "AF1349B9", "af1349bx", "ééééééééé", &"a".repeat(65)] {
+        assert!(
+            !"af1349ba"
+                .parse::<ContentPrefix>()
+                .unwrap()
+                .contains(ContentId::EMPTY)
+        );
+        assert_eq!(
+            ContentId::EMPTY
+                .to_string()
+                .parse::<ContentPrefix>()
+                .unwrap(),
+            ContentId::EMPTY.into()
+        );
+        for bad in [
+            "",
+            "af1349b",
+            "AF1349B9",
+            "af1349bx",
+            "ééééééééé",
+            &"a".repeat(65),
+        ] {
             assert!(bad.parse::<ContentPrefix>().is_err(), "{bad}");
         }
     }
 
     #[test]
     fn loopback_is_told_to_loopback_only() {
-        let addresses = ["127.0.0.1:1", "[::1]:1", "[::ffff:127.0.0.2]:1", "localhost:1", "10.0.0.1:1", "host:1"];
+        let addresses = [
+            "127.0.0.1:1",
+            "[::1]:1",
+            "[::ffff:127.0.0.2]:1",
+            "localhost:1",
+            "10.0.0.1:1",
+            "host:1",
+        ];
         let announcement = |seen_over_loopback| Announcement {
             peer: PeerId::from_spki(b"a"),
             generation: 1,
@@ -378,7 +488,10 @@ mod tests {
         };
         assert_eq!(announcement(true).addresses_for(true), addresses);
         for (peer, caller) in [(true, false), (false, true), (false, false)] {
-            assert_eq!(announcement(peer).addresses_for(caller), ["10.0.0.1:1", "host:1"]);
+            assert_eq!(
+                announcement(peer).addresses_for(caller),
+                ["10.0.0.1:1", "host:1"]
+            );
         }
     }
 

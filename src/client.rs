@@ -11,10 +11,11 @@ use crate::{
     exit::{Exit, Failed},
     net::Connection,
     proto::{
-        ApproveRequest, CreateTokenRequest, CreateTokenResponse, GetEvent, GetRequest, IssueOperatorRequest,
-        IssueOperatorResponse, LimitRequest, Limits, ListMembersRequest, ListTokensRequest, LogLevelRequest, MemberRow,
-        RevokeRequest, ShareRequest, ShareResponse, StatusRequest, StatusResponse, TokenRow,
-        admin_service_client::AdminServiceClient, control_service_client::ControlServiceClient, get_event::Event,
+        ApproveRequest, CreateTokenRequest, CreateTokenResponse, GetEvent, GetRequest,
+        IssueOperatorRequest, IssueOperatorResponse, LimitRequest, Limits, ListMembersRequest,
+        ListTokensRequest, LogLevelRequest, MemberRow, RevokeRequest, ShareRequest, ShareResponse,
+        StatusRequest, StatusResponse, TokenRow, admin_service_client::AdminServiceClient,
+        control_service_client::ControlServiceClient, get_event::Event,
     },
 };
 
@@ -34,7 +35,10 @@ impl Control {
     #[must_use]
     pub fn new(connection: Connection) -> Self {
         let origin = connection.origin();
-        Self(ControlServiceClient::with_origin(connection, origin).max_decoding_message_size(MAX_MESSAGE))
+        Self(
+            ControlServiceClient::with_origin(connection, origin)
+                .max_decoding_message_size(MAX_MESSAGE),
+        )
     }
 
     /// Begins a download; dropping the events stops it.
@@ -42,7 +46,11 @@ impl Control {
     /// # Errors
     /// If the request is refused or the peer has gone.
     pub async fn get(&mut self, request: GetRequest) -> Result<GetEvents, Failed> {
-        self.0.get(request).await.map(|events| GetEvents(events.into_inner())).map_err(|status| failed(PEER, &status))
+        self.0
+            .get(request)
+            .await
+            .map(|events| GetEvents(events.into_inner()))
+            .map_err(|status| failed(PEER, &status))
     }
 
     /// What the peer is doing.
@@ -58,7 +66,10 @@ impl Control {
     /// # Errors
     /// [`Exit::Usage`] if a limit is out of bounds.
     pub async fn limit(&mut self, request: LimitRequest) -> Result<Limits, Failed> {
-        Ok(unary(PEER, DEADLINE, self.0.limit(request)).await?.limits.unwrap_or_default())
+        Ok(unary(PEER, DEADLINE, self.0.limit(request))
+            .await?
+            .limits
+            .unwrap_or_default())
     }
 
     /// Changes how much the peer logs, unless `level` is empty; gives what holds then.
@@ -66,7 +77,11 @@ impl Control {
     /// # Errors
     /// [`Exit::Usage`] for an unknown level.
     pub async fn log_level(&mut self, level: String) -> Result<String, Failed> {
-        Ok(unary(PEER, DEADLINE, self.0.log_level(LogLevelRequest { level })).await?.level)
+        Ok(
+            unary(PEER, DEADLINE, self.0.log_level(LogLevelRequest { level }))
+                .await?
+                .level,
+        )
     }
 
     /// Shares one more folder, given by its absolute path; `name` may be empty.
@@ -74,7 +89,12 @@ impl Control {
     /// # Errors
     /// If the folder cannot be shared or the peer does not answer.
     pub async fn share(&mut self, path: String, name: String) -> Result<ShareResponse, Failed> {
-        unary(PEER, SHARE_DEADLINE, self.0.share(ShareRequest { path, name })).await
+        unary(
+            PEER,
+            SHARE_DEADLINE,
+            self.0.share(ShareRequest { path, name }),
+        )
+        .await
     }
 }
 
@@ -110,15 +130,25 @@ impl Admin {
     #[must_use]
     pub fn new(connection: Connection) -> Self {
         let origin = connection.origin();
-        Self(AdminServiceClient::with_origin(connection, origin).max_decoding_message_size(MAX_MESSAGE))
+        Self(
+            AdminServiceClient::with_origin(connection, origin)
+                .max_decoding_message_size(MAX_MESSAGE),
+        )
     }
 
     /// Makes a join token for `uses` machines.
     ///
     /// # Errors
     /// If the values are out of bounds or the tracker does not answer.
-    pub async fn create_token(&mut self, uses: u32, ttl: Duration) -> Result<CreateTokenResponse, Failed> {
-        let request = CreateTokenRequest { uses, ttl_seconds: ttl.as_secs() };
+    pub async fn create_token(
+        &mut self,
+        uses: u32,
+        ttl: Duration,
+    ) -> Result<CreateTokenResponse, Failed> {
+        let request = CreateTokenRequest {
+            uses,
+            ttl_seconds: ttl.as_secs(),
+        };
         unary(TRACKER, DEADLINE, self.0.create_token(request)).await
     }
 
@@ -127,7 +157,11 @@ impl Admin {
     /// # Errors
     /// If the tracker does not answer.
     pub async fn tokens(&mut self) -> Result<Vec<TokenRow>, Failed> {
-        Ok(unary(TRACKER, DEADLINE, self.0.list_tokens(ListTokensRequest {})).await?.tokens)
+        Ok(
+            unary(TRACKER, DEADLINE, self.0.list_tokens(ListTokensRequest {}))
+                .await?
+                .tokens,
+        )
     }
 
     /// Everybody who ever joined.
@@ -135,7 +169,13 @@ impl Admin {
     /// # Errors
     /// If the tracker does not answer.
     pub async fn members(&mut self) -> Result<Vec<MemberRow>, Failed> {
-        Ok(unary(TRACKER, DEADLINE, self.0.list_members(ListMembersRequest {})).await?.members)
+        Ok(unary(
+            TRACKER,
+            DEADLINE,
+            self.0.list_members(ListMembersRequest {}),
+        )
+        .await?
+        .members)
     }
 
     /// Throws a member out.
@@ -143,7 +183,9 @@ impl Admin {
     /// # Errors
     /// [`Exit::NotFound`] if there is no such member.
     pub async fn revoke(&mut self, peer_id: String) -> Result<(), Failed> {
-        unary(TRACKER, DEADLINE, self.0.revoke(RevokeRequest { peer_id })).await.map(drop)
+        unary(TRACKER, DEADLINE, self.0.revoke(RevokeRequest { peer_id }))
+            .await
+            .map(drop)
     }
 
     /// Lets a revoked member in again.
@@ -151,7 +193,13 @@ impl Admin {
     /// # Errors
     /// [`Exit::NotFound`] if it was not revoked.
     pub async fn approve(&mut self, peer_id: String) -> Result<(), Failed> {
-        unary(TRACKER, DEADLINE, self.0.approve(ApproveRequest { peer_id })).await.map(drop)
+        unary(
+            TRACKER,
+            DEADLINE,
+            self.0.approve(ApproveRequest { peer_id }),
+        )
+        .await
+        .map(drop)
     }
 
     /// Changes how much the tracker logs, unless `level` is empty; gives what holds then.
@@ -159,15 +207,28 @@ impl Admin {
     /// # Errors
     /// [`Exit::Usage`] for an unknown level.
     pub async fn log_level(&mut self, level: String) -> Result<String, Failed> {
-        Ok(unary(TRACKER, DEADLINE, self.0.log_level(LogLevelRequest { level })).await?.level)
+        Ok(unary(
+            TRACKER,
+            DEADLINE,
+            self.0.log_level(LogLevelRequest { level }),
+        )
+        .await?
+        .level)
     }
 
     /// Certifies the key behind a PKCS #10 request (DER) as an operator's.
     ///
     /// # Errors
     /// If the request or the time is not acceptable, or the tracker does not answer.
-    pub async fn issue_operator(&mut self, csr: Vec<u8>, ttl: Duration) -> Result<IssueOperatorResponse, Failed> {
-        let request = IssueOperatorRequest { csr: csr.into(), ttl_seconds: ttl.as_secs() };
+    pub async fn issue_operator(
+        &mut self,
+        csr: Vec<u8>,
+        ttl: Duration,
+    ) -> Result<IssueOperatorResponse, Failed> {
+        let request = IssueOperatorRequest {
+            csr: csr.into(),
+            ttl_seconds: ttl.as_secs(),
+        };
         unary(TRACKER, DEADLINE, self.0.issue_operator(request)).await
     }
 }
@@ -181,8 +242,13 @@ async fn unary<T>(
     call: impl Future<Output = Result<Response<T>, Status>>,
 ) -> Result<T, Failed> {
     match tokio::time::timeout(deadline, call).await {
-        Ok(answer) => answer.map(Response::into_inner).map_err(|status| failed(who, &status)),
-        Err(_) => Err(Failed::new(Exit::Timeout, format!("{who} did not answer within {} s", deadline.as_secs()))),
+        Ok(answer) => answer
+            .map(Response::into_inner)
+            .map_err(|status| failed(who, &status)),
+        Err(_) => Err(Failed::new(
+            Exit::Timeout,
+            format!("{who} did not answer within {} s", deadline.as_secs()),
+        )),
     }
 }
 
@@ -211,7 +277,9 @@ fn is_ours(status: &Status) -> bool {
 }
 
 fn ended() -> Failed {
-    let text = format!("{PEER} went away before the download was complete; run the same command again to continue");
+    let text = format!(
+        "{PEER} went away before the download was complete; run the same command again to continue"
+    );
     Failed::new(Exit::Incomplete, text)
 }
 
@@ -225,17 +293,33 @@ mod tests {
             let failed = failed(PEER, &status);
             (failed.exit, failed.message)
         };
-        assert_eq!(of(Status::not_found("no such member")), (Exit::NotFound, "no such member".into()));
+        assert_eq!(
+            of(Status::not_found("no such member")),
+            (Exit::NotFound, "no such member".into())
+        );
         assert_eq!(of(Status::invalid_argument("not absolute")).0, Exit::Usage);
-        assert!(of(Status::internal("")).1.starts_with("the running peer answered only"));
+        assert!(
+            of(Status::internal(""))
+                .1
+                .starts_with("the running peer answered only")
+        );
         let broken = of(Status::from_error(Box::new(std::io::Error::other("reset"))));
-        assert_eq!(broken, (Exit::Failure, "the running peer went away before it answered".into()));
+        assert_eq!(
+            broken,
+            (
+                Exit::Failure,
+                "the running peer went away before it answered".into()
+            )
+        );
     }
 
     #[tokio::test]
     async fn nobody_is_waited_for_forever() {
         let silence = std::future::pending::<Result<Response<()>, Status>>();
         let failed = unary(TRACKER, Duration::ZERO, silence).await.unwrap_err();
-        assert_eq!((failed.exit, failed.message.as_str()), (Exit::Timeout, "the tracker did not answer within 0 s"));
+        assert_eq!(
+            (failed.exit, failed.message.as_str()),
+            (Exit::Timeout, "the tracker did not answer within 0 s")
+        );
     }
 }

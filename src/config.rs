@@ -171,28 +171,69 @@ const DAY_SECONDS: u64 = 86_400;
 impl Config {
     /// Checks everything that can be known without the disk or the network. [`load`] has done so.
     pub fn check(&self) -> Result<(), BadValue> {
-        let Self { tracker, peer, log: _ } = self;
+        let Self {
+            tracker,
+            peer,
+            log: _,
+        } = self;
         address("tracker.listen", &tracker.listen, true)?;
         address("peer.listen", &peer.listen, true)?;
-        for (key, text) in [("tracker.operator", &tracker.operator), ("peer.operator", &peer.operator)] {
+        for (key, text) in [
+            ("tracker.operator", &tracker.operator),
+            ("peer.operator", &peer.operator),
+        ] {
             if !is_none(text) {
                 address(key, text, true)?;
             }
         }
-        tracker.advertise.iter().try_for_each(|text| address("tracker.advertise", text, false))?;
-        peer.advertise.iter().try_for_each(|text| address("peer.advertise", text, false))?;
-        peer.tracker.iter().try_for_each(|text| address("peer.tracker", text, false))?;
-        within("tracker.leaf_lifetime_seconds", tracker.leaf_lifetime_seconds, 60..=90 * DAY_SECONDS)?;
-        within("tracker.heartbeat_seconds", tracker.heartbeat_seconds, 1..=3_600)?;
+        tracker
+            .advertise
+            .iter()
+            .try_for_each(|text| address("tracker.advertise", text, false))?;
+        peer.advertise
+            .iter()
+            .try_for_each(|text| address("peer.advertise", text, false))?;
+        peer.tracker
+            .iter()
+            .try_for_each(|text| address("peer.tracker", text, false))?;
+        within(
+            "tracker.leaf_lifetime_seconds",
+            tracker.leaf_lifetime_seconds,
+            60..=90 * DAY_SECONDS,
+        )?;
+        within(
+            "tracker.heartbeat_seconds",
+            tracker.heartbeat_seconds,
+            1..=3_600,
+        )?;
         // Two missed heartbeats must not cost the lease.
-        within("tracker.lease_seconds", tracker.lease_seconds, 2 * tracker.heartbeat_seconds..=DAY_SECONDS)?;
-        within("tracker.memory_budget", tracker.memory_budget, 1 << 20..=1 << 50)?;
+        within(
+            "tracker.lease_seconds",
+            tracker.lease_seconds,
+            2 * tracker.heartbeat_seconds..=DAY_SECONDS,
+        )?;
+        within(
+            "tracker.memory_budget",
+            tracker.memory_budget,
+            1 << 20..=1 << 50,
+        )?;
         within("peer.rescan_seconds", peer.rescan_seconds, 1..=DAY_SECONDS)?;
-        let missing = |key, other| Err(BadValue { key, why: format!("must be set, because `{other}` is") });
-        match (&tracker.certificate, &tracker.certificate_key, &tracker.key_passphrase_file) {
+        let missing = |key, other| {
+            Err(BadValue {
+                key,
+                why: format!("must be set, because `{other}` is"),
+            })
+        };
+        match (
+            &tracker.certificate,
+            &tracker.certificate_key,
+            &tracker.key_passphrase_file,
+        ) {
             (Some(_), None, _) => missing("tracker.certificate_key", "tracker.certificate"),
             (None, Some(_), _) => missing("tracker.certificate", "tracker.certificate_key"),
-            (None, None, Some(_)) => missing("tracker.certificate_key", "tracker.key_passphrase_file"),
+            (None, None, Some(_)) => {
+                missing("tracker.certificate_key", "tracker.key_passphrase_file")
+            }
             _ => Ok(()),
         }
     }
@@ -216,10 +257,17 @@ impl TryFrom<String> for LogLevel {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        [Self::Off, Self::Error, Self::Warn, Self::Info, Self::Debug, Self::Trace]
-            .into_iter()
-            .find(|level| level.as_str().eq_ignore_ascii_case(&text))
-            .ok_or_else(|| format!("{text:?} is not one of off, error, warn, info, debug and trace"))
+        [
+            Self::Off,
+            Self::Error,
+            Self::Warn,
+            Self::Info,
+            Self::Debug,
+            Self::Trace,
+        ]
+        .into_iter()
+        .find(|level| level.as_str().eq_ignore_ascii_case(&text))
+        .ok_or_else(|| format!("{text:?} is not one of off, error, warn, info, debug and trace"))
     }
 }
 
@@ -234,7 +282,10 @@ impl Share {
         if name == Some("") || dir.is_empty() {
             return Err(format!("{text:?} is neither DIR nor NAME=DIR"));
         }
-        Ok(Self { name: name.map(Into::into), dir: dir.into() })
+        Ok(Self {
+            name: name.map(Into::into),
+            dir: dir.into(),
+        })
     }
 }
 
@@ -249,7 +300,9 @@ impl TryFrom<String> for Share {
 impl From<Share> for String {
     fn from(share: Share) -> Self {
         let dir = share.dir.to_string_lossy();
-        share.name.map_or_else(|| dir.to_string(), |name| format!("{name}={dir}"))
+        share
+            .name
+            .map_or_else(|| dir.to_string(), |name| format!("{name}={dir}"))
     }
 }
 
@@ -265,13 +318,25 @@ pub enum ConfigError {
     #[error("{place}: not a configuration: {why}")]
     Syntax { place: String, why: String },
     #[error("{place}: unknown key `{key}`, did you mean `{nearest}`?")]
-    UnknownKey { place: String, key: String, nearest: String },
+    UnknownKey {
+        place: String,
+        key: String,
+        nearest: String,
+    },
     #[error("{place}: `{key}` is written twice, keep one")]
     Repeated { place: String, key: String },
     #[error("{place}: `{old}` and `{new}` are the same setting, keep one")]
-    BothShapes { place: String, old: String, new: String },
+    BothShapes {
+        place: String,
+        old: String,
+        new: String,
+    },
     #[error("{place}: `{key}`: {why}")]
-    Value { place: String, key: String, why: String },
+    Value {
+        place: String,
+        key: String,
+        why: String,
+    },
     #[error("no home folder: set HOME or XDG_STATE_HOME, or give --state-dir")]
     NoHome,
 }
@@ -295,21 +360,34 @@ pub enum Service {
 }
 
 /// `$XDG_STATE_HOME/sprat/tracker` or `/peer`, in `~/.local/state` if that variable is not set.
-pub fn state_dir_default(service: Service, environment: &Environment) -> Result<PathBuf, ConfigError> {
+pub fn state_dir_default(
+    service: Service,
+    environment: &Environment,
+) -> Result<PathBuf, ConfigError> {
     let name = match service {
         Service::Tracker => "sprat/tracker",
         Service::Peer => "sprat/peer",
     };
-    Ok(xdg(environment, "XDG_STATE_HOME", ".local/state").ok_or(ConfigError::NoHome)?.join(name))
+    Ok(xdg(environment, "XDG_STATE_HOME", ".local/state")
+        .ok_or(ConfigError::NoHome)?
+        .join(name))
 }
 
 /// Splits `HOST:PORT`. A host is a name, an IPv4 address, or an IPv6 address in brackets, which are taken off.
 pub fn split_host_port(text: &str) -> Option<(&str, u16)> {
     let (host, port) = text.rsplit_once(':')?;
-    let port = port.bytes().all(|byte| byte.is_ascii_digit()).then(|| port.parse().ok())??;
+    let port = port
+        .bytes()
+        .all(|byte| byte.is_ascii_digit())
+        .then(|| port.parse().ok())??;
     if let Some(v6) = host.strip_prefix('[') {
         let v6 = v6.strip_suffix(']')?;
-        return v6.split('%').next()?.parse::<Ipv6Addr>().is_ok().then_some((v6, port));
+        return v6
+            .split('%')
+            .next()?
+            .parse::<Ipv6Addr>()
+            .is_ok()
+            .then_some((v6, port));
     }
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
     (!host.is_empty() && host.bytes().all(plain)).then_some((host, port))
@@ -325,22 +403,40 @@ fn address(key: &'static str, text: &str, to_listen: bool) -> Result<(), BadValu
     let why = match split_host_port(text) {
         None => format!("{text:?} is not HOST:PORT, with an IPv6 address in brackets"),
         Some((_, 0)) if !to_listen => format!("{text:?} needs a port that others can call"),
-        Some(("::" | "0.0.0.0", _)) if !to_listen => format!("{text:?} needs an address that others can call"),
+        Some(("::" | "0.0.0.0", _)) if !to_listen => {
+            format!("{text:?} needs an address that others can call")
+        }
         Some(_) => return Ok(()),
     };
     Err(BadValue { key, why })
 }
 
 fn within(key: &'static str, value: u64, range: RangeInclusive<u64>) -> Result<(), BadValue> {
-    let why = || format!("{value} is not between {} and {}", range.start(), range.end());
-    if range.contains(&value) { Ok(()) } else { Err(BadValue { key, why: why() }) }
+    let why = || {
+        format!(
+            "{value} is not between {} and {}",
+            range.start(),
+            range.end()
+        )
+    };
+    if range.contains(&value) {
+        Ok(())
+    } else {
+        Err(BadValue { key, why: why() })
+    }
 }
 
 /// A directory of XDG, whose variable counts only if absolute, or its place below the home folder.
 fn xdg(environment: &Environment, variable: &str, below_home: &str) -> Option<PathBuf> {
-    let absolute =
-        |name: &str| environment.get(OsString::from(name).as_os_str()).map(Path::new).filter(|path| path.is_absolute());
-    absolute(variable).map(Into::into).or_else(|| Some(absolute("HOME")?.join(below_home)))
+    let absolute = |name: &str| {
+        environment
+            .get(OsString::from(name).as_os_str())
+            .map(Path::new)
+            .filter(|path| path.is_absolute())
+    };
+    absolute(variable)
+        .map(Into::into)
+        .or_else(|| Some(absolute("HOME")?.join(below_home)))
 }
 
 /// A number of bytes, or a text that says it.
@@ -376,9 +472,18 @@ mod tests {
     #[test]
     fn shipped_file_is_the_default() {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("config.json");
-        let loaded = load(&Options { config: Some(file.clone()), cwd: "/".into(), ..Options::default() }).unwrap();
+        let loaded = load(&Options {
+            config: Some(file.clone()),
+            cwd: "/".into(),
+            ..Options::default()
+        })
+        .unwrap();
         assert_eq!(loaded.config, Config::default());
-        let untold: Vec<_> = loaded.origins.iter().filter(|(_, (_, origin))| Path::new(origin) != file).collect();
+        let untold: Vec<_> = loaded
+            .origins
+            .iter()
+            .filter(|(_, (_, origin))| Path::new(origin) != file)
+            .collect();
         assert!(untold.is_empty(), "not in config.json: {untold:?}");
         Config::default().check().unwrap();
     }
@@ -390,19 +495,39 @@ mod tests {
             ("tracker.listen", |c| c.tracker.listen = "7700".into()),
             ("tracker.listen", |c| c.tracker.listen = "::1:7700".into()),
             ("peer.listen", |c| c.peer.listen = "0.0.0.0:70000".into()),
-            ("tracker.advertise", |c| c.tracker.advertise = vec!["here:1".into(), "here:0".into()]),
-            ("peer.advertise", |c| c.peer.advertise = vec!["[::]:7701".into()]),
-            ("peer.tracker", |c| c.peer.tracker = Some("sprat://host:1/x".into())),
-            ("tracker.leaf_lifetime_seconds", |c| c.tracker.leaf_lifetime_seconds = 59),
-            ("tracker.leaf_lifetime_seconds", |c| c.tracker.leaf_lifetime_seconds = u64::MAX),
-            ("tracker.heartbeat_seconds", |c| c.tracker.heartbeat_seconds = 0),
-            ("tracker.heartbeat_seconds", |c| c.tracker.heartbeat_seconds = u64::MAX),
+            ("tracker.advertise", |c| {
+                c.tracker.advertise = vec!["here:1".into(), "here:0".into()]
+            }),
+            ("peer.advertise", |c| {
+                c.peer.advertise = vec!["[::]:7701".into()]
+            }),
+            ("peer.tracker", |c| {
+                c.peer.tracker = Some("sprat://host:1/x".into())
+            }),
+            ("tracker.leaf_lifetime_seconds", |c| {
+                c.tracker.leaf_lifetime_seconds = 59
+            }),
+            ("tracker.leaf_lifetime_seconds", |c| {
+                c.tracker.leaf_lifetime_seconds = u64::MAX
+            }),
+            ("tracker.heartbeat_seconds", |c| {
+                c.tracker.heartbeat_seconds = 0
+            }),
+            ("tracker.heartbeat_seconds", |c| {
+                c.tracker.heartbeat_seconds = u64::MAX
+            }),
             ("tracker.lease_seconds", |c| c.tracker.lease_seconds = 19),
             ("tracker.memory_budget", |c| c.tracker.memory_budget = 0),
             ("peer.rescan_seconds", |c| c.peer.rescan_seconds = 0),
-            ("tracker.certificate_key", |c| c.tracker.certificate = Some("/c".into())),
-            ("tracker.certificate", |c| c.tracker.certificate_key = Some("/k".into())),
-            ("tracker.certificate_key", |c| c.tracker.key_passphrase_file = Some("/p".into())),
+            ("tracker.certificate_key", |c| {
+                c.tracker.certificate = Some("/c".into())
+            }),
+            ("tracker.certificate", |c| {
+                c.tracker.certificate_key = Some("/k".into())
+            }),
+            ("tracker.certificate_key", |c| {
+                c.tracker.key_passphrase_file = Some("/p".into())
+            }),
             ("peer.listen", |c| c.peer.listen = String::new()),
             ("peer.tracker", |c| c.peer.tracker = Some("host".into())),
         ];
@@ -412,7 +537,12 @@ mod tests {
             spoil(&mut config);
             let bad = config.check().unwrap_err();
             assert_eq!(bad.key, key, "{bad}");
-            assert!(known.pointer(&format!("/{}", bad.key.replace('.', "/"))).is_some(), "{bad}");
+            assert!(
+                known
+                    .pointer(&format!("/{}", bad.key.replace('.', "/")))
+                    .is_some(),
+                "{bad}"
+            );
             assert!(!bad.to_string().contains('\n'));
         }
     }
@@ -441,9 +571,17 @@ mod tests {
 
     #[test]
     fn shares_with_and_without_a_name() {
-        let share = |name: Option<&str>, dir: &str| Ok(Share { name: name.map(Into::into), dir: dir.into() });
+        let share = |name: Option<&str>, dir: &str| {
+            Ok(Share {
+                name: name.map(Into::into),
+                dir: dir.into(),
+            })
+        };
         assert_eq!(Share::parse("/films"), share(None, "/films"));
-        assert_eq!(Share::parse("movies=/films"), share(Some("movies"), "/films"));
+        assert_eq!(
+            Share::parse("movies=/films"),
+            share(Some("movies"), "/films")
+        );
         assert_eq!(Share::parse("./a=b"), share(None, "./a=b"));
         assert_eq!(Share::parse("x=a=b"), share(Some("x"), "a=b"));
         for text in ["", "=", "=dir", "name="] {
@@ -454,12 +592,24 @@ mod tests {
     #[test]
     fn state_goes_where_xdg_says() {
         let dir = |variables: &[(&str, &str)]| {
-            let environment = variables.iter().map(|(name, value)| (name.into(), value.into())).collect();
+            let environment = variables
+                .iter()
+                .map(|(name, value)| (name.into(), value.into()))
+                .collect();
             state_dir_default(Service::Peer, &environment).map_err(|error| error.to_string())
         };
-        assert_eq!(dir(&[("XDG_STATE_HOME", "/s"), ("HOME", "/h")]), Ok("/s/sprat/peer".into()));
-        assert_eq!(dir(&[("HOME", "/h")]), Ok("/h/.local/state/sprat/peer".into()));
-        assert_eq!(dir(&[("XDG_STATE_HOME", "relative"), ("HOME", "/h")]), Ok("/h/.local/state/sprat/peer".into()));
+        assert_eq!(
+            dir(&[("XDG_STATE_HOME", "/s"), ("HOME", "/h")]),
+            Ok("/s/sprat/peer".into())
+        );
+        assert_eq!(
+            dir(&[("HOME", "/h")]),
+            Ok("/h/.local/state/sprat/peer".into())
+        );
+        assert_eq!(
+            dir(&[("XDG_STATE_HOME", "relative"), ("HOME", "/h")]),
+            Ok("/h/.local/state/sprat/peer".into())
+        );
         for homeless in [&[][..], &[("HOME", "")][..]] {
             assert!(dir(homeless).unwrap_err().contains("HOME"));
         }

@@ -29,7 +29,9 @@ mod layout;
 
 pub use id::{ContentId, NotAContentId};
 
-pub use layout::{Layout, MAX_PIECE_LEN, MAX_PIECES, MAX_SINGLE, MAX_SIZE, MIN_PIECE_LEN, PieceIndex};
+pub use layout::{
+    Layout, MAX_PIECE_LEN, MAX_PIECES, MAX_SINGLE, MAX_SIZE, MIN_PIECE_LEN, PieceIndex,
+};
 
 /// A BLAKE3 chaining value: the hash of a subtree below the root.
 pub type Hash32 = [u8; 32];
@@ -69,7 +71,10 @@ struct Parts {
 
 impl fmt::Debug for Manifest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Manifest").field("id", &self.0.id).field("layout", &self.0.layout).finish_non_exhaustive()
+        f.debug_struct("Manifest")
+            .field("id", &self.0.id)
+            .field("layout", &self.0.layout)
+            .finish_non_exhaustive()
     }
 }
 
@@ -94,7 +99,11 @@ impl Manifest {
             right_edge: right_edge.to_vec(),
         };
         parts.prove()?;
-        if parts.layout.is_single() { Self::single(id, size) } else { Ok(Self(Arc::new(parts))) }
+        if parts.layout.is_single() {
+            Self::single(id, size)
+        } else {
+            Ok(Self(Arc::new(parts)))
+        }
     }
 
     /// The manifest of a file of at most [`MAX_SINGLE`] bytes. Its size is only a claim until they are verified.
@@ -108,7 +117,13 @@ impl Manifest {
         if (size == 0) != (id == ContentId::EMPTY) {
             return Err(VerifyError::WrongRoot);
         }
-        Ok(Self(Arc::new(Parts { id, layout, hashes: vec![], last_chunk: vec![], right_edge: vec![] })))
+        Ok(Self(Arc::new(Parts {
+            id,
+            layout,
+            hashes: vec![],
+            last_chunk: vec![],
+            right_edge: vec![],
+        })))
     }
 
     /// The content described.
@@ -141,7 +156,12 @@ impl Manifest {
         if !self.check(piece, &bytes) {
             return Err(VerifyError::WrongPiece(piece.get()));
         }
-        Ok(VerifiedPiece { content: self.id(), index: piece, offset: self.layout().offset(piece), bytes })
+        Ok(VerifiedPiece {
+            content: self.id(),
+            index: piece,
+            offset: self.layout().offset(piece),
+            bytes,
+        })
     }
 
     /// Whether bytes (already on this disk) are exactly this piece of the content.
@@ -171,12 +191,22 @@ impl Manifest {
         let (&size, rest) = rest.split_first_chunk().ok_or(VerifyError::Malformed)?;
         let (id, layout) = (ContentId(id), Layout::new(u64::from_le_bytes(size))?);
         if layout.is_single() {
-            return if rest.is_empty() { Self::single(id, layout.size()) } else { Err(VerifyError::Malformed) };
+            return if rest.is_empty() {
+                Self::single(id, layout.size())
+            } else {
+                Err(VerifyError::Malformed)
+            };
         }
         let (left, chunk_len) = layout.right_edge();
-        let (last_chunk, rest) = rest.split_at_checked(chunk_len as usize).ok_or(VerifyError::Malformed)?;
-        let (nodes, []) = rest.as_chunks() else { return Err(VerifyError::Malformed) };
-        let (right_edge, hashes) = nodes.split_at_checked(left.count_ones() as usize).ok_or(VerifyError::Malformed)?;
+        let (last_chunk, rest) = rest
+            .split_at_checked(chunk_len as usize)
+            .ok_or(VerifyError::Malformed)?;
+        let (nodes, []) = rest.as_chunks() else {
+            return Err(VerifyError::Malformed);
+        };
+        let (right_edge, hashes) = nodes
+            .split_at_checked(left.count_ones() as usize)
+            .ok_or(VerifyError::Malformed)?;
         Self::accept(id, layout.size(), hashes.to_vec(), last_chunk, right_edge)
     }
 }
@@ -186,25 +216,47 @@ impl Parts {
     fn prove(&self) -> Result<(), VerifyError> {
         let layout = self.layout;
         if layout.size() == 0 {
-            let bare = self.hashes.is_empty() && self.last_chunk.is_empty() && self.right_edge.is_empty();
-            return if bare { Ok(()) } else { Err(VerifyError::Malformed) };
+            let bare =
+                self.hashes.is_empty() && self.last_chunk.is_empty() && self.right_edge.is_empty();
+            return if bare {
+                Ok(())
+            } else {
+                Err(VerifyError::Malformed)
+            };
         }
         let (left, chunk_len) = layout.right_edge();
-        let n_hashes = if layout.is_single() { 0 } else { layout.n_pieces() };
+        let n_hashes = if layout.is_single() {
+            0
+        } else {
+            layout.n_pieces()
+        };
         let claimed = [n_hashes, chunk_len, left.count_ones()].map(|n| n as usize);
-        if [self.hashes.len(), self.last_chunk.len(), self.right_edge.len()] != claimed {
+        if [
+            self.hashes.len(),
+            self.last_chunk.len(),
+            self.right_edge.len(),
+        ] != claimed
+        {
             return Err(VerifyError::Malformed);
         }
         let last_offset = layout.size() - u64::from(chunk_len);
         if layout.is_single() {
             let root = merge_edge_to_root(&self.right_edge, last_offset, &self.last_chunk);
-            return if root == self.id { Ok(()) } else { Err(VerifyError::SizeNotProven) };
+            return if root == self.id {
+                Ok(())
+            } else {
+                Err(VerifyError::SizeNotProven)
+            };
         }
         let last_chunk = subtree(last_offset, &self.last_chunk);
         if self.hashes.last() != Some(&merge_edge(&self.right_edge, last_chunk)) {
             return Err(VerifyError::SizeNotProven);
         }
-        if fold(&self.hashes) != self.id { Err(VerifyError::WrongRoot) } else { Ok(()) }
+        if fold(&self.hashes) != self.id {
+            Err(VerifyError::WrongRoot)
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -253,12 +305,22 @@ pub struct PieceHash {
 }
 
 /// Hashes one piece of a local file; in any order, on any thread. Fails only if `bytes` has not the piece's length.
-pub fn hash_piece(layout: Layout, piece: PieceIndex, bytes: &[u8]) -> Result<PieceHash, VerifyError> {
+pub fn hash_piece(
+    layout: Layout,
+    piece: PieceIndex,
+    bytes: &[u8],
+) -> Result<PieceHash, VerifyError> {
     if !layout.fits(piece, bytes) {
         return Err(VerifyError::WrongPiece(piece.get()));
     }
     let mut offset = layout.offset(piece);
-    let mut hash = PieceHash { layout, piece, value: [0; 32], last_chunk: vec![], right_edge: vec![] };
+    let mut hash = PieceHash {
+        layout,
+        piece,
+        value: [0; 32],
+        last_chunk: vec![],
+        right_edge: vec![],
+    };
     if layout.is_single() {
         hash.value = *blake3::hash(bytes).as_bytes();
     } else if !layout.is_last(piece) {
@@ -276,7 +338,9 @@ pub fn hash_piece(layout: Layout, piece: PieceIndex, bytes: &[u8]) -> Result<Pie
 /// [`Manifest::accept`]. It is not part of a [`Manifest`], which it would make longer than some files. `None` unless
 /// there is exactly one piece.
 pub fn prove_single(bytes: &[u8]) -> Option<(&[u8], Vec<Hash32>)> {
-    let layout = Layout::new(bytes.len() as u64).ok().filter(|layout| layout.is_single() && layout.n_pieces() == 1)?;
+    let layout = Layout::new(bytes.len() as u64)
+        .ok()
+        .filter(|layout| layout.is_single() && layout.n_pieces() == 1)?;
     let (right_edge, last_chunk) = split_edge(layout, 0, bytes);
     Some((last_chunk, right_edge))
 }
@@ -297,7 +361,11 @@ fn split_edge(layout: Layout, mut offset: u64, bytes: &[u8]) -> (Vec<Hash32>, &[
 ///
 /// Fails if a piece is missing, out of order or from another layout.
 pub fn assemble(layout: Layout, mut pieces: Vec<PieceHash>) -> Result<Manifest, VerifyError> {
-    if !pieces.iter().map(|hash| (hash.layout, hash.piece)).eq(layout.pieces().map(|piece| (layout, piece))) {
+    if !pieces
+        .iter()
+        .map(|hash| (hash.layout, hash.piece))
+        .eq(layout.pieces().map(|piece| (layout, piece)))
+    {
         return Err(VerifyError::Malformed);
     }
     let mut hashes: Vec<_> = pieces.iter().map(|hash| hash.value).collect();
@@ -305,28 +373,44 @@ pub fn assemble(layout: Layout, mut pieces: Vec<PieceHash>) -> Result<Manifest, 
     if layout.is_single() {
         hashes.clear();
     }
-    let (last_chunk, right_edge) = pieces.pop().map(|last| (last.last_chunk, last.right_edge)).unwrap_or_default();
-    Ok(Manifest(Arc::new(Parts { id, layout, hashes, last_chunk, right_edge })))
+    let (last_chunk, right_edge) = pieces
+        .pop()
+        .map(|last| (last.last_chunk, last.right_edge))
+        .unwrap_or_default();
+    Ok(Manifest(Arc::new(Parts {
+        id,
+        layout,
+        hashes,
+        last_chunk,
+        right_edge,
+    })))
 }
 
 /// The value of the subtree over `bytes`, which begins at `offset`. Panics, by hazmat, if `bytes` is empty or longer
 /// than a subtree at `offset` can be.
 fn subtree(offset: u64, bytes: &[u8]) -> Hash32 {
-    blake3::Hasher::new().set_input_offset(offset).update(bytes).finalize_non_root()
+    blake3::Hasher::new()
+        .set_input_offset(offset)
+        .update(bytes)
+        .finalize_non_root()
 }
 
 /// The value of the last piece from its complete subtrees, left to right, and its last chunk's value.
 fn merge_edge(right_edge: &[Hash32], last_chunk: Hash32) -> Hash32 {
-    right_edge.iter().rev().fold(last_chunk, |right, left| merge_subtrees_non_root(left, &right, Mode::Hash))
+    right_edge.iter().rev().fold(last_chunk, |right, left| {
+        merge_subtrees_non_root(left, &right, Mode::Hash)
+    })
 }
 
 /// The id of a content of one piece from its complete subtrees, left to right, and its last chunk at `offset`.
 fn merge_edge_to_root(right_edge: &[Hash32], offset: u64, last_chunk: &[u8]) -> ContentId {
     let root = match right_edge.split_first() {
         None => blake3::hash(last_chunk),
-        Some((first, others)) => {
-            merge_subtrees_root(first, &merge_edge(others, subtree(offset, last_chunk)), Mode::Hash)
-        }
+        Some((first, others)) => merge_subtrees_root(
+            first,
+            &merge_edge(others, subtree(offset, last_chunk)),
+            Mode::Hash,
+        ),
     };
     ContentId(*root.as_bytes())
 }
@@ -348,7 +432,10 @@ fn fold(hashes: &[Hash32]) -> ContentId {
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_possible_truncation, reason = "the numbers here are small")]
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "the numbers here are small"
+)]
 mod tests {
     use proptest::prelude::*;
 
@@ -368,18 +455,18 @@ mod tests {
         PIECE + 1,             // one piece, longer than others
         SINGLE - 1,            // one piece, not full
         SINGLE,                // one full piece: the last size without hashes
-        SINGLE + 1,            // five pieces; the last is one chunk of one byte, so its right edge is empty
-        SINGLE + 1024,         // the last piece is one complete chunk
-        SINGLE + 1025,         // the last piece has two chunks, so one subtree on the edge
-        5 * PIECE - 1024,      // the last piece lacks one chunk
-        5 * PIECE - 1,         // the last piece is complete but for a byte: the edge is at its longest
-        5 * PIECE,             // the last piece is complete
-        6 * PIECE + 1,         // seven pieces, the odd one moves up
-        7 * PIECE + 1,         // eight pieces, a full tree of pieces
+        SINGLE + 1, // five pieces; the last is one chunk of one byte, so its right edge is empty
+        SINGLE + 1024, // the last piece is one complete chunk
+        SINGLE + 1025, // the last piece has two chunks, so one subtree on the edge
+        5 * PIECE - 1024, // the last piece lacks one chunk
+        5 * PIECE - 1, // the last piece is complete but for a byte: the edge is at its longest
+        5 * PIECE,  // the last piece is complete
+        6 * PIECE + 1, // seven pieces, the odd one moves up
+        7 * PIECE + 1, // eight pieces, a full tree of pieces
         5 * PIECE + PIECE / 2, // the last piece is one complete subtree of half its length
-        5 * PIECE + 17_777,    // six pieces; nothing is round
-        8 * PIECE,             // a complete tree
-        9 * PIECE - 1023,      // nine pieces: the last moves up three times; its last chunk is one byte
+        5 * PIECE + 17_777, // six pieces; nothing is round
+        8 * PIECE,  // a complete tree
+        9 * PIECE - 1023, // nine pieces: the last moves up three times; its last chunk is one byte
     ];
 
     /// Bytes that differ from chunk to chunk and from piece to piece.
@@ -394,7 +481,9 @@ mod tests {
     }
 
     fn manifest_with(layout: Layout, bytes: &[u8]) -> Manifest {
-        let hashes = layout.pieces().map(|piece| hash_piece(layout, piece, piece_of(layout, piece, bytes)).unwrap());
+        let hashes = layout
+            .pieces()
+            .map(|piece| hash_piece(layout, piece, piece_of(layout, piece, bytes)).unwrap());
         assemble(layout, hashes.collect()).unwrap()
     }
 
@@ -403,13 +492,28 @@ mod tests {
     }
 
     fn accept(honest: &Manifest, size: u64) -> Result<Manifest, VerifyError> {
-        Manifest::accept(honest.id(), size, honest.hashes().to_vec(), honest.last_chunk(), honest.right_edge())
+        Manifest::accept(
+            honest.id(),
+            size,
+            honest.hashes().to_vec(),
+            honest.last_chunk(),
+            honest.right_edge(),
+        )
     }
 
     /// A manifest that lies about its size may carry whatever the liar can make: the hashes fold to the real id, and
     /// the liar tries every chunk and edge given.
-    fn assert_lie_refused(id: ContentId, size: u64, hashes: &[Hash32], proofs: &[(&[u8], &[Hash32])]) {
-        assert_eq!(fold(hashes), id, "the attack is alive: without the proof this would pass");
+    fn assert_lie_refused(
+        id: ContentId,
+        size: u64,
+        hashes: &[Hash32],
+        proofs: &[(&[u8], &[Hash32])],
+    ) {
+        assert_eq!(
+            fold(hashes),
+            id,
+            "the attack is alive: without the proof this would pass"
+        );
         assert_eq!(Layout::new(size).unwrap().n_pieces() as usize, hashes.len());
         for (last_chunk, right_edge) in proofs {
             let lie = Manifest::accept(id, size, hashes.to_vec(), last_chunk, right_edge);
@@ -418,27 +522,62 @@ mod tests {
     }
 
     fn parents(nodes: &[Hash32]) -> Vec<Hash32> {
-        nodes.chunks(2).map(|p| merge_subtrees_non_root(&p[0], &p[1], Mode::Hash)).collect()
+        nodes
+            .chunks(2)
+            .map(|p| merge_subtrees_non_root(&p[0], &p[1], Mode::Hash))
+            .collect()
     }
 
     #[test]
     fn the_size_of_a_single_piece_is_proven_too() {
         let bytes: Vec<u8> = (0..SINGLE).map(|i| (i % 251) as u8).collect();
-        for size in [1, 2, 1023, 1024, 1025, 2048, 3000, 4096, 5000, 65_536, SINGLE - 1, SINGLE] {
+        for size in [
+            1,
+            2,
+            1023,
+            1024,
+            1025,
+            2048,
+            3000,
+            4096,
+            5000,
+            65_536,
+            SINGLE - 1,
+            SINGLE,
+        ] {
             let bytes = &bytes[..size as usize];
             let id = ContentId(*blake3::hash(bytes).as_bytes());
             let (last_chunk, right_edge) = prove_single(bytes).unwrap();
-            let claim = |size| Manifest::accept(id, size, vec![], last_chunk, &right_edge).map(|m| m.layout().size());
+            let claim = |size| {
+                Manifest::accept(id, size, vec![], last_chunk, &right_edge)
+                    .map(|m| m.layout().size())
+            };
             assert_eq!(claim(size), Ok(size));
-            for lie in [0, 1, size - 1, size + 1, size * 2, size / 2, size + 1024, SINGLE, SINGLE + 1, SINGLE * 2] {
-                assert!(lie == size || claim(lie).is_err(), "{size} passed for {lie}");
+            for lie in [
+                0,
+                1,
+                size - 1,
+                size + 1,
+                size * 2,
+                size / 2,
+                size + 1024,
+                SINGLE,
+                SINGLE + 1,
+                SINGLE * 2,
+            ] {
+                assert!(
+                    lie == size || claim(lie).is_err(),
+                    "{size} passed for {lie}"
+                );
             }
             let mut bent = last_chunk.to_vec();
             bent[0] ^= 1;
             assert!(Manifest::accept(id, size, vec![], &bent, &right_edge).is_err());
             assert!(Manifest::accept(id, size, vec![[0; 32]], last_chunk, &right_edge).is_err());
         }
-        assert!(prove_single(&[]).is_none() && prove_single(&vec![0; SINGLE as usize + 1]).is_none());
+        assert!(
+            prove_single(&[]).is_none() && prove_single(&vec![0; SINGLE as usize + 1]).is_none()
+        );
         assert!(Manifest::accept(ContentId::EMPTY, 0, vec![], &[], &[]).is_ok());
     }
 
@@ -448,21 +587,35 @@ mod tests {
             let bytes = content(size);
             let manifest = manifest(&bytes);
             let layout = manifest.layout();
-            assert_eq!(manifest.id().as_bytes(), blake3::hash(&bytes).as_bytes(), "size {size}");
+            assert_eq!(
+                manifest.id().as_bytes(),
+                blake3::hash(&bytes).as_bytes(),
+                "size {size}"
+            );
             let mut whole = vec![];
             for piece in layout.pieces() {
                 let bytes = Bytes::copy_from_slice(piece_of(layout, piece, &bytes));
                 assert!(manifest.check(piece, &bytes));
                 let verified = manifest.verify(piece, bytes).unwrap();
-                assert_eq!((verified.content(), verified.index()), (manifest.id(), piece));
+                assert_eq!(
+                    (verified.content(), verified.index()),
+                    (manifest.id(), piece)
+                );
                 assert_eq!(verified.offset(), whole.len() as u64);
                 whole.extend_from_slice(verified.bytes());
             }
             assert_eq!(whole, bytes);
             let stored = manifest.to_bytes();
-            assert_eq!(Manifest::from_bytes(&stored).unwrap().to_bytes(), stored, "size {size}");
+            assert_eq!(
+                Manifest::from_bytes(&stored).unwrap().to_bytes(),
+                stored,
+                "size {size}"
+            );
             if size > SINGLE {
-                assert_eq!(manifest.last_chunk(), &bytes[bytes.len() - ((bytes.len() - 1) % 1024 + 1)..]);
+                assert_eq!(
+                    manifest.last_chunk(),
+                    &bytes[bytes.len() - ((bytes.len() - 1) % 1024 + 1)..]
+                );
                 assert!(accept(&manifest, size).is_ok());
             } else {
                 assert_eq!(stored.len(), 40);
@@ -481,7 +634,10 @@ mod tests {
                 let bytes = content(size);
                 let manifest = manifest_with(Layout::with_piece_len(size, piece_len), &bytes);
                 assert_eq!(manifest.id().as_bytes(), blake3::hash(&bytes).as_bytes());
-                assert_eq!(manifest.right_edge().len(), if size % 2 == 0 { edge } else { 0 });
+                assert_eq!(
+                    manifest.right_edge().len(),
+                    if size % 2 == 0 { edge } else { 0 }
+                );
                 assert_eq!(manifest.0.prove(), Ok(()));
             }
         }
@@ -495,10 +651,14 @@ mod tests {
         const ID: &str = "8fbaf398f24611abbbd7d6ad645c77ed4f905cdec6e5a5da5f535ce0480ba98b";
         let layout = Layout::new(SIZE).unwrap();
         let zeros = vec![0; layout.piece_len() as usize];
-        let hash = |piece| hash_piece(layout, piece, &zeros[..layout.len_of(piece) as usize]).unwrap();
+        let hash =
+            |piece| hash_piece(layout, piece, &zeros[..layout.len_of(piece) as usize]).unwrap();
         let manifest = assemble(layout, layout.pieces().map(hash).collect()).unwrap();
         assert_eq!(manifest.id().to_string(), ID);
-        assert_eq!(Manifest::from_bytes(&manifest.to_bytes()).unwrap().layout(), layout);
+        assert_eq!(
+            Manifest::from_bytes(&manifest.to_bytes()).unwrap().layout(),
+            layout
+        );
         let last = layout.pieces().next_back().unwrap();
         assert!(manifest.check(last, &zeros[..77_824]));
     }
@@ -508,8 +668,14 @@ mod tests {
         assert_eq!(ContentId::EMPTY.as_bytes(), blake3::hash(b"").as_bytes());
         let other = manifest(b"x").id();
         assert!(Manifest::single(ContentId::EMPTY, 0).is_ok());
-        assert_eq!(Manifest::single(other, 0).map(|_| ()), Err(VerifyError::WrongRoot));
-        assert_eq!(Manifest::single(ContentId::EMPTY, 1).map(|_| ()), Err(VerifyError::WrongRoot));
+        assert_eq!(
+            Manifest::single(other, 0).map(|_| ()),
+            Err(VerifyError::WrongRoot)
+        );
+        assert_eq!(
+            Manifest::single(ContentId::EMPTY, 1).map(|_| ()),
+            Err(VerifyError::WrongRoot)
+        );
         assert!(Manifest::single(other, SINGLE).is_ok());
         assert!(Manifest::single(other, SINGLE + 1).is_err());
         assert!(Manifest::single(other, u64::MAX).is_err());
@@ -521,11 +687,21 @@ mod tests {
         assert_eq!(text.parse(), Ok(ContentId::EMPTY));
         assert_eq!(ContentId::EMPTY.to_string(), text);
         assert_eq!(format!("{:?}", ContentId::EMPTY), "ContentId(af1349b9)");
-        let bad = [&text.to_uppercase(), &text[1..], &format!("{text}0"), &format!(" {}", &text[1..]), "", "é"];
+        let bad = [
+            &text.to_uppercase(),
+            &text[1..],
+            &format!("{text}0"),
+            &format!(" {}", &text[1..]),
+            "",
+            "é",
+        ];
         for text in bad.into_iter().chain([&*"g".repeat(64), &*"é".repeat(32)]) {
             assert_eq!(text.parse::<ContentId>(), Err(NotAContentId), "{text:?}");
         }
-        assert_eq!(ContentId::try_from(&ContentId::EMPTY.0[..]), Ok(ContentId::EMPTY));
+        assert_eq!(
+            ContentId::try_from(&ContentId::EMPTY.0[..]),
+            Ok(ContentId::EMPTY)
+        );
         assert_eq!(ContentId::try_from(&[0; 33][..]), Err(NotAContentId));
     }
 
@@ -535,26 +711,44 @@ mod tests {
         let (hashes, chunk, edge) = (honest.hashes(), honest.last_chunk(), honest.right_edge());
         // One subtree more on the edge, and one step less at its end.
         let deeper: Vec<_> = [&hashes[14..15], &edge[..5]].concat();
-        assert_lie_refused(honest.id(), 8 * PIECE, &parents(hashes), &[(chunk, edge), (chunk, &deeper)]);
+        assert_lie_refused(
+            honest.id(),
+            8 * PIECE,
+            &parents(hashes),
+            &[(chunk, edge), (chunk, &deeper)],
+        );
 
         // The same with the last parent's two children passed off as a chunk of 64 bytes.
         let bytes = content(16 * PIECE);
         let two_chunks = &bytes[bytes.len() - 2048..];
-        let children =
-            [subtree(16 * PIECE - 2048, &two_chunks[..1024]), subtree(16 * PIECE - 1024, &two_chunks[1024..])];
-        assert_eq!(merge_edge(&deeper, parents(&children)[0]), parents(hashes)[7]);
+        let children = [
+            subtree(16 * PIECE - 2048, &two_chunks[..1024]),
+            subtree(16 * PIECE - 1024, &two_chunks[1024..]),
+        ];
+        assert_eq!(
+            merge_edge(&deeper, parents(&children)[0]),
+            parents(hashes)[7]
+        );
         assert_lie_refused(
             honest.id(),
             8 * PIECE - 1024 + 64,
             &parents(hashes),
-            &[(children.as_flattened(), &deeper), (children.as_flattened(), edge)],
+            &[
+                (children.as_flattened(), &deeper),
+                (children.as_flattened(), edge),
+            ],
         );
 
         // A last piece of one chunk: everything about the last node is true but the chunk's place.
         let honest = manifest(&content(15 * PIECE + 900));
         let (hashes, chunk) = (honest.hashes(), honest.last_chunk());
         assert_eq!(merge_edge(&hashes[14..15], hashes[15]), parents(hashes)[7]);
-        assert_lie_refused(honest.id(), 7 * PIECE + 1024 + 900, &parents(hashes), &[(chunk, &hashes[14..15])]);
+        assert_lie_refused(
+            honest.id(),
+            7 * PIECE + 1024 + 900,
+            &parents(hashes),
+            &[(chunk, &hashes[14..15])],
+        );
     }
 
     #[test]
@@ -562,10 +756,18 @@ mod tests {
         let bytes = content(8 * PIECE);
         let honest = manifest(&bytes);
         let half = PIECE / 2;
-        let halves: Vec<_> = (0..16).zip(bytes.chunks(PIECE as usize / 2)).map(|(i, b)| subtree(i * half, b)).collect();
+        let halves: Vec<_> = (0..16)
+            .zip(bytes.chunks(PIECE as usize / 2))
+            .map(|(i, b)| subtree(i * half, b))
+            .collect();
         let (chunk, edge) = (honest.last_chunk(), honest.right_edge());
         // Everything about the last node is true but its place.
-        assert_lie_refused(honest.id(), 15 * PIECE + half, &halves, &[(chunk, &edge[1..])]);
+        assert_lie_refused(
+            honest.id(),
+            15 * PIECE + half,
+            &halves,
+            &[(chunk, &edge[1..])],
+        );
         assert_lie_refused(honest.id(), 16 * PIECE, &halves, &[(chunk, edge)]);
     }
 
@@ -574,7 +776,12 @@ mod tests {
         // The parents of all pairs stand as pieces; the last piece is the real one.
         let honest = manifest(&content(14 * PIECE + 5000));
         let merged = [&parents(&honest.hashes()[..14])[..], &honest.hashes()[14..]].concat();
-        assert_lie_refused(honest.id(), 7 * PIECE + 5000, &merged, &[(honest.last_chunk(), honest.right_edge())]);
+        assert_lie_refused(
+            honest.id(),
+            7 * PIECE + 5000,
+            &merged,
+            &[(honest.last_chunk(), honest.right_edge())],
+        );
     }
 
     #[test]
@@ -583,13 +790,23 @@ mod tests {
         let (id, size, hashes) = (honest.id(), honest.layout().size(), honest.hashes());
         let (chunk, edge) = (honest.last_chunk(), honest.right_edge());
         let refused = |hashes: &[Hash32], chunk: &[u8], edge: &[Hash32]| {
-            matches!(Manifest::accept(id, size, hashes.to_vec(), chunk, edge), Err(VerifyError::Malformed))
+            matches!(
+                Manifest::accept(id, size, hashes.to_vec(), chunk, edge),
+                Err(VerifyError::Malformed)
+            )
         };
         let longer = |nodes: &[Hash32]| [nodes, &[[0; 32]]].concat();
-        assert!(refused(&[], chunk, edge) && refused(&hashes[..5], chunk, edge) && refused(&hashes[1..], chunk, edge));
+        assert!(
+            refused(&[], chunk, edge)
+                && refused(&hashes[..5], chunk, edge)
+                && refused(&hashes[1..], chunk, edge)
+        );
         assert!(refused(&longer(hashes), chunk, edge));
         assert!(refused(hashes, &[], edge) && refused(hashes, &chunk[1..], edge));
-        assert!(refused(hashes, &[chunk, b"x"].concat(), edge) && refused(hashes, &content(2 * PIECE), edge));
+        assert!(
+            refused(hashes, &[chunk, b"x"].concat(), edge)
+                && refused(hashes, &content(2 * PIECE), edge)
+        );
         assert!(refused(hashes, chunk, &[]) && refused(hashes, chunk, &longer(edge)));
         let stored = honest.to_bytes();
         assert!((0..stored.len()).all(|len| Manifest::from_bytes(&stored[..len]).is_err()));
@@ -600,8 +817,15 @@ mod tests {
 
     #[test]
     fn a_manifest_of_another_file_is_refused() {
-        let (mine, other) = (manifest(&content(5 * PIECE)), manifest(&content(5 * PIECE + 1)[1..]));
-        let (hashes, chunk, edge) = (other.hashes().to_vec(), other.last_chunk(), other.right_edge());
+        let (mine, other) = (
+            manifest(&content(5 * PIECE)),
+            manifest(&content(5 * PIECE + 1)[1..]),
+        );
+        let (hashes, chunk, edge) = (
+            other.hashes().to_vec(),
+            other.last_chunk(),
+            other.right_edge(),
+        );
         let lie = Manifest::accept(mine.id(), 5 * PIECE, hashes, chunk, edge);
         assert_eq!(lie.map(|_| ()), Err(VerifyError::WrongRoot));
     }
@@ -613,14 +837,25 @@ mod tests {
         let manifest = manifest(&bytes);
         let piece = |i| manifest.layout().piece(i).unwrap();
         let swapped = [1, 0, 2, 3, 4].map(|i| manifest.hashes()[i]);
-        let lie =
-            Manifest::accept(manifest.id(), 5 * PIECE, swapped.into(), manifest.last_chunk(), manifest.right_edge());
+        let lie = Manifest::accept(
+            manifest.id(),
+            5 * PIECE,
+            swapped.into(),
+            manifest.last_chunk(),
+            manifest.right_edge(),
+        );
         assert_eq!(lie.map(|_| ()), Err(VerifyError::WrongRoot));
 
-        let other = manifest_with(manifest.layout(), &[vec![7; PIECE as usize], content(4 * PIECE)].concat());
+        let other = manifest_with(
+            manifest.layout(),
+            &[vec![7; PIECE as usize], content(4 * PIECE)].concat(),
+        );
         assert!(other.check(piece(0), &bytes[..PIECE as usize]));
         let refused = |i, len: u64| {
-            other.verify(piece(i), Bytes::copy_from_slice(&bytes[..len as usize])).map(|_| ()).unwrap_err()
+            other
+                .verify(piece(i), Bytes::copy_from_slice(&bytes[..len as usize]))
+                .map(|_| ())
+                .unwrap_err()
         };
         assert_eq!(refused(1, PIECE), VerifyError::WrongPiece(1));
         for actual in [0, 1, PIECE as usize - 1, PIECE as usize + 1, bytes.len()] {
@@ -631,7 +866,10 @@ mod tests {
     #[test]
     fn a_piece_index_of_another_layout_is_harmless() {
         let small = manifest(&content(SINGLE + 1));
-        let far = Layout::new(MAX_SIZE).unwrap().piece(MAX_PIECES - 1).unwrap();
+        let far = Layout::new(MAX_SIZE)
+            .unwrap()
+            .piece(MAX_PIECES - 1)
+            .unwrap();
         assert_eq!(small.layout().len_of(far), 0);
         for bytes in [vec![], content(PIECE)] {
             assert!(hash_piece(small.layout(), far, &bytes).is_err());
@@ -645,18 +883,37 @@ mod tests {
         let layout = Layout::new(5 * PIECE).unwrap();
         let bytes = content(PIECE);
         let hashes = |layout: Layout, order: &[u32]| {
-            order.iter().map(|i| hash_piece(layout, layout.piece(*i).unwrap(), &bytes).unwrap()).collect::<Vec<_>>()
+            order
+                .iter()
+                .map(|i| hash_piece(layout, layout.piece(*i).unwrap(), &bytes).unwrap())
+                .collect::<Vec<_>>()
         };
         assert!(assemble(layout, hashes(layout, &[0, 1, 2, 3, 4])).is_ok());
-        for wrong in [&[][..], &[0, 1, 2, 3], &[0, 2, 1, 3, 4], &[0, 1, 1, 3, 4], &[0, 1, 2, 3, 4, 4]] {
+        for wrong in [
+            &[][..],
+            &[0, 1, 2, 3],
+            &[0, 2, 1, 3, 4],
+            &[0, 1, 1, 3, 4],
+            &[0, 1, 2, 3, 4, 4],
+        ] {
             assert!(assemble(layout, hashes(layout, wrong)).is_err());
         }
-        assert!(assemble(layout, hashes(Layout::new(6 * PIECE).unwrap(), &[0, 1, 2, 3, 4])).is_err());
+        assert!(
+            assemble(
+                layout,
+                hashes(Layout::new(6 * PIECE).unwrap(), &[0, 1, 2, 3, 4])
+            )
+            .is_err()
+        );
     }
 
     /// Sizes of a few pieces, the awkward ones included.
     fn multi_piece_size() -> impl Strategy<Value = u64> {
-        let awkward: Vec<_> = AWKWARD_SIZES.iter().copied().filter(|size| *size > SINGLE).collect();
+        let awkward: Vec<_> = AWKWARD_SIZES
+            .iter()
+            .copied()
+            .filter(|size| *size > SINGLE)
+            .collect();
         prop_oneof![prop::sample::select(awkward), SINGLE + 1..9 * PIECE]
     }
 

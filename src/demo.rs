@@ -24,8 +24,14 @@ use crate::{
     cli::{DemoOptions, progress::Report},
     client::Control,
     content::ContentId,
-    peer::{self, Node, NodeOptions, Rates, hasher::hash_file, join::join, tracker_client::TrackerClient},
-    proto::{Done, GetRequest, LimitRequest, ListFilesRequest, Wanted, get_event::Event, get_request::Existing},
+    peer::{
+        self, Node, NodeOptions, Rates, hasher::hash_file, join::join,
+        tracker_client::TrackerClient,
+    },
+    proto::{
+        Done, GetRequest, LimitRequest, ListFilesRequest, Wanted, get_event::Event,
+        get_request::Existing,
+    },
     safe_path,
     tracker::{Keep, Tracker, TrackerOptions},
     units::human_size,
@@ -43,10 +49,17 @@ struct Stage {
 
 impl Stage {
     fn new() -> Result<Self> {
-        let folder =
-            std::env::temp_dir().join(format!("sprat-demo-{}-{:08x}", std::process::id(), rand::random::<u32>()));
-        safe_path::private_dir(&folder).with_context(|| format!("creating {}", folder.display()))?;
-        Ok(Self { folder, children: vec![] })
+        let folder = std::env::temp_dir().join(format!(
+            "sprat-demo-{}-{:08x}",
+            std::process::id(),
+            rand::random::<u32>()
+        ));
+        safe_path::private_dir(&folder)
+            .with_context(|| format!("creating {}", folder.display()))?;
+        Ok(Self {
+            folder,
+            children: vec![],
+        })
     }
 
     fn state(&self, peer: &str) -> PathBuf {
@@ -61,7 +74,14 @@ impl Stage {
     fn start_peer(&mut self, peer: &str) -> Result<()> {
         let log = File::create(self.folder.join(peer).join("log"))?;
         let child = Command::new(std::env::current_exe()?)
-            .args(["peer", "--listen", LOOPBACK, "--operator", "none", "--state-dir"])
+            .args([
+                "peer",
+                "--listen",
+                LOOPBACK,
+                "--operator",
+                "none",
+                "--state-dir",
+            ])
             .arg(self.state(peer))
             .arg("--share")
             .arg(self.share(peer))
@@ -131,17 +151,32 @@ async fn play(stage: &mut Stage, size: u64) -> Result<()> {
         keep: Keep::default(),
     })
     .await?;
-    say(format!("tracker   {}, authority {}…", tracker.address(), &tracker.fingerprint()[..16]))?;
+    say(format!(
+        "tracker   {}, authority {}…",
+        tracker.address(),
+        &tracker.fingerprint()[..16]
+    ))?;
     let link = tracker.join_link(4, Duration::from_secs(600))?;
     let token = link.parse()?;
     let mut ids = vec![];
     for peer in ["ant", "bee", "fox", "owl"] {
-        ids.push((join(&token, &stage.state(peer)).await?.peer_id.to_string(), peer));
+        ids.push((
+            join(&token, &stage.state(peer)).await?.peer_id.to_string(),
+            peer,
+        ));
     }
     say("joined    ant, bee, fox and owl, by one link good for four")?;
     let id = share(stage, size).await?;
-    say(format!("shared    {FILE}, {} by ant, bee and fox; content id {id:.16}…", human_size(size)))?;
-    let liar = Liar::start(&stage.state("fox"), &stage.share("fox").join(FILE), size / 8).await?;
+    say(format!(
+        "shared    {FILE}, {} by ant, bee and fox; content id {id:.16}…",
+        human_size(size)
+    ))?;
+    let liar = Liar::start(
+        &stage.state("fox"),
+        &stage.share("fox").join(FILE),
+        size / 8,
+    )
+    .await?;
     stage.start_peer("ant")?;
     stage.start_peer("bee")?;
     let owl = Node::start(NodeOptions {
@@ -155,7 +190,10 @@ async fn play(stage: &mut Stage, size: u64) -> Result<()> {
         rescan: Duration::from_secs(60),
         upload_limit: Rates::default(),
         // Until bee is killed, so that there is a half-way to see on any machine.
-        download_limit: Rates { total: Some(size / 2), per_peer: None },
+        download_limit: Rates {
+            total: Some(size / 2),
+            per_peer: None,
+        },
     })
     .await?;
     wait_for_sources(&stage.state("owl"), id).await?;
@@ -164,7 +202,10 @@ async fn play(stage: &mut Stage, size: u64) -> Result<()> {
     )?;
     let (done, rate) = download(stage, &owl, id, size).await?;
     verify(stage, &liar, id, &ids, &done)?;
-    say(format!("speed     {}/s when it was let go, encrypted, every piece verified", human_size(rate)))?;
+    say(format!(
+        "speed     {}/s when it was let go, encrypted, every piece verified",
+        human_size(rate)
+    ))?;
     say(format!("equal     b3sum {id}"))?;
     liar.stop().await;
     owl.stop().await;
@@ -186,8 +227,11 @@ async fn share(stage: &Stage, size: u64) -> Result<ContentId> {
         let mut left = size;
         while left > 0 {
             random.fill_bytes(&mut buffer);
-            let n = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
-            file.write_all(&buffer[..n]).with_context(|| format!("writing {}", path.display()))?;
+            let n = usize::try_from(left)
+                .unwrap_or(usize::MAX)
+                .min(buffer.len());
+            file.write_all(&buffer[..n])
+                .with_context(|| format!("writing {}", path.display()))?;
             left -= n as u64;
         }
         drop(file);
@@ -195,7 +239,9 @@ async fn share(stage: &Stage, size: u64) -> Result<ContentId> {
         for share in &shares[1..] {
             fs::hard_link(&path, share.join(FILE))?;
         }
-        Ok(hash_file(&File::open(&path)?, &CancellationToken::new())?.manifest.id())
+        Ok(hash_file(&File::open(&path)?, &CancellationToken::new())?
+            .manifest
+            .id())
     })
     .await?
 }
@@ -204,20 +250,38 @@ async fn wait_for_sources(state: &Path, id: ContentId) -> Result<()> {
     let tracker = TrackerClient::open(state, None).await?;
     let until = Instant::now() + PATIENCE;
     loop {
-        let rows = tracker.list(ListFilesRequest { content_id: id.to_string(), ..Default::default() }).await?;
+        let rows = tracker
+            .list(ListFilesRequest {
+                content_id: id.to_string(),
+                ..Default::default()
+            })
+            .await?;
         if rows.iter().any(|row| row.source_count == 3) {
             return Ok(());
         }
-        ensure!(Instant::now() < until, "the peers did not list the file within {PATIENCE:?}");
+        ensure!(
+            Instant::now() < until,
+            "the peers did not list the file within {PATIENCE:?}"
+        );
         sleep(Duration::from_millis(50)).await;
     }
 }
 
 /// Gives the summary, and bytes a second without the limit.
 async fn download(stage: &mut Stage, owl: &Node, id: ContentId, size: u64) -> Result<(Done, u64)> {
-    let wanted = vec![Wanted { name: FILE.into(), size, content_id: id.to_string(), sources: vec![] }];
+    let wanted = vec![Wanted {
+        name: FILE.into(),
+        size,
+        content_id: id.to_string(),
+        sources: vec![],
+    }];
     let output = format!("{}/", stage.share("owl").display());
-    let request = GetRequest { wanted, output, existing: Existing::Refuse.into(), sources: vec![] };
+    let request = GetRequest {
+        wanted,
+        output,
+        existing: Existing::Refuse.into(),
+        sources: vec![],
+    };
     let mut control = Control::new(owl.control());
     let mut events = control.get(request).await?;
     let mut report = Report::new(false, false, false);
@@ -227,11 +291,17 @@ async fn download(stage: &mut Stage, owl: &Node, id: ContentId, size: u64) -> Re
         match &event {
             Event::Progress(progress) if let_go.is_none() && progress.bytes_done * 2 >= size => {
                 stage.kill("bee")?;
-                control.limit(LimitRequest { download: Some(0), ..LimitRequest::default() }).await?;
+                control
+                    .limit(LimitRequest {
+                        download: Some(0),
+                        ..LimitRequest::default()
+                    })
+                    .await?;
                 let_go = Some((Instant::now(), progress.bytes_done));
             }
             Event::Done(done) => {
-                let (at, before) = let_go.context("the download was over before bee could be killed")?;
+                let (at, before) =
+                    let_go.context("the download was over before bee could be killed")?;
                 let millis = u64::try_from(at.elapsed().as_millis())?.max(1);
                 let rate = done.bytes_fetched.saturating_sub(before) * 1000 / millis;
                 let done = done.clone();
@@ -248,23 +318,45 @@ async fn download(stage: &mut Stage, owl: &Node, id: ContentId, size: u64) -> Re
     }
 }
 
-fn verify(stage: &Stage, liar: &Liar, id: ContentId, ids: &[(String, &str)], done: &Done) -> Result<()> {
-    let received = hash_file(&File::open(stage.share("owl").join(FILE))?, &CancellationToken::new())?.manifest.id();
+fn verify(
+    stage: &Stage,
+    liar: &Liar,
+    id: ContentId,
+    ids: &[(String, &str)],
+    done: &Done,
+) -> Result<()> {
+    let received = hash_file(
+        &File::open(stage.share("owl").join(FILE))?,
+        &CancellationToken::new(),
+    )?
+    .manifest
+    .id();
     ensure!(received == id, "the received file differs: {received}");
     say("\nfrom      source  bytes")?;
     for source in &done.sources {
-        let name = ids.iter().find(|(peer, _)| *peer == source.peer_id).map_or("?", |(_, name)| *name);
+        let name = ids
+            .iter()
+            .find(|(peer, _)| *peer == source.peer_id)
+            .map_or("?", |(_, name)| *name);
         let how = match name {
             "bee" => "killed half-way",
             "fox" => "lied, and was banned",
             _ => "",
         };
-        say(format!("          {name:6}  {:>10}  {how}", human_size(source.bytes)))?;
+        say(format!(
+            "          {name:6}  {:>10}  {how}",
+            human_size(source.bytes)
+        ))?;
     }
     let gave = |name: &str| {
-        done.sources.iter().any(|s| s.bytes > 0 && ids.iter().any(|(id, n)| *id == s.peer_id && *n == name))
+        done.sources
+            .iter()
+            .any(|s| s.bytes > 0 && ids.iter().any(|(id, n)| *id == s.peer_id && *n == name))
     };
-    ensure!(["ant", "bee", "fox"].into_iter().all(gave), "a source gave nothing");
+    ensure!(
+        ["ant", "bee", "fox"].into_iter().all(gave),
+        "a source gave nothing"
+    );
     ensure!(liar.lies() > 0, "fox never came to lie");
     let lost = "survived  a killed source, and a liar that was banned at its first wrong piece; nothing wrong reached the disk";
     say(lost)

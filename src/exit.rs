@@ -39,7 +39,10 @@ impl Exit {
     /// All of them with what they mean, for `--help` and the man page.
     pub const TABLE: [(Self, &'static str); 11] = [
         (Self::Failure, "failure without a code of its own"),
-        (Self::Usage, "wrong usage or configuration, or a terminal is needed"),
+        (
+            Self::Usage,
+            "wrong usage or configuration, or a terminal is needed",
+        ),
         (Self::NotFound, "not found"),
         (Self::NoSource, "no source can be reached"),
         (Self::Timeout, "took too long"),
@@ -48,13 +51,20 @@ impl Exit {
         (Self::NoSpace, "no space, or the folder cannot be written"),
         (Self::Exists, "the target exists"),
         (Self::Tracker, "the tracker cannot be reached, or is none"),
-        (Self::Auth, "not a member, or the token or certificate was refused"),
+        (
+            Self::Auth,
+            "not a member, or the token or certificate was refused",
+        ),
     ];
 
     /// The code of a number, [`Exit::Failure`] for an unknown one.
     #[must_use]
     pub fn from_code(code: u32) -> Self {
-        Self::TABLE.iter().map(|row| row.0).find(|exit| *exit as u32 == code).unwrap_or(Self::Failure)
+        Self::TABLE
+            .iter()
+            .map(|row| row.0)
+            .find(|exit| *exit as u32 == code)
+            .unwrap_or(Self::Failure)
     }
 }
 
@@ -71,7 +81,10 @@ impl Failed {
     /// An error with this code and text.
     #[must_use]
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
-        Self { exit, message: message.into() }
+        Self {
+            exit,
+            message: message.into(),
+        }
     }
 
     /// A state directory that cannot be used; `error` names the path.
@@ -82,8 +95,12 @@ impl Failed {
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Exit::NoSpace,
             _ => Exit::Failure,
         };
-        let advice = "it must be this user's own and writable; mend that, or choose another --state-dir";
-        Self::new(exit, format!("the state directory cannot be used: {error}; {advice}"))
+        let advice =
+            "it must be this user's own and writable; mend that, or choose another --state-dir";
+        Self::new(
+            exit,
+            format!("the state directory cannot be used: {error}; {advice}"),
+        )
     }
 }
 
@@ -102,7 +119,10 @@ mod tests {
     #[test]
     fn codes_are_distinct_and_read_back() {
         for (i, (exit, _)) in Exit::TABLE.iter().enumerate() {
-            assert_eq!((*exit as usize, Exit::from_code(*exit as u32)), (i + 1, *exit));
+            assert_eq!(
+                (*exit as usize, Exit::from_code(*exit as u32)),
+                (i + 1, *exit)
+            );
         }
         assert_eq!(Exit::from_code(99), Exit::Failure);
     }

@@ -22,23 +22,34 @@ pub struct InvalidHaveMap {
 impl HaveMap {
     /// No piece of a content that has `n_pieces`.
     pub fn empty(n_pieces: u32) -> Self {
-        Self { n_pieces, bits: vec![0; n_pieces.div_ceil(8) as usize] }
+        Self {
+            n_pieces,
+            bits: vec![0; n_pieces.div_ceil(8) as usize],
+        }
     }
 
     /// Every piece of a content that has `n_pieces`.
     pub fn full(n_pieces: u32) -> Self {
-        let mut map = Self { n_pieces, bits: vec![u8::MAX; n_pieces.div_ceil(8) as usize] };
+        let mut map = Self {
+            n_pieces,
+            bits: vec![u8::MAX; n_pieces.div_ceil(8) as usize],
+        };
         map.clear_spare_bits();
         map
     }
 
     /// Reads the wire form. Fails unless `bytes` has exactly one bit for each of `n_pieces`, spare bits zero.
     pub fn from_bytes(n_pieces: u32, bytes: &[u8]) -> Result<Self, InvalidHaveMap> {
-        let spare = bytes.last().map_or(0, |last| last & !last_byte_mask(n_pieces));
+        let spare = bytes
+            .last()
+            .map_or(0, |last| last & !last_byte_mask(n_pieces));
         if bytes.len() != n_pieces.div_ceil(8) as usize || spare != 0 {
             return Err(InvalidHaveMap { n_pieces });
         }
-        Ok(Self { n_pieces, bits: bytes.to_vec() })
+        Ok(Self {
+            n_pieces,
+            bits: bytes.to_vec(),
+        })
     }
 
     /// The wire form.
@@ -74,7 +85,9 @@ impl HaveMap {
 
     /// Whether piece `i` is held.
     pub fn contains(&self, i: u32) -> bool {
-        self.bits.get(i as usize / 8).is_some_and(|byte| byte >> (i % 8) & 1 == 1)
+        self.bits
+            .get(i as usize / 8)
+            .is_some_and(|byte| byte >> (i % 8) & 1 == 1)
     }
 
     /// Number of pieces held.
@@ -115,7 +128,9 @@ impl HaveMap {
         }
         let added = |(at, (now, then)): (u32, (&u8, &u8))| {
             let new = now & !then;
-            (0..8).filter(move |bit| new >> bit & 1 == 1).map(move |bit| 8 * at + bit)
+            (0..8)
+                .filter(move |bit| new >> bit & 1 == 1)
+                .map(move |bit| 8 * at + bit)
         };
         Some(pairs().flat_map(added).collect())
     }
@@ -142,7 +157,10 @@ fn last_byte_mask(n_pieces: u32) -> u8 {
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_possible_truncation, reason = "the numbers here are small")]
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "the numbers here are small"
+)]
 mod tests {
     use std::collections::BTreeSet;
 
@@ -237,7 +255,10 @@ mod tests {
 
     #[test]
     fn bits_are_least_significant_first() {
-        assert_eq!(map(11, &[0, 3, 9].into()).to_bytes(), [0b0000_1001, 0b0000_0010]);
+        assert_eq!(
+            map(11, &[0, 3, 9].into()).to_bytes(),
+            [0b0000_1001, 0b0000_0010]
+        );
         assert_eq!(HaveMap::full(11).to_bytes(), [0xff, 0b0000_0111]);
     }
 

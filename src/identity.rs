@@ -125,7 +125,10 @@ impl Subject {
     fn parse(name: &str) -> Option<Self> {
         let (id, role) = name.strip_suffix(DOMAIN)?.split_once('.')?;
         let role = Role::ALL.into_iter().find(|r| r.label() == role)?;
-        Some(Self { id: id.parse().ok()?, role })
+        Some(Self {
+            id: id.parse().ok()?,
+            role,
+        })
     }
 }
 
@@ -172,14 +175,18 @@ impl CertificateFacts {
     /// # Errors
     /// [`IdentityError::Malformed`]
     pub fn read(der: &[u8]) -> Result<Self, IdentityError> {
-        let (rest, cert) = X509Certificate::from_der(der).map_err(|e| IdentityError::Malformed(e.to_string()))?;
+        let (rest, cert) =
+            X509Certificate::from_der(der).map_err(|e| IdentityError::Malformed(e.to_string()))?;
         if !rest.is_empty() {
             return Err(IdentityError::Malformed("trailing bytes".into()));
         }
-        let names = cert.extensions().iter().filter_map(|extension| match extension.parsed_extension() {
-            ParsedExtension::SubjectAlternativeName(san) => Some(&san.general_names),
-            _ => None,
-        });
+        let names =
+            cert.extensions()
+                .iter()
+                .filter_map(|extension| match extension.parsed_extension() {
+                    ParsedExtension::SubjectAlternativeName(san) => Some(&san.general_names),
+                    _ => None,
+                });
         let names = names.flatten().filter_map(|name| match name {
             GeneralName::DNSName(name) => Some((*name).to_owned()),
             _ => None,
@@ -228,7 +235,9 @@ impl Key {
     /// # Errors
     /// If the machine's random generator fails.
     pub fn generate() -> Result<Self, IdentityError> {
-        KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map(Self).map_err(|e| IdentityError::Key(e.to_string()))
+        KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)
+            .map(Self)
+            .map_err(|e| IdentityError::Key(e.to_string()))
     }
 
     /// Reads a PKCS #8 PEM key.
@@ -269,7 +278,9 @@ impl Key {
     pub fn request(&self) -> Result<Vec<u8>, IdentityError> {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
-        let request = params.serialize_request(&self.0).map_err(|e| IdentityError::Key(e.to_string()))?;
+        let request = params
+            .serialize_request(&self.0)
+            .map_err(|e| IdentityError::Key(e.to_string()))?;
         Ok(request.der().to_vec())
     }
 
@@ -278,7 +289,9 @@ impl Key {
     /// # Errors
     /// If the machine's random generator fails.
     pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, IdentityError> {
-        self.0.sign(message).map_err(|e| IdentityError::Key(e.to_string()))
+        self.0
+            .sign(message)
+            .map_err(|e| IdentityError::Key(e.to_string()))
     }
 
     /// The pair in the form certificate making takes.
@@ -291,7 +304,9 @@ impl Key {
 /// Checks a signature made by [`Key::sign`]; `public_key` is [`CertificateFacts::public_key`].
 #[must_use]
 pub fn signed_by(public_key: &[u8], message: &[u8], signature: &[u8]) -> bool {
-    UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, public_key).verify(message, signature).is_ok()
+    UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, public_key)
+        .verify(message, signature)
+        .is_ok()
 }
 
 /// The bytes that a request to renew signs: a context, the caller's clock in seconds, and the signing request.
@@ -322,7 +337,11 @@ impl Identity {
     /// If the certificate does not belong to the key.
     pub fn subject(&self) -> Result<Subject, IdentityError> {
         let subject = CertificateFacts::read(&self.certificate)?.subject()?;
-        if subject.id == self.key.peer_id() { Ok(subject) } else { Err(IdentityError::KeyMismatch) }
+        if subject.id == self.key.peer_id() {
+            Ok(subject)
+        } else {
+            Err(IdentityError::KeyMismatch)
+        }
     }
 
     /// Writes the three files into `folder` (made 0700 if missing), each 0600 and whole or not at all.
@@ -334,7 +353,10 @@ impl Identity {
         let [authority, certificate, key] = files.map(|name| folder.join(name));
         safe_path::write_private(&key, self.key.to_pem().as_bytes())?;
         safe_path::write_private(&authority, pem("CERTIFICATE", &self.authority).as_bytes())?;
-        safe_path::write_private(&certificate, pem("CERTIFICATE", &self.certificate).as_bytes())?;
+        safe_path::write_private(
+            &certificate,
+            pem("CERTIFICATE", &self.certificate).as_bytes(),
+        )?;
         Ok(())
     }
 
@@ -348,8 +370,11 @@ impl Identity {
             return Ok(None);
         }
         let key = Key::from_pem(&String::from_utf8_lossy(&safe_path::read_private(&key)?))?;
-        let identity =
-            Self { key, certificate: read_certificate(&certificate)?, authority: read_certificate(&authority)? };
+        let identity = Self {
+            key,
+            certificate: read_certificate(&certificate)?,
+            authority: read_certificate(&authority)?,
+        };
         identity.subject()?;
         Ok(Some(identity))
     }
@@ -360,16 +385,24 @@ impl Identity {
 /// # Errors
 /// Names the file.
 pub fn read_certificate(path: &Path) -> Result<CertificateDer<'static>, IdentityError> {
-    let bytes = std::fs::read(path).map_err(|e| std::io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
-    CertificateDer::from_pem_slice(&bytes).map_err(|e| IdentityError::Malformed(format!("{}: {e}", path.display())))
+    let bytes = std::fs::read(path)
+        .map_err(|e| std::io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
+    CertificateDer::from_pem_slice(&bytes)
+        .map_err(|e| IdentityError::Malformed(format!("{}: {e}", path.display())))
 }
 
 /// PEM text of `der` under `label`.
 #[must_use]
 pub fn pem(label: &str, der: &[u8]) -> String {
     let body = data_encoding::BASE64.encode(der);
-    let lines = body.as_bytes().chunks(64).map(|line| String::from_utf8_lossy(line).into_owned() + "\n");
-    format!("-----BEGIN {label}-----\n{}-----END {label}-----\n", lines.collect::<String>())
+    let lines = body
+        .as_bytes()
+        .chunks(64)
+        .map(|line| String::from_utf8_lossy(line).into_owned() + "\n");
+    format!(
+        "-----BEGIN {label}-----\n{}-----END {label}-----\n",
+        lines.collect::<String>()
+    )
 }
 
 /// SHA-256.
@@ -392,7 +425,11 @@ pub fn unbase32<const N: usize>(text: &str) -> Option<[u8; N]> {
     if text.bytes().any(|b| b.is_ascii_uppercase()) {
         return None;
     }
-    BASE32_NOPAD.decode(text.to_ascii_uppercase().as_bytes()).ok()?.try_into().ok()
+    BASE32_NOPAD
+        .decode(text.to_ascii_uppercase().as_bytes())
+        .ok()?
+        .try_into()
+        .ok()
 }
 
 #[cfg(test)]
@@ -404,7 +441,13 @@ mod tests {
         let id = Key::generate().unwrap().peer_id();
         let text = id.to_string();
         assert_eq!((text.len(), text.parse::<PeerId>().unwrap()), (52, id));
-        for bad in [text.to_uppercase(), text[1..].to_owned(), format!("{text}a"), "ü".repeat(26), String::new()] {
+        for bad in [
+            text.to_uppercase(),
+            text[1..].to_owned(),
+            format!("{text}a"),
+            "ü".repeat(26),
+            String::new(),
+        ] {
             assert!(bad.parse::<PeerId>().is_err(), "{bad}");
         }
     }
@@ -413,30 +456,84 @@ mod tests {
     fn signatures_bind_key_and_message() {
         let (key, other) = (Key::generate().unwrap(), Key::generate().unwrap());
         let signature = key.sign(b"message").unwrap();
-        assert!(signed_by(key.pair().public_key_raw(), b"message", &signature));
-        assert!(!signed_by(key.pair().public_key_raw(), b"massage", &signature));
-        assert!(!signed_by(other.pair().public_key_raw(), b"message", &signature));
+        assert!(signed_by(
+            key.pair().public_key_raw(),
+            b"message",
+            &signature
+        ));
+        assert!(!signed_by(
+            key.pair().public_key_raw(),
+            b"massage",
+            &signature
+        ));
+        assert!(!signed_by(
+            other.pair().public_key_raw(),
+            b"message",
+            &signature
+        ));
         assert!(!signed_by(b"", b"message", b""));
     }
 
     fn certified(names: Vec<String>, key: &Key) -> Vec<u8> {
-        CertificateParams::new(names).unwrap().self_signed(key.pair()).unwrap().der().to_vec()
+        CertificateParams::new(names)
+            .unwrap()
+            .self_signed(key.pair())
+            .unwrap()
+            .der()
+            .to_vec()
     }
 
     #[test]
     fn exactly_one_identity_name_that_belongs_to_the_key() {
         let key = Key::generate().unwrap();
-        let name = |role| Subject { id: key.peer_id(), role }.name();
-        let read = |names: Vec<String>| CertificateFacts::read(&certified(names, &key)).unwrap().subject();
-        assert_eq!(read(vec![TRACKER_NAME.into(), name(Role::Tracker)]).unwrap().role, Role::Tracker);
-        assert!(matches!(read(vec![TRACKER_NAME.into(), JOIN_NAME.into()]), Err(IdentityError::Names(0))));
-        assert_eq!(read(vec![PEER_NAME.into(), name(Role::Peer)]).unwrap().id, key.peer_id());
-        assert!(matches!(read(vec![PEER_NAME.into()]), Err(IdentityError::Names(0))));
-        assert!(matches!(read(vec![name(Role::Peer), name(Role::Tracker)]), Err(IdentityError::Names(2))));
-        let stolen = Subject { id: Key::generate().unwrap().peer_id(), role: Role::Peer }.name();
-        assert!(matches!(read(vec![stolen]), Err(IdentityError::KeyMismatch)));
-        for odd in [name(Role::Peer).to_uppercase(), format!("x.{}", name(Role::Peer)), "*.peer.sprat.internal".into()]
-        {
+        let name = |role| {
+            Subject {
+                id: key.peer_id(),
+                role,
+            }
+            .name()
+        };
+        let read = |names: Vec<String>| {
+            CertificateFacts::read(&certified(names, &key))
+                .unwrap()
+                .subject()
+        };
+        assert_eq!(
+            read(vec![TRACKER_NAME.into(), name(Role::Tracker)])
+                .unwrap()
+                .role,
+            Role::Tracker
+        );
+        assert!(matches!(
+            read(vec![TRACKER_NAME.into(), JOIN_NAME.into()]),
+            Err(IdentityError::Names(0))
+        ));
+        assert_eq!(
+            read(vec![PEER_NAME.into(), name(Role::Peer)]).unwrap().id,
+            key.peer_id()
+        );
+        assert!(matches!(
+            read(vec![PEER_NAME.into()]),
+            Err(IdentityError::Names(0))
+        ));
+        assert!(matches!(
+            read(vec![name(Role::Peer), name(Role::Tracker)]),
+            Err(IdentityError::Names(2))
+        ));
+        let stolen = Subject {
+            id: Key::generate().unwrap().peer_id(),
+            role: Role::Peer,
+        }
+        .name();
+        assert!(matches!(
+            read(vec![stolen]),
+            Err(IdentityError::KeyMismatch)
+        ));
+        for odd in [
+            name(Role::Peer).to_uppercase(),
+            format!("x.{}", name(Role::Peer)),
+            "*.peer.sprat.internal".into(),
+        ] {
             assert!(read(vec![odd]).is_err());
         }
     }
@@ -458,14 +555,35 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
         let key = Key::generate().unwrap();
-        let name = Subject { id: key.peer_id(), role: Role::Peer }.name();
+        let name = Subject {
+            id: key.peer_id(),
+            role: Role::Peer,
+        }
+        .name();
         let der = CertificateDer::from(certified(vec![name], &key));
         let folder = dir.path().join("identity");
-        Identity { key, certificate: der.clone(), authority: der.clone() }.save(&folder, PEER_FILES).unwrap();
+        Identity {
+            key,
+            certificate: der.clone(),
+            authority: der.clone(),
+        }
+        .save(&folder, PEER_FILES)
+        .unwrap();
         let loaded = Identity::load(&folder, PEER_FILES).unwrap().unwrap();
-        assert_eq!((loaded.subject().unwrap().role, &loaded.certificate), (Role::Peer, &der));
-        std::fs::set_permissions(folder.join("peer.key"), std::fs::Permissions::from_mode(0o644)).unwrap();
+        assert_eq!(
+            (loaded.subject().unwrap().role, &loaded.certificate),
+            (Role::Peer, &der)
+        );
+        std::fs::set_permissions(
+            folder.join("peer.key"),
+            std::fs::Permissions::from_mode(0o644),
+        )
+        .unwrap();
         assert!(Identity::load(&folder, PEER_FILES).is_err());
-        assert!(Identity::load(&dir.path().join("none"), PEER_FILES).unwrap().is_none());
+        assert!(
+            Identity::load(&dir.path().join("none"), PEER_FILES)
+                .unwrap()
+                .is_none()
+        );
     }
 }

@@ -42,5 +42,8 @@ fn runtime(args: &Args) -> std::io::Result<Runtime> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let is_tracker = matches!(args.wanted(), Some(Command::Action(Action::Tracker(_))));
     let drivers = if is_tracker { cores } else { cores.div_ceil(2) };
-    Builder::new_multi_thread().worker_threads(drivers).enable_all().build()
+    Builder::new_multi_thread()
+        .worker_threads(drivers)
+        .enable_all()
+        .build()
 }

@@ -32,7 +32,8 @@ const COMMANDS: &str = "tracker run, join, peer, share, ls, search, get, status,
 /// [`Exit::Usage`] without a terminal; what a start of tracker or peer says; [`Ended`] after Ctrl-C.
 pub async fn run(session: Session) -> Result<()> {
     if !session.interactive || env::var_os("TERM").is_some_and(|term| term == "dumb") {
-        let text = format!("no terminal for the menu; the commands are {COMMANDS} (see `sprat help`)");
+        let text =
+            format!("no terminal for the menu; the commands are {COMMANDS} (see `sprat help`)");
         return Err(Failed::new(Exit::Usage, text).into());
     }
     let shown = panic::take_hook();
@@ -42,11 +43,17 @@ pub async fn run(session: Session) -> Result<()> {
     }));
     // From here on a signal interrupts a question instead of ending the process.
     drop(Stop::listen()?);
-    let session = match session.state_dir_flag().map(|dir| session.cwd().join(dir).join("tracker")) {
+    let session = match session
+        .state_dir_flag()
+        .map(|dir| session.cwd().join(dir).join("tracker"))
+    {
         Some(dir) => session.with_tracker_at(dir),
         None => session,
     };
-    let mut menu = Menu { session, host: Host::default() };
+    let mut menu = Menu {
+        session,
+        host: Host::default(),
+    };
     let result = menu.open().await;
     cli::show_cursor();
     let stop = Stop::listen()?;
@@ -63,7 +70,12 @@ pub async fn run(session: Session) -> Result<()> {
 /// [`Ended`] after Ctrl-C.
 pub fn passphrase(key: &Path) -> Result<String> {
     let prompt = format!("Passphrase of {}", escape(&key.to_string_lossy()));
-    answer(Password::with_theme(&ColorfulTheme::default()).with_prompt(prompt).allow_empty_password(true).interact())
+    answer(
+        Password::with_theme(&ColorfulTheme::default())
+            .with_prompt(prompt)
+            .allow_empty_password(true)
+            .interact(),
+    )
 }
 
 struct Menu {
@@ -85,19 +97,31 @@ impl Menu {
         self.host.start_peer(&self.session).await?;
         loop {
             let has_tracker = Host::has_tracker(&self.session);
-            let items: Vec<&str> = ITEMS.into_iter().filter(|item| *item != INVITE || has_tracker).collect();
-            let Some(chosen) = select("sprat", &items)? else { return Ok(()) };
+            let items: Vec<&str> = ITEMS
+                .into_iter()
+                .filter(|item| *item != INVITE || has_tracker)
+                .collect();
+            let Some(chosen) = select("sprat", &items)? else {
+                return Ok(());
+            };
             match items[chosen] {
                 BROWSE => self.pick(ListFilesRequest::default()).await?,
                 SEARCH => {
                     let text = input("Part of the name", "", |_| Ok(()))?;
-                    self.pick(ListFilesRequest { text, ..Default::default() }).await?;
+                    self.pick(ListFilesRequest {
+                        text,
+                        ..Default::default()
+                    })
+                    .await?;
                 }
                 FIND => self.find().await?,
                 SHARE => self.share().await?,
                 ONLINE => self.perform(&["ls", "--peers"]).await,
                 STATUS => self.perform(&["status"]).await,
-                INVITE => self.perform(&["tracker", "token", "create", "--uses", "1", "--ttl", "24h"]).await,
+                INVITE => {
+                    self.perform(&["tracker", "token", "create", "--uses", "1", "--ttl", "24h"])
+                        .await
+                }
                 _ => return Ok(()),
             }
         }
@@ -106,11 +130,16 @@ impl Menu {
     /// The choice of the first run; false: neither.
     async fn become_member(&mut self) -> Result<bool> {
         loop {
-            match select("This machine is in no network yet", &["Start one here", "Join one with a link", "Quit"])? {
+            match select(
+                "This machine is in no network yet",
+                &["Start one here", "Join one with a link", "Quit"],
+            )? {
                 Some(0) => {
                     self.host.start_tracker(&self.session).await?;
                     self.host.join_own(&self.session).await?;
-                    cli::note("The network runs while this menu is open. Afterwards, and without the menu:");
+                    cli::note(
+                        "The network runs while this menu is open. Afterwards, and without the menu:",
+                    );
                     self.show_command(&["tracker", "run"]);
                     self.show_command(&["peer"]);
                     cli::note("Let other machines in with `Invite a machine`.");
@@ -118,9 +147,13 @@ impl Menu {
                 }
                 Some(1) => {
                     let link = input("Paste the link that the tracker printed", "", |text| {
-                        text.trim_start_matches("sprat join ").parse::<JoinToken>().map(drop).map_err(|e| e.to_string())
+                        text.trim_start_matches("sprat join ")
+                            .parse::<JoinToken>()
+                            .map(drop)
+                            .map_err(|e| e.to_string())
                     })?;
-                    self.perform(&["join", link.trim_start_matches("sprat join ")]).await;
+                    self.perform(&["join", link.trim_start_matches("sprat join ")])
+                        .await;
                     if Host::is_member(&self.session).await? {
                         return Ok(true);
                     }
@@ -132,19 +165,30 @@ impl Menu {
 
     /// Several files out of a listing.
     async fn pick(&self, request: ListFilesRequest) -> Result<()> {
-        let Some(rows) = self.rows(request).await else { return Ok(()) };
+        let Some(rows) = self.rows(request).await else {
+            return Ok(());
+        };
         let theme = ColorfulTheme::default();
         let prompt = "Space picks, Enter goes on, Esc goes back";
-        let picker = MultiSelect::with_theme(&theme).with_prompt(prompt).items(labels(&rows)).report(false);
+        let picker = MultiSelect::with_theme(&theme)
+            .with_prompt(prompt)
+            .items(labels(&rows))
+            .report(false);
         let picked = answer(picker.interact_opt())?.unwrap_or_default();
         self.download(&rows, &picked).await
     }
 
     /// One file, by typing parts of its name.
     async fn find(&self) -> Result<()> {
-        let Some(rows) = self.rows(ListFilesRequest::default()).await else { return Ok(()) };
+        let Some(rows) = self.rows(ListFilesRequest::default()).await else {
+            return Ok(());
+        };
         let theme = ColorfulTheme::default();
-        let finder = FuzzySelect::with_theme(&theme).with_prompt("Type").items(labels(&rows)).default(0).report(false);
+        let finder = FuzzySelect::with_theme(&theme)
+            .with_prompt("Type")
+            .items(labels(&rows))
+            .default(0)
+            .report(false);
         match answer(finder.interact_opt())? {
             Some(row) => self.download(&rows, &[row]).await,
             None => Ok(()),
@@ -170,9 +214,19 @@ impl Menu {
         if chosen.is_empty() {
             return Ok(());
         }
-        let folder = self.session.config.peer.downloads.as_deref().unwrap_or_else(|| self.session.cwd());
+        let folder = self
+            .session
+            .config
+            .peer
+            .downloads
+            .as_deref()
+            .unwrap_or_else(|| self.session.cwd());
         let folder = input("Into the folder", &folder.to_string_lossy(), |_| Ok(()))?;
-        if !confirm(&format!("Download {} into {}?", cli::total(&chosen), escape(&folder)))? {
+        if !confirm(&format!(
+            "Download {} into {}?",
+            cli::total(&chosen),
+            escape(&folder)
+        ))? {
             return Ok(());
         }
         let folder = format!("{}/", folder.trim_end_matches('/'));
@@ -184,11 +238,17 @@ impl Menu {
     }
 
     async fn share(&self) -> Result<()> {
-        let dir = input("Folder to share", "", |text| match Path::new(text).is_dir() {
-            true => Ok(()),
-            false => Err("no such folder".into()),
+        let dir = input("Folder to share", "", |text| {
+            match Path::new(text).is_dir() {
+                true => Ok(()),
+                false => Err("no such folder".into()),
+            }
         })?;
-        let name = input("Name before its files' names (may be empty)", "", |_| Ok(()))?;
+        let name = input(
+            "Name before its files' names (may be empty)",
+            "",
+            |_| Ok(()),
+        )?;
         let mut words = vec!["share"];
         if !name.is_empty() {
             words.extend(["--name", &name]);
@@ -219,12 +279,29 @@ impl Menu {
     /// The command for what was done; a link stays a secret.
     fn show_command(&self, words: &[&str]) {
         let mut shown = vec!["sprat".to_owned()];
-        shown.extend(words.iter().map(|word| if word.starts_with("sprat://") { "LINK" } else { word }.to_owned()));
+        shown.extend(words.iter().map(|word| {
+            if word.starts_with("sprat://") {
+                "LINK"
+            } else {
+                word
+            }
+            .to_owned()
+        }));
         if self.session.state_dir_flag().is_some() {
-            let service = if words[0] == "tracker" { Service::Tracker } else { Service::Peer };
+            let service = if words[0] == "tracker" {
+                Service::Tracker
+            } else {
+                Service::Peer
+            };
             if let Ok(dir) = self.session.state_dir(service) {
-                let at = shown.iter().position(|word| word == "--").unwrap_or(shown.len());
-                shown.splice(at..at, ["--state-dir".to_owned(), dir.to_string_lossy().into_owned()]);
+                let at = shown
+                    .iter()
+                    .position(|word| word == "--")
+                    .unwrap_or(shown.len());
+                shown.splice(
+                    at..at,
+                    ["--state-dir".to_owned(), dir.to_string_lossy().into_owned()],
+                );
             }
         }
         cli::note(&format!("  $ {}", cli::shell(&shown)));
@@ -244,14 +321,23 @@ const ITEMS: [&str; 8] = [BROWSE, SEARCH, FIND, SHARE, ONLINE, STATUS, INVITE, Q
 /// How `sprat get` is told a row: its name, or its content if the name has several.
 fn word(row: &Row, rows: &[Row]) -> String {
     let is_unique = rows.iter().filter(|other| other.name == row.name).count() == 1;
-    if is_unique { row.name.to_string() } else { row.content_id.to_string() }
+    if is_unique {
+        row.name.to_string()
+    } else {
+        row.content_id.to_string()
+    }
 }
 
 fn labels(rows: &[Row]) -> Vec<String> {
     // The prompt's own marks take up to eight columns; a line that wraps would be drawn twice.
     let width = usize::from(Term::stderr().size().1).saturating_sub(8);
     let label = |row: &Row| {
-        let text = format!("{:>10}  {:>2}×  {}", human_size(row.size), row.source_count, escape(row.name.as_str()));
+        let text = format!(
+            "{:>10}  {:>2}×  {}",
+            human_size(row.size),
+            row.source_count,
+            escape(row.name.as_str())
+        );
         truncate_str(&text, width, "…").into_owned()
     };
     rows.iter().map(label).collect()
@@ -259,21 +345,40 @@ fn labels(rows: &[Row]) -> Vec<String> {
 
 fn select(prompt: &str, items: &[&str]) -> Result<Option<usize>> {
     let theme = ColorfulTheme::default();
-    answer(Select::with_theme(&theme).with_prompt(prompt).items(items).default(0).report(false).interact_opt())
+    answer(
+        Select::with_theme(&theme)
+            .with_prompt(prompt)
+            .items(items)
+            .default(0)
+            .report(false)
+            .interact_opt(),
+    )
 }
 
 fn confirm(prompt: &str) -> Result<bool> {
     let theme = ColorfulTheme::default();
-    Ok(answer(Confirm::with_theme(&theme).with_prompt(prompt).default(true).interact_opt())?.unwrap_or(false))
+    Ok(answer(
+        Confirm::with_theme(&theme)
+            .with_prompt(prompt)
+            .default(true)
+            .interact_opt(),
+    )?
+    .unwrap_or(false))
 }
 
 fn input(prompt: &str, suggested: &str, check: fn(&str) -> Result<(), String>) -> Result<String> {
     let theme = ColorfulTheme::default();
-    let mut question = Input::<String>::with_theme(&theme).with_prompt(prompt).allow_empty(true);
+    let mut question = Input::<String>::with_theme(&theme)
+        .with_prompt(prompt)
+        .allow_empty(true);
     if !suggested.is_empty() {
         question = question.with_initial_text(suggested);
     }
-    let text = answer(question.validate_with(|text: &String| check(text.trim())).interact_text())?;
+    let text = answer(
+        question
+            .validate_with(|text: &String| check(text.trim()))
+            .interact_text(),
+    )?;
     Ok(text.trim().to_owned())
 }
 
@@ -282,7 +387,11 @@ fn answer<T>(result: dialoguer::Result<T>) -> Result<T> {
     result.map_err(|dialoguer::Error::IO(error)| {
         cli::show_cursor();
         match error.kind() {
-            io::ErrorKind::Interrupted => Ended { code: INTERRUPTED, message: String::new() }.into(),
+            io::ErrorKind::Interrupted => Ended {
+                code: INTERRUPTED,
+                message: String::new(),
+            }
+            .into(),
             _ => Failed::new(Exit::Usage, format!("the terminal cannot be used: {error}")).into(),
         }
     })

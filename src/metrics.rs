@@ -89,17 +89,30 @@ pub struct Histogram {
 impl Histogram {
     const fn new(bounds: &'static [u64]) -> Self {
         assert!(bounds.len() <= BOUNDS, "too many bounds");
-        Self { bounds, counts: [const { AtomicU64::new(0) }; BOUNDS + 1], sum: AtomicU64::new(0) }
+        Self {
+            bounds,
+            counts: [const { AtomicU64::new(0) }; BOUNDS + 1],
+            sum: AtomicU64::new(0),
+        }
     }
 
     /// It was so large once more.
     pub fn observe(&self, value: u64) {
-        self.counts[self.bounds.partition_point(|bound| *bound < value)].fetch_add(1, Ordering::Relaxed);
+        self.counts[self.bounds.partition_point(|bound| *bound < value)]
+            .fetch_add(1, Ordering::Relaxed);
         self.sum.fetch_add(value, Ordering::Relaxed);
     }
 }
 
-const CHUNKS: &[u64] = &[16 << 10, 32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20];
+const CHUNKS: &[u64] = &[
+    16 << 10,
+    32 << 10,
+    64 << 10,
+    128 << 10,
+    256 << 10,
+    512 << 10,
+    1 << 20,
+];
 
 /// Connections to the port for members.
 pub static CONNECTIONS: Level = Level::new();
@@ -180,36 +193,63 @@ impl Page {
 
     fn metric(&mut self, name: &'static str, kind: &str, help: &str) -> Metric<'_> {
         let _ = write!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
-        Metric { page: &mut self.0, name }
+        Metric {
+            page: &mut self.0,
+            name,
+        }
     }
 
     /// What tracker and peer have in common.
     pub fn process(&mut self, role: &str, is_ready: bool) {
         let version = env!("CARGO_PKG_VERSION");
-        self.gauge("sprat_build_info", "Always 1; what runs here.").with(&[("version", version), ("role", role)], 1);
-        self.gauge("sprat_start_time_seconds", "When this process began, in seconds since the epoch.").is(*BEGAN);
-        self.gauge("sprat_ready", "1 if it does its work, as /readyz says.").is(u8::from(is_ready));
-        self.gauge("sprat_resident_memory_bytes", "Memory in use.").is(resident_bytes());
+        self.gauge("sprat_build_info", "Always 1; what runs here.")
+            .with(&[("version", version), ("role", role)], 1);
+        self.gauge(
+            "sprat_start_time_seconds",
+            "When this process began, in seconds since the epoch.",
+        )
+        .is(*BEGAN);
+        self.gauge("sprat_ready", "1 if it does its work, as /readyz says.")
+            .is(u8::from(is_ready));
+        self.gauge("sprat_resident_memory_bytes", "Memory in use.")
+            .is(resident_bytes());
         let n_open = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
-        self.gauge("sprat_open_files", "Open descriptors.").is(n_open);
-        let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
-        self.gauge("sprat_open_files_limit", "Most descriptors that may be open.").is(most);
+        self.gauge("sprat_open_files", "Open descriptors.")
+            .is(n_open);
+        let most = rustix::process::getrlimit(rustix::process::Resource::Nofile)
+            .current
+            .unwrap_or(u64::MAX);
+        self.gauge(
+            "sprat_open_files_limit",
+            "Most descriptors that may be open.",
+        )
+        .is(most);
         rpc::measure(self);
     }
 
     /// The port for members.
     pub fn connections(&mut self) {
-        let [now, limit] = [&CONNECTIONS, &CONNECTIONS_LIMIT].map(|level| level.0.load(Ordering::Relaxed));
-        self.gauge("sprat_connections", "Connections to the port for members.").is(now);
-        self.gauge("sprat_connections_limit", "Most connections to the port for members.").is(limit);
-        let mut refused = self.counter("sprat_connections_refused_total", "Connections that came to nothing.");
+        let [now, limit] =
+            [&CONNECTIONS, &CONNECTIONS_LIMIT].map(|level| level.0.load(Ordering::Relaxed));
+        self.gauge("sprat_connections", "Connections to the port for members.")
+            .is(now);
+        self.gauge(
+            "sprat_connections_limit",
+            "Most connections to the port for members.",
+        )
+        .is(limit);
+        let mut refused = self.counter(
+            "sprat_connections_refused_total",
+            "Connections that came to nothing.",
+        );
         refused.with(&[("reason", "too_many")], CONNECTIONS_REFUSED.get());
         refused.with(&[("reason", "handshake")], HANDSHAKES_FAILED.get());
     }
 
     /// Seconds until certificates end.
     pub fn certificates(&mut self, leaf: i64, authority: i64) {
-        let help = "Until this process's own certificate, or its authority's, ends; negative afterwards.";
+        let help =
+            "Until this process's own certificate, or its authority's, ends; negative afterwards.";
         let mut left = self.gauge("sprat_certificate_seconds_left", help);
         left.with(&[("certificate", "leaf")], leaf);
         left.with(&[("certificate", "authority")], authority);
@@ -236,25 +276,47 @@ impl Metric<'_> {
     #[expect(clippy::cast_precision_loss, reason = "for people")]
     pub fn spread(&mut self, labels: Labels<'_>, histogram: &Histogram, per: f64) {
         let mut n = 0;
-        for (i, count) in histogram.counts.iter().take(histogram.bounds.len() + 1).enumerate() {
+        for (i, count) in histogram
+            .counts
+            .iter()
+            .take(histogram.bounds.len() + 1)
+            .enumerate()
+        {
             n += count.load(Ordering::Relaxed);
-            let bound =
-                histogram.bounds.get(i).map_or_else(|| "+Inf".into(), |bound| (*bound as f64 / per).to_string());
+            let bound = histogram
+                .bounds
+                .get(i)
+                .map_or_else(|| "+Inf".into(), |bound| (*bound as f64 / per).to_string());
             self.line("_bucket", &[labels, &[("le", &bound)]].concat(), n);
         }
-        self.line("_sum", labels, histogram.sum.load(Ordering::Relaxed) as f64 / per);
+        self.line(
+            "_sum",
+            labels,
+            histogram.sum.load(Ordering::Relaxed) as f64 / per,
+        );
         self.line("_count", labels, n);
     }
 
     fn line(&mut self, suffix: &str, labels: Labels<'_>, value: impl Display) {
-        let labels: Vec<_> = labels.iter().map(|(name, value)| format!("{name}=\"{value}\"")).collect();
-        let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
+        let labels: Vec<_> = labels
+            .iter()
+            .map(|(name, value)| format!("{name}=\"{value}\""))
+            .collect();
+        let labels = if labels.is_empty() {
+            String::new()
+        } else {
+            format!("{{{}}}", labels.join(","))
+        };
         let _ = writeln!(self.page, "{}{suffix}{labels} {value}", self.name);
     }
 }
 
-static BEGAN: LazyLock<u64> =
-    LazyLock::new(|| SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs());
+static BEGAN: LazyLock<u64> = LazyLock::new(|| {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
+});
 
 /// Notes when this process began.
 pub fn begin() {
@@ -263,7 +325,13 @@ pub fn begin() {
 
 fn resident_bytes() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse().ok());
+    let kib = status.lines().find_map(|line| {
+        line.strip_prefix("VmRSS:")?
+            .trim()
+            .strip_suffix(" kB")?
+            .parse()
+            .ok()
+    });
     kib.map_or(0, |kib: u64| kib << 10)
 }
 
@@ -274,11 +342,15 @@ mod tests {
     #[test]
     fn the_text_is_what_prometheus_reads() {
         let chunks = Histogram::new(&[10, 20]);
-        [5, 10, 11, 99].iter().for_each(|value| chunks.observe(*value));
+        [5, 10, 11, 99]
+            .iter()
+            .for_each(|value| chunks.observe(*value));
         let mut page = Page::default();
         page.gauge("sprat_a", "So many.").is(3);
-        page.counter("sprat_b_total", "So often.").with(&[("x", "y"), ("z", "w")], 4);
-        page.histogram("sprat_c_seconds", "So long.").spread(&[("k", "v")], &chunks, 10.0);
+        page.counter("sprat_b_total", "So often.")
+            .with(&[("x", "y"), ("z", "w")], 4);
+        page.histogram("sprat_c_seconds", "So long.")
+            .spread(&[("k", "v")], &chunks, 10.0);
         let expected = "# HELP sprat_a So many.\n# TYPE sprat_a gauge\nsprat_a 3\n\
                         # HELP sprat_b_total So often.\n# TYPE sprat_b_total counter\nsprat_b_total{x=\"y\",z=\"w\"} 4\n\
                         # HELP sprat_c_seconds So long.\n# TYPE sprat_c_seconds histogram\n\

@@ -50,12 +50,22 @@ pub struct Http2 {
 }
 
 /// For calls that carry words: tracker, enrollment, control.
-pub const CONTROL: Http2 =
-    Http2 { stream_window: 1 << 20, connection_window: 1 << 20, frame: 16 << 10, streams: 64, send_buffer: 256 << 10 };
+pub const CONTROL: Http2 = Http2 {
+    stream_window: 1 << 20,
+    connection_window: 1 << 20,
+    frame: 16 << 10,
+    streams: 64,
+    send_buffer: 256 << 10,
+};
 
 /// For calls that carry bytes: 8 MiB hold 1 Gbit/s over 60 ms.
-pub const DATA: Http2 =
-    Http2 { stream_window: 8 << 20, connection_window: 16 << 20, frame: 256 << 10, streams: 32, send_buffer: 1 << 20 };
+pub const DATA: Http2 = Http2 {
+    stream_window: 8 << 20,
+    connection_window: 16 << 20,
+    frame: 256 << 10,
+    streams: 32,
+    send_buffer: 1 << 20,
+};
 
 /// Descriptors for connections, shared files and `.part`s.
 const DESCRIPTORS: u64 = 65_536;
@@ -78,7 +88,8 @@ impl Caller {
     /// Did the caller connect over loopback?
     #[must_use]
     pub fn is_loopback(&self) -> bool {
-        self.remote.is_some_and(|address| address.ip().to_canonical().is_loopback())
+        self.remote
+            .is_some_and(|address| address.ip().to_canonical().is_loopback())
     }
 }
 
@@ -94,10 +105,18 @@ pub fn bind(address: SocketAddr, spread: u16) -> io::Result<TcpListener> {
 fn bind_near(address: SocketAddr, spread: u16, flag: &str) -> io::Result<TcpListener> {
     let mut last = None;
     for step in 0..=spread {
-        let Some(port) = address.port().checked_add(step) else { break };
+        let Some(port) = address.port().checked_add(step) else {
+            break;
+        };
         match bind_one(SocketAddr::new(address.ip(), port)) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && address.port() != 0 => last = Some(error),
-            other => return other.map_err(|e| io::Error::new(e.kind(), format!("cannot listen on {address}: {e}"))),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && address.port() != 0 => {
+                last = Some(error)
+            }
+            other => {
+                return other.map_err(|e| {
+                    io::Error::new(e.kind(), format!("cannot listen on {address}: {e}"))
+                });
+            }
         }
     }
     let error = last.unwrap_or_else(|| io::ErrorKind::AddrInUse.into());
@@ -122,7 +141,10 @@ fn bind_one(address: SocketAddr) -> io::Result<TcpListener> {
     }
     socket.set_reuseaddr(true)?;
     match socket.bind(address) {
-        Err(error) if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) && error.raw_os_error() == Some(99) => {
+        Err(error)
+            if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+                && error.raw_os_error() == Some(99) =>
+        {
             bind_one((Ipv4Addr::UNSPECIFIED, address.port()).into())
         }
         Err(error) => Err(error),
@@ -139,18 +161,26 @@ pub fn reachable_at(bound: SocketAddr) -> io::Result<Vec<SocketAddr>> {
     if !bound.ip().is_unspecified() {
         return Ok(vec![bound]);
     }
-    let mut addresses: Vec<IpAddr> = if_addrs::get_if_addrs()?.into_iter().map(|interface| interface.ip()).collect();
+    let mut addresses: Vec<IpAddr> = if_addrs::get_if_addrs()?
+        .into_iter()
+        .map(|interface| interface.ip())
+        .collect();
     addresses.retain(|ip| offerable(*ip) && (bound.is_ipv6() || ip.is_ipv4()));
     addresses.sort_by_key(|ip| (ip.is_loopback(), ip.is_ipv6(), *ip));
     addresses.dedup();
-    Ok(addresses.into_iter().map(|ip| SocketAddr::new(ip, bound.port())).collect())
+    Ok(addresses
+        .into_iter()
+        .map(|ip| SocketAddr::new(ip, bound.port()))
+        .collect())
 }
 
 /// May this address be offered to others at all? Unspecified, multicast, broadcast and link-local ones may not.
 #[must_use]
 pub fn offerable(ip: IpAddr) -> bool {
     match ip.to_canonical() {
-        IpAddr::V4(ip) => !(ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast() || ip.is_link_local()),
+        IpAddr::V4(ip) => {
+            !(ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast() || ip.is_link_local())
+        }
         IpAddr::V6(ip) => !(ip.is_unspecified() || ip.is_multicast() || ip.is_unicast_link_local()),
     }
 }
@@ -186,18 +216,31 @@ pub fn raise_descriptor_limit() {
 /// # Errors
 /// As the system answers.
 pub fn bind_unix(folder: &Path, name: &str) -> io::Result<UnixListener> {
-    let directory = rustix::fs::open(folder, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let directory = rustix::fs::open(
+        folder,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
     match rustix::fs::unlinkat(&directory, name, rustix::fs::AtFlags::empty()) {
         Ok(()) | Err(rustix::io::Errno::NOENT) => {}
         Err(error) => return Err(error.into()),
     }
     let listener = UnixListener::bind(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()))?;
-    rustix::fs::chmodat(&directory, name, Mode::from_raw_mode(0o600), rustix::fs::AtFlags::empty())?;
+    rustix::fs::chmodat(
+        &directory,
+        name,
+        Mode::from_raw_mode(0o600),
+        rustix::fs::AtFlags::empty(),
+    )?;
     Ok(listener)
 }
 
 async fn connect_unix(folder: &Path, name: &str) -> io::Result<UnixStream> {
-    let directory = rustix::fs::open(folder, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let directory = rustix::fs::open(
+        folder,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
     UnixStream::connect(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd())).await
 }
 
@@ -210,7 +253,10 @@ mod tests {
         let first = bind("127.0.0.1:0".parse().unwrap(), 0).unwrap();
         let taken = first.local_addr().unwrap();
         let error = bind(taken, 0).unwrap_err().to_string();
-        assert!(error.contains(&taken.to_string()) && error.contains("in use"), "{error}");
+        assert!(
+            error.contains(&taken.to_string()) && error.contains("in use"),
+            "{error}"
+        );
         if taken.port() < u16::MAX - 50 {
             assert!(bind(taken, 50).unwrap().local_addr().unwrap().port() > taken.port());
         }
@@ -218,9 +264,16 @@ mod tests {
 
     #[tokio::test]
     async fn unspecified_listeners_are_reachable_at_interface_addresses() {
-        let all = bind("[::]:0".parse().unwrap(), 0).unwrap().local_addr().unwrap();
+        let all = bind("[::]:0".parse().unwrap(), 0)
+            .unwrap()
+            .local_addr()
+            .unwrap();
         let addresses = reachable_at(all).unwrap();
-        assert!(addresses.iter().all(|a| a.port() == all.port() && offerable(a.ip())));
+        assert!(
+            addresses
+                .iter()
+                .all(|a| a.port() == all.port() && offerable(a.ip()))
+        );
         let one: SocketAddr = "127.0.0.1:5".parse().unwrap();
         assert_eq!(reachable_at(one).unwrap(), vec![one]);
     }
@@ -233,6 +286,9 @@ mod tests {
         let _dead = bind_unix(&deep, "control.sock").unwrap();
         let listener = bind_unix(&deep, "control.sock").unwrap();
         let (client, server) = tokio::join!(connect_unix(&deep, "control.sock"), listener.accept());
-        assert_eq!(client.unwrap().peer_cred().unwrap().uid(), server.unwrap().0.peer_cred().unwrap().uid());
+        assert_eq!(
+            client.unwrap().peer_cred().unwrap().uid(),
+            server.unwrap().0.peer_cred().unwrap().uid()
+        );
     }
 }

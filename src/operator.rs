@@ -48,7 +48,10 @@ pub fn router<S: Operated>(service: Arc<S>) -> Router {
     let ready = move || async move {
         match asked.ready() {
             Ok(()) => (StatusCode::OK, "ready\n".to_owned()),
-            Err(why) => (StatusCode::SERVICE_UNAVAILABLE, why.replace('\n', " ") + "\n"),
+            Err(why) => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                why.replace('\n', " ") + "\n",
+            ),
         }
     };
     Router::new()
@@ -60,11 +63,18 @@ pub fn router<S: Operated>(service: Arc<S>) -> Router {
 /// Adds `/metrics`, for callers with an operator's certificate, to what members are served.
 pub fn beside<S: Operated>(mut routes: Routes, service: Arc<S>) -> Routes {
     let answer = async move |request: Request| {
-        let subject = request.extensions().get::<Caller>().and_then(|caller| caller.subject);
+        let subject = request
+            .extensions()
+            .get::<Caller>()
+            .and_then(|caller| caller.subject);
         if subject.is_some_and(|subject| subject.role == Role::Operator) {
             measured(service).await
         } else {
-            (StatusCode::FORBIDDEN, "only for operator certificates: sprat operator cert\n").into_response()
+            (
+                StatusCode::FORBIDDEN,
+                "only for operator certificates: sprat operator cert\n",
+            )
+                .into_response()
         }
     };
     let router = routes.axum_router_mut();

@@ -61,7 +61,10 @@ const MAX_ADDRESS_LEN: usize = 262;
 ///
 /// # Errors
 /// Never, unless the build wrote unreadable descriptors.
-pub fn with_reflection(routes: Routes, service: &str) -> Result<Routes, tonic_reflection::server::Error> {
+pub fn with_reflection(
+    routes: Routes,
+    service: &str,
+) -> Result<Routes, tonic_reflection::server::Error> {
     let builder = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(DESCRIPTORS)
@@ -69,7 +72,9 @@ pub fn with_reflection(routes: Routes, service: &str) -> Result<Routes, tonic_re
             .with_service_name(service)
             .with_service_name("grpc.health.v1.Health")
     };
-    Ok(routes.add_service(builder().build_v1()?).add_service(builder().build_v1alpha()?))
+    Ok(routes
+        .add_service(builder().build_v1()?)
+        .add_service(builder().build_v1alpha()?))
 }
 
 /// What is wrong with a message.
@@ -118,8 +123,12 @@ impl From<WireError> for tonic::Status {
 /// # Errors
 /// [`WireError::Name`], escaped.
 pub fn name(text: &str) -> Result<SafeName, WireError> {
-    SafeName::parse(text)
-        .map_err(|e| WireError::Name(crate::safe_path::escape(&text.chars().take(80).collect::<String>()), e))
+    SafeName::parse(text).map_err(|e| {
+        WireError::Name(
+            crate::safe_path::escape(&text.chars().take(80).collect::<String>()),
+            e,
+        )
+    })
 }
 
 /// Reads a content id from text.
@@ -127,7 +136,11 @@ pub fn name(text: &str) -> Result<SafeName, WireError> {
 /// # Errors
 /// [`WireError::ContentId`]
 pub fn content_id(text: &str) -> Result<ContentId, WireError> {
-    text.parse().map_err(|_| WireError::ContentId(crate::safe_path::escape(&text.chars().take(80).collect::<String>())))
+    text.parse().map_err(|_| {
+        WireError::ContentId(crate::safe_path::escape(
+            &text.chars().take(80).collect::<String>(),
+        ))
+    })
 }
 
 /// Reads a content id from 32 bytes.
@@ -135,7 +148,8 @@ pub fn content_id(text: &str) -> Result<ContentId, WireError> {
 /// # Errors
 /// [`WireError::ContentId`]
 pub fn content_id_bytes(bytes: &[u8]) -> Result<ContentId, WireError> {
-    ContentId::try_from(bytes).map_err(|_| WireError::ContentId(format!("a field of {} bytes", bytes.len())))
+    ContentId::try_from(bytes)
+        .map_err(|_| WireError::ContentId(format!("a field of {} bytes", bytes.len())))
 }
 
 /// Reads a peer id.
@@ -143,7 +157,11 @@ pub fn content_id_bytes(bytes: &[u8]) -> Result<ContentId, WireError> {
 /// # Errors
 /// [`WireError::PeerId`]
 pub fn peer_id(text: &str) -> Result<PeerId, WireError> {
-    text.parse().map_err(|_| WireError::PeerId(crate::safe_path::escape(&text.chars().take(80).collect::<String>())))
+    text.parse().map_err(|_| {
+        WireError::PeerId(crate::safe_path::escape(
+            &text.chars().take(80).collect::<String>(),
+        ))
+    })
 }
 
 impl TryFrom<FileEntry> for FileInfo {
@@ -177,13 +195,19 @@ impl TryFrom<FileKey> for catalog::FileKey {
     type Error = WireError;
 
     fn try_from(key: FileKey) -> Result<Self, WireError> {
-        Ok(Self { name: name(&key.name)?, content_id: content_id(&key.content_id)? })
+        Ok(Self {
+            name: name(&key.name)?,
+            content_id: content_id(&key.content_id)?,
+        })
     }
 }
 
 impl From<&catalog::FileKey> for FileKey {
     fn from(key: &catalog::FileKey) -> Self {
-        Self { name: key.name.to_string(), content_id: key.content_id.to_string() }
+        Self {
+            name: key.name.to_string(),
+            content_id: key.content_id.to_string(),
+        }
     }
 }
 
@@ -193,7 +217,11 @@ impl From<Row> for FileRow {
             name: row.name.to_string(),
             size: row.size,
             content_id: row.content_id.to_string(),
-            sources: row.sources.iter().map(|source| (&**source).into()).collect(),
+            sources: row
+                .sources
+                .iter()
+                .map(|source| (&**source).into())
+                .collect(),
             source_count: row.source_count,
         }
     }
@@ -226,7 +254,11 @@ impl RowReader {
             name: name(&row.name)?,
             size: row.size,
             content_id: content_id(&row.content_id)?,
-            sources: row.sources.into_iter().map(|source| self.source(source)).collect::<Result<_, _>>()?,
+            sources: row
+                .sources
+                .into_iter()
+                .map(|source| self.source(source))
+                .collect::<Result<_, _>>()?,
             source_count: row.source_count,
         })
     }
@@ -242,7 +274,11 @@ impl RowReader {
 
 impl From<&SourceInfo> for Source {
     fn from(source: &SourceInfo) -> Self {
-        Self { peer_id: source.peer.to_string(), addresses: source.addresses.clone(), partial: source.partial }
+        Self {
+            peer_id: source.peer.to_string(),
+            addresses: source.addresses.clone(),
+            partial: source.partial,
+        }
     }
 }
 
@@ -269,7 +305,9 @@ impl TryFrom<&ListFilesRequest> for Query {
             min_size: request.min_size,
             max_size: (request.max_size > 0).then_some(request.max_size),
             peer: given(&request.peer_id).map(|id| peer_id(&id)).transpose()?,
-            content: given(&request.content_id).map(|id| id.parse::<ContentPrefix>()).transpose()?,
+            content: given(&request.content_id)
+                .map(|id| id.parse::<ContentPrefix>())
+                .transpose()?,
             name: given(&request.name).map(|text| name(&text)).transpose()?,
         })
     }
@@ -278,12 +316,21 @@ impl TryFrom<&ListFilesRequest> for Query {
 /// Keeps the addresses that may be listed, in canonical form; a host name is kept as it is.
 #[must_use]
 pub fn offered_addresses(addresses: &[String]) -> Vec<String> {
-    addresses.iter().take(MAX_ADDRESSES).filter_map(|address| offered_address(address)).collect()
+    addresses
+        .iter()
+        .take(MAX_ADDRESSES)
+        .filter_map(|address| offered_address(address))
+        .collect()
 }
 
 /// Where a caller can be reached: what it says, and where it was seen if it names a port.
 #[must_use]
-pub fn announcement(peer: PeerId, addresses: &[String], port: u16, caller: &net::Caller) -> catalog::Announcement {
+pub fn announcement(
+    peer: PeerId,
+    addresses: &[String],
+    port: u16,
+    caller: &net::Caller,
+) -> catalog::Announcement {
     let mut addresses = offered_addresses(addresses);
     if let Some(remote) = caller.remote
         && port != 0
@@ -293,7 +340,12 @@ pub fn announcement(peer: PeerId, addresses: &[String], port: u16, caller: &net:
             addresses.push(seen);
         }
     }
-    catalog::Announcement { peer, generation: 0, addresses, seen_over_loopback: caller.is_loopback() }
+    catalog::Announcement {
+        peer,
+        generation: 0,
+        addresses,
+        seen_over_loopback: caller.is_loopback(),
+    }
 }
 
 fn offered_address(text: &str) -> Option<String> {
@@ -305,8 +357,13 @@ fn offered_address(text: &str) -> Option<String> {
         return (address.port() != 0 && net::offerable(address.ip())).then(|| address.to_string());
     }
     let (host, port) = text.rsplit_once(':')?;
-    let plain = host.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.');
-    let is_name = !host.is_empty() && plain && !host.starts_with(['-', '.']) && host.parse::<IpAddr>().is_err();
+    let plain = host
+        .bytes()
+        .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.');
+    let is_name = !host.is_empty()
+        && plain
+        && !host.starts_with(['-', '.'])
+        && host.parse::<IpAddr>().is_err();
     // Digits and dots alone would be read by a resolver as an address that the rules above never saw.
     let is_name = is_name && host.bytes().any(|b| b.is_ascii_alphabetic());
     (is_name && port.parse::<u16>().is_ok_and(|port| port != 0)).then(|| text.to_owned())
@@ -316,9 +373,17 @@ impl From<&Trusted> for TrustList {
     fn from(list: &Trusted) -> Self {
         let mut denied: Vec<String> = list.denied.iter().map(ToString::to_string).collect();
         denied.sort();
-        let mut pins: Vec<_> = list.tracker_pins.iter().map(|pin| bytes::Bytes::copy_from_slice(pin)).collect();
+        let mut pins: Vec<_> = list
+            .tracker_pins
+            .iter()
+            .map(|pin| bytes::Bytes::copy_from_slice(pin))
+            .collect();
         pins.sort();
-        Self { epoch: list.epoch, tracker_pins: pins, denied_peer_ids: denied }
+        Self {
+            epoch: list.epoch,
+            tracker_pins: pins,
+            denied_peer_ids: denied,
+        }
     }
 }
 
@@ -331,12 +396,22 @@ impl SignedTrustList {
         if !trust.signed(&self.body, &self.signature) {
             return Err(WireError::TrustList);
         }
-        let list = <TrustList as prost::Message>::decode(self.body.clone()).map_err(|_| WireError::TrustList)?;
-        let pin = |pin: &bytes::Bytes| <[u8; 32]>::try_from(&pin[..]).map_err(|_| WireError::TrustList);
+        let list = <TrustList as prost::Message>::decode(self.body.clone())
+            .map_err(|_| WireError::TrustList)?;
+        let pin =
+            |pin: &bytes::Bytes| <[u8; 32]>::try_from(&pin[..]).map_err(|_| WireError::TrustList);
         Ok(Trusted {
             epoch: list.epoch,
-            tracker_pins: list.tracker_pins.iter().map(pin).collect::<Result<_, _>>()?,
-            denied: list.denied_peer_ids.iter().map(|id| peer_id(id)).collect::<Result<_, _>>()?,
+            tracker_pins: list
+                .tracker_pins
+                .iter()
+                .map(pin)
+                .collect::<Result<_, _>>()?,
+            denied: list
+                .denied_peer_ids
+                .iter()
+                .map(|id| peer_id(id))
+                .collect::<Result<_, _>>()?,
         })
     }
 }
@@ -344,7 +419,15 @@ impl SignedTrustList {
 impl From<&have::HaveMap> for HaveMap {
     fn from(have: &have::HaveMap) -> Self {
         let complete = have.is_complete();
-        Self { size: 0, complete, bits: if complete { bytes::Bytes::new() } else { have.to_bytes().into() } }
+        Self {
+            size: 0,
+            complete,
+            bits: if complete {
+                bytes::Bytes::new()
+            } else {
+                have.to_bytes().into()
+            },
+        }
     }
 }
 
@@ -369,9 +452,15 @@ mod tests {
     fn only_addresses_that_mean_something_elsewhere_are_offered() {
         let offered = |text: &str| offered_address(text);
         assert_eq!(offered("10.0.0.1:7701").as_deref(), Some("10.0.0.1:7701"));
-        assert_eq!(offered("[::ffff:10.0.0.1]:7701").as_deref(), Some("10.0.0.1:7701"));
+        assert_eq!(
+            offered("[::ffff:10.0.0.1]:7701").as_deref(),
+            Some("10.0.0.1:7701")
+        );
         assert_eq!(offered("[fd00::1]:7701").as_deref(), Some("[fd00::1]:7701"));
-        assert_eq!(offered("peer-1.lab.example:7701").as_deref(), Some("peer-1.lab.example:7701"));
+        assert_eq!(
+            offered("peer-1.lab.example:7701").as_deref(),
+            Some("peer-1.lab.example:7701")
+        );
         let long = format!("{}:1", "a".repeat(1024));
         for bad in [
             "0.0.0.0:1",
@@ -400,13 +489,29 @@ mod tests {
     #[test]
     fn entries_are_checked_where_they_arrive() {
         let id = ContentId::from_bytes([1; 32]).to_string();
-        let entry =
-            |name: &str, size, id: &str| FileEntry { name: name.into(), size, content_id: id.into(), partial: false };
+        let entry = |name: &str, size, id: &str| FileEntry {
+            name: name.into(),
+            size,
+            content_id: id.into(),
+            partial: false,
+        };
         assert!(FileInfo::try_from(entry("a/b.mkv", 5, &id)).is_ok());
-        assert!(matches!(FileInfo::try_from(entry("../b", 5, &id)), Err(WireError::Name(..))));
-        assert!(matches!(FileInfo::try_from(entry("b", MAX_SIZE + 1, &id)), Err(WireError::Size(_))));
-        assert!(matches!(FileInfo::try_from(entry("b", 5, &id.to_uppercase())), Ok(_) | Err(WireError::ContentId(_))));
-        assert!(matches!(FileInfo::try_from(entry("b", 5, "")), Err(WireError::ContentId(_))));
+        assert!(matches!(
+            FileInfo::try_from(entry("../b", 5, &id)),
+            Err(WireError::Name(..))
+        ));
+        assert!(matches!(
+            FileInfo::try_from(entry("b", MAX_SIZE + 1, &id)),
+            Err(WireError::Size(_))
+        ));
+        assert!(matches!(
+            FileInfo::try_from(entry("b", 5, &id.to_uppercase())),
+            Ok(_) | Err(WireError::ContentId(_))
+        ));
+        assert!(matches!(
+            FileInfo::try_from(entry("b", 5, "")),
+            Err(WireError::ContentId(_))
+        ));
         assert!(content_id_bytes(&[0; 31]).is_err() && content_id_bytes(&[0; 33]).is_err());
     }
 
@@ -414,18 +519,42 @@ mod tests {
     fn a_trust_list_is_believed_only_from_the_authority() {
         use prost::Message;
         let key = crate::identity::Key::generate().unwrap();
-        let certificate = rcgen::CertificateParams::default().self_signed(key.pair()).unwrap().der().clone();
+        let certificate = rcgen::CertificateParams::default()
+            .self_signed(key.pair())
+            .unwrap()
+            .der()
+            .clone();
         let trust = Trust::new(certificate).unwrap();
-        let list = Trusted { epoch: 3, denied: [PeerId::from_bytes([1; 32])].into(), ..Trusted::default() };
+        let list = Trusted {
+            epoch: 3,
+            denied: [PeerId::from_bytes([1; 32])].into(),
+            ..Trusted::default()
+        };
         let body = TrustList::from(&list).encode_to_vec();
-        let signed =
-            |signature: Vec<u8>, body: Vec<u8>| SignedTrustList { body: body.into(), signature: signature.into() };
+        let signed = |signature: Vec<u8>, body: Vec<u8>| SignedTrustList {
+            body: body.into(),
+            signature: signature.into(),
+        };
         let good = signed(key.sign(&body).unwrap(), body.clone());
         assert_eq!(good.open(&trust).unwrap(), list);
         let other = crate::identity::Key::generate().unwrap();
-        assert!(signed(other.sign(&body).unwrap(), body.clone()).open(&trust).is_err());
-        assert!(signed(key.sign(&body).unwrap(), body[1..].to_vec()).open(&trust).is_err());
+        assert!(
+            signed(other.sign(&body).unwrap(), body.clone())
+                .open(&trust)
+                .is_err()
+        );
+        assert!(
+            signed(key.sign(&body).unwrap(), body[1..].to_vec())
+                .open(&trust)
+                .is_err()
+        );
         assert!(trust.adopt(good.open(&trust).unwrap()));
-        assert!(!trust.adopt(Trusted { epoch: 2, ..Trusted::default() }), "an older list never replaces a newer one");
+        assert!(
+            !trust.adopt(Trusted {
+                epoch: 2,
+                ..Trusted::default()
+            }),
+            "an older list never replaces a newer one"
+        );
     }
 }

@@ -32,13 +32,16 @@ impl RequestId {
     pub fn read(text: &[u8]) -> Option<Self> {
         let fine = |byte: &u8| byte.is_ascii_alphanumeric() || b"._-".contains(byte);
         let text = std::str::from_utf8(text).ok()?;
-        ((1..=MAX_LEN).contains(&text.len()) && text.bytes().all(|byte| fine(&byte))).then(|| Self(text.into()))
+        ((1..=MAX_LEN).contains(&text.len()) && text.bytes().all(|byte| fine(&byte)))
+            .then(|| Self(text.into()))
     }
 
     /// That of the call which this task works for; a new one, if it works for none.
     #[must_use]
     pub fn current() -> Self {
-        CURRENT.try_with(Clone::clone).unwrap_or_else(|_| Self::random())
+        CURRENT
+            .try_with(Clone::clone)
+            .unwrap_or_else(|_| Self::random())
     }
 
     /// What `work` calls, it calls under this id.
@@ -74,7 +77,15 @@ mod tests {
         for good in ["a", "0f9c", "a.b_c-D", &"x".repeat(64)] {
             assert_eq!(RequestId::read(good.as_bytes()).unwrap().to_string(), good);
         }
-        let hostile: [&[u8]; 7] = [b"", b"a b", b"a\nb", b"\x1b[2J", b"a\"b", b"\xff", &[b'x'; 65]];
+        let hostile: [&[u8]; 7] = [
+            b"",
+            b"a b",
+            b"a\nb",
+            b"\x1b[2J",
+            b"a\"b",
+            b"\xff",
+            &[b'x'; 65],
+        ];
         for bad in hostile {
             assert_eq!(RequestId::read(bad), None, "{bad:?}");
         }
@@ -84,7 +95,11 @@ mod tests {
     #[tokio::test]
     async fn a_task_goes_on_under_the_id_it_was_begun_under() {
         let id = RequestId::random();
-        let seen = id.clone().over(async { tokio::spawn(carried(async { RequestId::current() })).await.unwrap() });
+        let seen = id.clone().over(async {
+            tokio::spawn(carried(async { RequestId::current() }))
+                .await
+                .unwrap()
+        });
         assert_eq!(seen.await, id);
         assert_ne!(RequestId::current(), RequestId::current());
     }

@@ -23,7 +23,9 @@ mod private;
 mod root;
 
 pub use part::{Folder, PartFile, PublishError};
-pub use private::{create_private, lock, private_dir, read_private, set_aside, writable, write_private};
+pub use private::{
+    create_private, lock, private_dir, read_private, set_aside, writable, write_private,
+};
 pub use root::Root;
 
 /// Longest name in bytes, in NFC.
@@ -87,7 +89,11 @@ impl SafeName {
         if text.len() > MAX_RAW_LEN {
             return Err(NameError::TooLong);
         }
-        let name: Arc<str> = if is_nfc(text) { text.into() } else { text.nfc().collect::<String>().into() };
+        let name: Arc<str> = if is_nfc(text) {
+            text.into()
+        } else {
+            text.nfc().collect::<String>().into()
+        };
         check(&name)?;
         Ok(Self(name))
     }
@@ -111,7 +117,10 @@ impl SafeName {
             _ => (file, ""),
         };
         let tail = format!(" ({n}){extension}");
-        Self::parse(&format!("{parent}{}{tail}", cut(stem, MAX_COMPONENT_LEN - tail.len())))
+        Self::parse(&format!(
+            "{parent}{}{tail}",
+            cut(stem, MAX_COMPONENT_LEN - tail.len())
+        ))
     }
 
     /// The part before the last `/`; empty for a file at the top.
@@ -136,7 +145,10 @@ impl SafeName {
 
     /// The last component.
     pub fn file_name(&self) -> &str {
-        self.0.rsplit('/').next().expect("a split has at least one part")
+        self.0
+            .rsplit('/')
+            .next()
+            .expect("a split has at least one part")
     }
 }
 
@@ -184,7 +196,11 @@ fn check(name: &str) -> Result<(), NameError> {
             _ => {}
         }
     }
-    if name.ends_with(PART_SUFFIX) { Err(NameError::Reserved) } else { Ok(()) }
+    if name.ends_with(PART_SUFFIX) {
+        Err(NameError::Reserved)
+    } else {
+        Ok(())
+    }
 }
 
 /// Characters no name may have: they act on a terminal, turn text around, or make two names look alike.
@@ -201,8 +217,17 @@ fn is_forbidden(c: char) -> bool {
 
 /// Characters with honest uses inside names that nobody can see: the joiners of Persian and emoji, soft hyphens, tags.
 fn is_unseen(c: char) -> bool {
-    matches!(c, '\u{200c}' | '\u{200d}' | '\u{ad}' | '\u{34f}' | '\u{115f}' | '\u{1160}' | '\u{3164}' | '\u{ffa0}')
-        || matches!(c, '\u{e0000}'..='\u{e0fff}')
+    matches!(
+        c,
+        '\u{200c}'
+            | '\u{200d}'
+            | '\u{ad}'
+            | '\u{34f}'
+            | '\u{115f}'
+            | '\u{1160}'
+            | '\u{3164}'
+            | '\u{ffa0}'
+    ) || matches!(c, '\u{e0000}'..='\u{e0fff}')
 }
 
 /// Text made safe for terminals and logs: every control, direction and invisible character as `\u{…}`, on one line.
@@ -221,7 +246,9 @@ pub fn escape(text: &str) -> String {
 
 /// The longest beginning of `text` that has at most `max` bytes.
 fn cut(text: &str, max: usize) -> &str {
-    let end = (0..=max.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
+    let end = (0..=max.min(text.len()))
+        .rev()
+        .find(|&end| text.is_char_boundary(end));
     &text[..end.expect("0 is a boundary")]
 }
 
@@ -230,12 +257,14 @@ pub fn with_path(path: &Path, error: impl Into<io::Error>) -> io::Error {
     let error = error.into();
     let path = escape(&path.to_string_lossy());
     match rustix::io::Errno::from_io_error(&error) {
-        Some(rustix::io::Errno::LOOP | rustix::io::Errno::XDEV) => {
-            io::Error::new(error.kind(), format!("{path}: a symbolic link, which sprat never follows here"))
-        }
-        Some(rustix::io::Errno::NOTDIR) => {
-            io::Error::new(error.kind(), format!("{path}: a file or link is where a folder is needed"))
-        }
+        Some(rustix::io::Errno::LOOP | rustix::io::Errno::XDEV) => io::Error::new(
+            error.kind(),
+            format!("{path}: a symbolic link, which sprat never follows here"),
+        ),
+        Some(rustix::io::Errno::NOTDIR) => io::Error::new(
+            error.kind(),
+            format!("{path}: a file or link is where a folder is needed"),
+        ),
         _ => io::Error::new(error.kind(), format!("{path}: {error}")),
     }
 }
@@ -275,22 +304,49 @@ mod tests {
         let (text, root) = (name.as_str(), Path::new("/root/of/share"));
         let joined = root.join(name.as_path());
         assert!(joined.starts_with(root) && joined != root, "{name:?}");
-        assert!(name.as_path().components().all(|c| matches!(c, Component::Normal(_))), "{name:?}");
-        let rebuilt =
-            name.as_path().components().map(|c| c.as_os_str().to_str().unwrap()).collect::<Vec<_>>().join("/");
+        assert!(
+            name.as_path()
+                .components()
+                .all(|c| matches!(c, Component::Normal(_))),
+            "{name:?}"
+        );
+        let rebuilt = name
+            .as_path()
+            .components()
+            .map(|c| c.as_os_str().to_str().unwrap())
+            .collect::<Vec<_>>()
+            .join("/");
         assert_eq!(rebuilt, text, "not canonical");
         assert_eq!(SafeName::parse(text).as_ref(), Ok(name), "not idempotent");
         assert!(text.len() <= MAX_NAME_LEN && name.components().count() <= MAX_DEPTH);
-        assert!(!text.contains(['\\', '\0', '\n', '\u{1b}', '\u{202e}', '\u{200b}']), "{name:?}");
-        assert!(!escape(text).contains(['\u{200c}', '\u{200d}', '\u{ad}']), "{name:?}");
-        assert!(name.components().all(|c| c != OWN_FOLDER) && !text.ends_with(PART_SUFFIX), "{name:?}");
+        assert!(
+            !text.contains(['\\', '\0', '\n', '\u{1b}', '\u{202e}', '\u{200b}']),
+            "{name:?}"
+        );
+        assert!(
+            !escape(text).contains(['\u{200c}', '\u{200d}', '\u{ad}']),
+            "{name:?}"
+        );
+        assert!(
+            name.components().all(|c| c != OWN_FOLDER) && !text.ends_with(PART_SUFFIX),
+            "{name:?}"
+        );
     }
 
     #[test]
     fn a01_a02_a03_paths_that_lead_elsewhere() {
-        for text in
-            [".", "..", "../x", "a/..", "a/../../x", "a/b/../../../x", "./x", "a/./b", "a/.", "../../etc/passwd"]
-        {
+        for text in [
+            ".",
+            "..",
+            "../x",
+            "a/..",
+            "a/../../x",
+            "a/b/../../../x",
+            "./x",
+            "a/./b",
+            "a/.",
+            "../../etc/passwd",
+        ] {
             assert_eq!(refused(text), NameError::DotComponent, "{text}");
         }
         for text in ["a//b", "a/", "a/b/", "a//", "a///b"] {
@@ -325,9 +381,16 @@ mod tests {
             }
             assert!(bad == '\\' || escape(&bad.to_string()).is_ascii());
         }
-        for text in
-            ["C:\\x", "\\\\srv\\share", "..\\..\\x", "a\\b", "x\u{1b}[2Jy", "x\u{1b}]0;title\u{7}", "a\r\nb", "a\0"]
-        {
+        for text in [
+            "C:\\x",
+            "\\\\srv\\share",
+            "..\\..\\x",
+            "a\\b",
+            "x\u{1b}[2Jy",
+            "x\u{1b}]0;title\u{7}",
+            "a\r\nb",
+            "a\0",
+        ] {
             assert!(matches!(refused(text), NameError::Character(_)), "{text:?}");
             n_refused += 1;
         }
@@ -336,22 +399,34 @@ mod tests {
 
     #[test]
     fn a08_joiners_are_accepted_and_shown_escaped() {
-        let name = accepted("\u{645}\u{6cc}\u{200c}\u{62e}\u{648}\u{627}\u{647}\u{645}/\u{1f468}\u{200d}\u{1f469}.txt");
+        let name = accepted(
+            "\u{645}\u{6cc}\u{200c}\u{62e}\u{648}\u{627}\u{647}\u{645}/\u{1f468}\u{200d}\u{1f469}.txt",
+        );
         assert_contained(&name);
         let shown = escape(name.as_str());
-        assert!(shown.contains("\\u{200c}") && shown.contains("\\u{200d}"), "{shown}");
+        assert!(
+            shown.contains("\\u{200c}") && shown.contains("\\u{200d}"),
+            "{shown}"
+        );
         assert!(name.as_str().contains('\u{200d}'), "stored as it is");
         assert_eq!(format!("{name:?}"), format!("\"{shown}\""));
     }
 
     #[test]
     fn a09_one_name_in_both_unicode_forms() {
-        let (composed, decomposed) = (accepted("caf\u{e9}/\u{c5}.txt"), accepted("cafe\u{301}/A\u{30a}.txt"));
+        let (composed, decomposed) = (
+            accepted("caf\u{e9}/\u{c5}.txt"),
+            accepted("cafe\u{301}/A\u{30a}.txt"),
+        );
         assert_eq!(composed, decomposed);
         assert_eq!(decomposed.as_str(), "caf\u{e9}/\u{c5}.txt");
         // Forms whose NFC is another character: the rules hold for what comes out. U+212B is the Angstrom sign.
         assert_eq!(accepted("\u{212b}"), accepted("\u{c5}"));
-        assert_eq!(refused(&"\u{1d15e}".repeat(40)), NameError::ComponentTooLong, "NFC makes this one longer");
+        assert_eq!(
+            refused(&"\u{1d15e}".repeat(40)),
+            NameError::ComponentTooLong,
+            "NFC makes this one longer"
+        );
     }
 
     #[test]
@@ -359,7 +434,11 @@ mod tests {
         let component = "x".repeat(MAX_COMPONENT_LEN);
         assert_contained(&accepted(&component));
         assert_contained(&accepted(&format!("{}é", "x".repeat(253))));
-        for text in [format!("{component}x"), format!("{}é", "x".repeat(254)), format!("a/{component}x/b")] {
+        for text in [
+            format!("{component}x"),
+            format!("{}é", "x".repeat(254)),
+            format!("a/{component}x/b"),
+        ] {
             assert_eq!(refused(&text), NameError::ComponentTooLong, "{text}");
         }
         for len in [1023, 1024, 1025, 1026] {
@@ -422,8 +501,16 @@ mod tests {
 
     #[test]
     fn a15_names_of_our_own_files() {
-        for text in [".sprat", ".sprat/lock", "a/.sprat/b", "a/.sprat", "x.part", "a/x.part", ".part", "a.part/b.part"]
-        {
+        for text in [
+            ".sprat",
+            ".sprat/lock",
+            "a/.sprat/b",
+            "a/.sprat",
+            "x.part",
+            "a/x.part",
+            ".part",
+            "a.part/b.part",
+        ] {
             assert_eq!(refused(text), NameError::Reserved, "{text}");
         }
     }
@@ -431,11 +518,26 @@ mod tests {
     #[test]
     fn a19_a20_what_is_not_utf8_is_no_name() {
         use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
-        for bytes in [&b"\xff"[..], b"a/\xc0\xaf..", b"\xed\xa0\x80", b"ok/\xfe", b"\xf8\x88\x80\x80\x80"] {
-            assert_eq!(SafeName::from_path(Path::new(OsStr::from_bytes(bytes))), Err(NameError::NotUtf8));
+        for bytes in [
+            &b"\xff"[..],
+            b"a/\xc0\xaf..",
+            b"\xed\xa0\x80",
+            b"ok/\xfe",
+            b"\xf8\x88\x80\x80\x80",
+        ] {
+            assert_eq!(
+                SafeName::from_path(Path::new(OsStr::from_bytes(bytes))),
+                Err(NameError::NotUtf8)
+            );
         }
-        assert_eq!(SafeName::from_path(Path::new("a/b")).unwrap().as_str(), "a/b");
-        assert_eq!(SafeName::from_path(Path::new("/a")), Err(NameError::Absolute));
+        assert_eq!(
+            SafeName::from_path(Path::new("a/b")).unwrap().as_str(),
+            "a/b"
+        );
+        assert_eq!(
+            SafeName::from_path(Path::new("/a")),
+            Err(NameError::Absolute)
+        );
     }
 
     #[test]
@@ -446,7 +548,10 @@ mod tests {
         for prefix in ["..", "", "/", "a/..", ".sprat", "a\\"] {
             assert!(name.under(prefix).is_err(), "{prefix}");
         }
-        assert_eq!(refused("a\u{202e}b").to_string(), "the name has the forbidden character U+202E");
+        assert_eq!(
+            refused("a\u{202e}b").to_string(),
+            "the name has the forbidden character U+202E"
+        );
     }
 
     #[test]
@@ -455,14 +560,24 @@ mod tests {
             ("README", "README (2)"),
             ("a/film.mkv", "a/film (2).mkv"),
             (".profile", ".profile (2)"),
-            ("v1.a long tail that is no ending", "v1.a long tail that is no ending (2)"),
+            (
+                "v1.a long tail that is no ending",
+                "v1.a long tail that is no ending (2)",
+            ),
             ("x.tar.gz", "x.tar (2).gz"),
         ] {
             assert_eq!(accepted(text).numbered(2).unwrap().as_str(), expected);
         }
-        for text in ["é".repeat(127) + "x", "é".repeat(125) + ".tiff", "x".repeat(255)] {
+        for text in [
+            "é".repeat(127) + "x",
+            "é".repeat(125) + ".tiff",
+            "x".repeat(255),
+        ] {
             let numbered = accepted(&text).numbered(u32::MAX).unwrap();
-            assert!(numbered.as_str().len() > 250 && numbered.as_str().contains(" (4294967295)"), "{numbered}");
+            assert!(
+                numbered.as_str().len() > 250 && numbered.as_str().contains(" (4294967295)"),
+                "{numbered}"
+            );
         }
     }
 
@@ -470,19 +585,31 @@ mod tests {
     fn names_know_their_parts() {
         let name = accepted("a/b/c.txt");
         assert_eq!(name.components().collect::<Vec<_>>(), ["a", "b", "c.txt"]);
-        assert_eq!((name.file_name(), accepted("x").file_name()), ("c.txt", "x"));
-        assert_eq!((format!("{name}"), name.as_ref()), ("a/b/c.txt".to_owned(), "a/b/c.txt"));
+        assert_eq!(
+            (name.file_name(), accepted("x").file_name()),
+            ("c.txt", "x")
+        );
+        assert_eq!(
+            (format!("{name}"), name.as_ref()),
+            ("a/b/c.txt".to_owned(), "a/b/c.txt")
+        );
     }
 
     #[test]
     fn a33_escape_leaves_nothing_that_acts_and_is_idempotent() {
-        assert_eq!(escape("a\nb\u{1b}[31m\u{202e}\u{feff}c\\é"), "a\\u{a}b\\u{1b}[31m\\u{202e}\\u{feff}c\\é");
+        assert_eq!(
+            escape("a\nb\u{1b}[31m\u{202e}\u{feff}c\\é"),
+            "a\\u{a}b\\u{1b}[31m\\u{202e}\\u{feff}c\\é"
+        );
         assert_eq!(escape("tag\u{e0041}soft\u{ad}"), "tag\\u{e0041}soft\\u{ad}");
     }
 
     #[test]
     fn errors_carry_the_path_and_keep_their_kind() {
-        let error = with_path(Path::new("/x/a\nb"), io::Error::from(io::ErrorKind::StorageFull));
+        let error = with_path(
+            Path::new("/x/a\nb"),
+            io::Error::from(io::ErrorKind::StorageFull),
+        );
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
         assert!(error.to_string().starts_with("/x/a\\u{a}b: "), "{error}");
     }

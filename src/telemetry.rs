@@ -9,7 +9,8 @@ use std::{
 
 use anyhow::{Context, Result, anyhow};
 use tracing_subscriber::{
-    EnvFilter, Layer, Registry, fmt, layer::SubscriberExt, registry, reload, util::SubscriberInitExt,
+    EnvFilter, Layer, Registry, fmt, layer::SubscriberExt, registry, reload,
+    util::SubscriberInitExt,
 };
 
 use crate::config::{LogConfig, LogLevel};
@@ -31,11 +32,25 @@ pub fn init(log: &LogConfig, directives: Option<&str>) -> Result<()> {
     let (filter, reload) = reload::Layer::new(filter(log, directives)?);
     // With colours they are only ever switched off: on a terminal the crate itself honours NO_COLOR.
     let lines = fmt::layer().with_writer(io::stderr);
-    let lines = if io::stderr().is_terminal() { lines } else { lines.with_ansi(false) };
-    let lines = if log.json { lines.json().boxed() } else { lines.boxed() };
+    let lines = if io::stderr().is_terminal() {
+        lines
+    } else {
+        lines.with_ansi(false)
+    };
+    let lines = if log.json {
+        lines.json().boxed()
+    } else {
+        lines.boxed()
+    };
     registry().with(filter).with(lines).try_init()?;
-    let level = directives.filter(|text| !text.trim().is_empty()).unwrap_or(log.level.as_str()).to_owned();
-    let _ = LIVE.set(Live { reload, level: Mutex::new(level) });
+    let level = directives
+        .filter(|text| !text.trim().is_empty())
+        .unwrap_or(log.level.as_str())
+        .to_owned();
+    let _ = LIVE.set(Live {
+        reload,
+        level: Mutex::new(level),
+    });
     Ok(())
 }
 
@@ -48,7 +63,8 @@ pub fn level(level: &str) -> Result<String> {
     let mut now = live.level.lock().expect("no panic while the lock is held");
     if !level.is_empty() {
         let level = LogLevel::try_from(level.to_owned()).map_err(|error| anyhow!(error))?;
-        live.reload.reload(filter(&LogConfig { level, json: false }, None)?)?;
+        live.reload
+            .reload(filter(&LogConfig { level, json: false }, None)?)?;
         level.as_str().clone_into(&mut now);
         tracing::info!("the log level is {level:?} now", level = level.as_str());
     }
@@ -59,8 +75,12 @@ fn filter(log: &LogConfig, directives: Option<&str>) -> Result<EnvFilter> {
     // Other crates speak only when something is wrong: their debug output would drown ours.
     let others = log.level.min(LogLevel::Warn);
     let own = format!("{},sprat={}", others.as_str(), log.level.as_str());
-    let text = directives.filter(|text| !text.trim().is_empty()).unwrap_or(&own);
-    EnvFilter::builder().parse(text).with_context(|| format!("SPRAT_LOG={text:?} is not a log filter"))
+    let text = directives
+        .filter(|text| !text.trim().is_empty())
+        .unwrap_or(&own);
+    EnvFilter::builder()
+        .parse(text)
+        .with_context(|| format!("SPRAT_LOG={text:?} is not a log filter"))
 }
 
 #[cfg(test)]
@@ -68,7 +88,9 @@ mod tests {
     use super::*;
 
     fn shown(level: LogLevel, directives: Option<&str>) -> String {
-        filter(&LogConfig { level, json: false }, directives).unwrap().to_string()
+        filter(&LogConfig { level, json: false }, directives)
+            .unwrap()
+            .to_string()
     }
 
     #[test]
@@ -81,7 +103,19 @@ mod tests {
     #[test]
     fn the_variable_replaces_the_level() {
         assert_eq!(shown(LogLevel::Error, Some("trace")), "trace");
-        let error = filter(&LogConfig { level: LogLevel::Info, json: false }, Some("sprat=loud")).unwrap_err();
-        assert!(error.to_string().starts_with("SPRAT_LOG=\"sprat=loud\" is not a log filter"), "{error}");
+        let error = filter(
+            &LogConfig {
+                level: LogLevel::Info,
+                json: false,
+            },
+            Some("sprat=loud"),
+        )
+        .unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("SPRAT_LOG=\"sprat=loud\" is not a log filter"),
+            "{error}"
+        );
     }
 }

@@ -20,8 +20,8 @@ use crate::{
     trust::Trust,
 };
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig,
-    SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, RootCertStore,
+    ServerConfig, SignatureScheme,
     client::{
         ResolvesClientCert, Resumption, WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -54,7 +54,10 @@ pub fn provider() -> Arc<CryptoProvider> {
     if !aes {
         cipher_suites.rotate_right(1);
     }
-    Arc::new(CryptoProvider { cipher_suites, ..rustls::crypto::ring::default_provider() })
+    Arc::new(CryptoProvider {
+        cipher_suites,
+        ..rustls::crypto::ring::default_provider()
+    })
 }
 
 fn roots(authority: &CertificateDer<'static>) -> Result<Arc<RootCertStore>, Error> {
@@ -79,7 +82,10 @@ impl LiveCertificate {
     ///
     /// # Errors
     /// If the key is of an unsupported kind or does not match.
-    pub fn new(chain: Vec<CertificateDer<'static>>, key: PrivateKeyDer<'static>) -> Result<Arc<Self>, Error> {
+    pub fn new(
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKeyDer<'static>,
+    ) -> Result<Arc<Self>, Error> {
         Ok(Arc::new(Self(RwLock::new(certified(chain, key)?))))
     }
 
@@ -87,7 +93,11 @@ impl LiveCertificate {
     ///
     /// # Errors
     /// As [`LiveCertificate::new`]; the old one stays.
-    pub fn replace(&self, chain: Vec<CertificateDer<'static>>, key: PrivateKeyDer<'static>) -> Result<(), Error> {
+    pub fn replace(
+        &self,
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKeyDer<'static>,
+    ) -> Result<(), Error> {
         let fresh = certified(chain, key)?;
         *self.0.write().expect("no panic while the lock is held") = fresh;
         Ok(())
@@ -100,11 +110,17 @@ impl LiveCertificate {
     }
 
     fn current(&self) -> Arc<CertifiedKey> {
-        self.0.read().expect("no panic while the lock is held").clone()
+        self.0
+            .read()
+            .expect("no panic while the lock is held")
+            .clone()
     }
 }
 
-fn certified(chain: Vec<CertificateDer<'static>>, key: PrivateKeyDer<'static>) -> Result<Arc<CertifiedKey>, Error> {
+fn certified(
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> Result<Arc<CertifiedKey>, Error> {
     if chain.is_empty() {
         return Err(Error::NoCertificatesPresented);
     }
@@ -130,7 +146,14 @@ struct Shown {
 
 impl ResolvesServerCert for Shown {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(if hello.server_name() == Some(TRACKER_NAME) { &self.named } else { &self.unnamed }.current())
+        Some(
+            if hello.server_name() == Some(TRACKER_NAME) {
+                &self.named
+            } else {
+                &self.unnamed
+            }
+            .current(),
+        )
     }
 }
 
@@ -147,11 +170,16 @@ pub fn member_server(
     let webpki = WebPkiClientVerifier::builder_with_provider(roots(trust.authority())?, provider())
         .build()
         .map_err(|e| Error::General(e.to_string()))?;
-    let verifier = MemberVerifier { webpki, trust: trust.clone() };
+    let verifier = MemberVerifier {
+        webpki,
+        trust: trust.clone(),
+    };
     let builder = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(Arc::new(verifier));
-    Ok(server(builder.with_cert_resolver(Arc::new(Shown { named, unnamed }))))
+    Ok(server(
+        builder.with_cert_resolver(Arc::new(Shown { named, unnamed })),
+    ))
 }
 
 /// The rules of the enrollment listener: nobody has a certificate yet.
@@ -162,7 +190,10 @@ pub fn join_server(certificate: Arc<LiveCertificate>) -> Result<Arc<ServerConfig
     let builder = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_no_client_auth();
-    let shown = Shown { named: certificate.clone(), unnamed: certificate };
+    let shown = Shown {
+        named: certificate.clone(),
+        unnamed: certificate,
+    };
     Ok(server(builder.with_cert_resolver(Arc::new(shown))))
 }
 
@@ -196,7 +227,11 @@ pub fn member_client(
     let webpki = WebPkiServerVerifier::builder_with_provider(roots(trust.authority())?, provider())
         .build()
         .map_err(|e| Error::General(e.to_string()))?;
-    let verifier = PeerVerifier { webpki, trust: trust.clone(), expect };
+    let verifier = PeerVerifier {
+        webpki,
+        trust: trust.clone(),
+        expect,
+    };
     let mut config = client(Arc::new(verifier))?.with_client_cert_resolver(identity.clone());
     config.enable_sni = false;
     Ok(client_defaults(config))
@@ -210,8 +245,14 @@ pub fn renew_client(trust: &Arc<Trust>) -> Result<Arc<ClientConfig>, Error> {
     let webpki = WebPkiServerVerifier::builder_with_provider(roots(trust.authority())?, provider())
         .build()
         .map_err(|e| Error::General(e.to_string()))?;
-    let verifier = PeerVerifier { webpki, trust: trust.clone(), expect: Expect::Tracker };
-    Ok(client_defaults(client(Arc::new(verifier))?.with_no_client_auth()))
+    let verifier = PeerVerifier {
+        webpki,
+        trust: trust.clone(),
+        expect: Expect::Tracker,
+    };
+    Ok(client_defaults(
+        client(Arc::new(verifier))?.with_no_client_auth(),
+    ))
 }
 
 /// The rules for redeeming a token: only the pinned key will do. This alone sends a server name.
@@ -219,7 +260,9 @@ pub fn renew_client(trust: &Arc<Trust>) -> Result<Arc<ClientConfig>, Error> {
 /// # Errors
 /// If the library refuses its own defaults.
 pub fn join_client(pin: Pin) -> Result<Arc<ClientConfig>, Error> {
-    Ok(client_defaults(client(Arc::new(PinVerifier { pin }))?.with_no_client_auth()))
+    Ok(client_defaults(
+        client(Arc::new(PinVerifier { pin }))?.with_no_client_auth(),
+    ))
 }
 
 type ClientBuilder = rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>;
@@ -242,10 +285,19 @@ fn refuse(reason: impl std::fmt::Display) -> Error {
 }
 
 /// The identity of a certificate that webpki accepted.
-fn member(end_entity: &CertificateDer<'_>, trust: &Trust, roles: &[Role]) -> Result<Subject, Error> {
-    let subject = CertificateFacts::read(end_entity).and_then(|facts| facts.subject()).map_err(refuse)?;
+fn member(
+    end_entity: &CertificateDer<'_>,
+    trust: &Trust,
+    roles: &[Role],
+) -> Result<Subject, Error> {
+    let subject = CertificateFacts::read(end_entity)
+        .and_then(|facts| facts.subject())
+        .map_err(refuse)?;
     if !roles.contains(&subject.role) {
-        return Err(refuse(format!("this is not for {} certificates", subject.role.label())));
+        return Err(refuse(format!(
+            "this is not for {} certificates",
+            subject.role.label()
+        )));
     }
     if trust.list().denied.contains(&subject.id) {
         return Err(Error::InvalidCertificate(CertificateError::Revoked));
@@ -254,13 +306,25 @@ fn member(end_entity: &CertificateDer<'_>, trust: &Trust, roles: &[Role]) -> Res
 }
 
 fn in_date(facts: &CertificateFacts, now: UnixTime) -> Result<(), Error> {
-    let unix = |seconds: i64| UnixTime::since_unix_epoch(Duration::from_secs(seconds.try_into().unwrap_or_default()));
+    let unix = |seconds: i64| {
+        UnixTime::since_unix_epoch(Duration::from_secs(seconds.try_into().unwrap_or_default()))
+    };
     let (not_before, not_after) = (unix(facts.not_before), unix(facts.not_after));
     if now < not_before {
-        return Err(Error::InvalidCertificate(CertificateError::NotValidYetContext { time: now, not_before }));
+        return Err(Error::InvalidCertificate(
+            CertificateError::NotValidYetContext {
+                time: now,
+                not_before,
+            },
+        ));
     }
     if now > not_after {
-        return Err(Error::InvalidCertificate(CertificateError::ExpiredContext { time: now, not_after }));
+        return Err(Error::InvalidCertificate(
+            CertificateError::ExpiredContext {
+                time: now,
+                not_after,
+            },
+        ));
     }
     Ok(())
 }
@@ -282,11 +346,18 @@ macro_rules! tls13_signatures_only {
             cert: &CertificateDer<'_>,
             signed: &DigitallySignedStruct,
         ) -> Result<HandshakeSignatureValid, Error> {
-            verify_tls13_signature(message, cert, signed, &provider().signature_verification_algorithms)
+            verify_tls13_signature(
+                message,
+                cert,
+                signed,
+                &provider().signature_verification_algorithms,
+            )
         }
 
         fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-            provider().signature_verification_algorithms.supported_schemes()
+            provider()
+                .signature_verification_algorithms
+                .supported_schemes()
         }
     };
 }
@@ -308,7 +379,9 @@ impl ClientCertVerifier for MemberVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let verified = self.webpki.verify_client_cert(end_entity, intermediates, now)?;
+        let verified = self
+            .webpki
+            .verify_client_cert(end_entity, intermediates, now)?;
         member(end_entity, &self.trust, &[Role::Peer, Role::Operator])?;
         Ok(verified)
     }
@@ -333,7 +406,14 @@ impl ServerCertVerifier for PeerVerifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let (name, role) = match self.expect {
-            Expect::Peer(id) => (Subject { id, role: Role::Peer }.name(), Role::Peer),
+            Expect::Peer(id) => (
+                Subject {
+                    id,
+                    role: Role::Peer,
+                }
+                .name(),
+                Role::Peer,
+            ),
             Expect::Tracker => {
                 let facts = CertificateFacts::read(end_entity).map_err(refuse)?;
                 if self.trust.list().tracker_pins.contains(&facts.pin()) {
@@ -344,7 +424,9 @@ impl ServerCertVerifier for PeerVerifier {
             }
         };
         let name = ServerName::try_from(name).map_err(refuse)?;
-        let verified = self.webpki.verify_server_cert(end_entity, intermediates, &name, ocsp, now)?;
+        let verified =
+            self.webpki
+                .verify_server_cert(end_entity, intermediates, &name, ocsp, now)?;
         member(end_entity, &self.trust, &[role])?;
         Ok(verified)
     }

@@ -84,10 +84,14 @@ pub enum TokenError {
     #[error("the join link is cut: it needs four parts after the address, PIN.ID.SECRET.CHECK")]
     Parts,
     /// The check does not match.
-    #[error("the join link has a typo: its last six characters do not match the rest; copy it again")]
+    #[error(
+        "the join link has a typo: its last six characters do not match the rest; copy it again"
+    )]
     Check,
     /// The pin is not one.
-    #[error("the join link carries no usable pin; make a new one with `sprat tracker token create`")]
+    #[error(
+        "the join link carries no usable pin; make a new one with `sprat tracker token create`"
+    )]
     Pin,
     /// Id or secret is malformed.
     #[error("the join link's id or secret is malformed; copy it again")]
@@ -107,7 +111,12 @@ impl JoinToken {
         let random = SystemRandom::new();
         random.fill(&mut id).map_err(|_| TokenError::Random)?;
         random.fill(&mut secret).map_err(|_| TokenError::Random)?;
-        Ok(Self { address, pin, id, secret: Secret(secret) })
+        Ok(Self {
+            address,
+            pin,
+            id,
+            secret: Secret(secret),
+        })
     }
 }
 
@@ -121,7 +130,13 @@ impl fmt::Display for JoinToken {
             Pin::Authority(pin) => ('a', pin),
             Pin::Tracker(pin) => ('t', pin),
         };
-        let text = format!("{}/{kind}{}.{}.{}", self.address, base32(pin), base32(&self.id), self.secret.reveal());
+        let text = format!(
+            "{}/{kind}{}.{}.{}",
+            self.address,
+            base32(pin),
+            base32(&self.id),
+            self.secret.reveal()
+        );
         write!(f, "{SCHEME}{text}.{}", check(&text))
     }
 }
@@ -151,7 +166,12 @@ impl FromStr for JoinToken {
         };
         let id = unbase32(id).ok_or(TokenError::Secret)?;
         let secret = Secret::parse(secret).ok_or(TokenError::Secret)?;
-        Ok(Self { address: address.to_owned(), pin, id, secret })
+        Ok(Self {
+            address: address.to_owned(),
+            pin,
+            id,
+            secret,
+        })
     }
 }
 
@@ -188,11 +208,25 @@ mod tests {
 
     #[test]
     fn each_error_says_which_part() {
-        assert_eq!("https://a:1/x".parse::<JoinToken>(), Err(TokenError::Scheme));
+        assert_eq!(
+            "https://a:1/x".parse::<JoinToken>(),
+            Err(TokenError::Scheme)
+        );
         assert_eq!("sprat://a/x".parse::<JoinToken>(), Err(TokenError::Address));
-        assert_eq!("sprat://a:7700/x.y".parse::<JoinToken>(), Err(TokenError::Parts));
-        let text = format!("a:1/{}.{}.{}", base32(&[1; 33]), base32(&[2; 5]), base32(&[3; 16]));
-        assert_eq!(format!("sprat://{text}.{}", check(&text)).parse::<JoinToken>(), Err(TokenError::Pin));
+        assert_eq!(
+            "sprat://a:7700/x.y".parse::<JoinToken>(),
+            Err(TokenError::Parts)
+        );
+        let text = format!(
+            "a:1/{}.{}.{}",
+            base32(&[1; 33]),
+            base32(&[2; 5]),
+            base32(&[3; 16])
+        );
+        assert_eq!(
+            format!("sprat://{text}.{}", check(&text)).parse::<JoinToken>(),
+            Err(TokenError::Pin)
+        );
     }
 
     proptest! {

@@ -36,7 +36,11 @@ impl Trust {
     /// If the certificate is unreadable.
     pub fn new(authority: CertificateDer<'static>) -> Result<Arc<Self>, IdentityError> {
         let public_key = CertificateFacts::read(&authority)?.public_key;
-        Ok(Arc::new(Self { authority, public_key, list: watch::Sender::new(Arc::default()) }))
+        Ok(Arc::new(Self {
+            authority,
+            public_key,
+            list: watch::Sender::new(Arc::default()),
+        }))
     }
 
     /// The authority's certificate.

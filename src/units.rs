@@ -27,10 +27,14 @@ pub fn parse_size(text: &str) -> Result<u64, UnitError> {
         // Nine digits resolve a byte in a GiB; more would only invite overflow.
         let tail = u128::from(fraction.get(..9).unwrap_or(fraction).parse::<u64>().ok()?);
         let tail_scale = 10u128.pow(u32::try_from(fraction.len().min(9)).ok()?);
-        let bytes = u128::from(whole.parse::<u64>().ok()?).checked_mul(factor)? + tail * factor / tail_scale;
+        let bytes = u128::from(whole.parse::<u64>().ok()?).checked_mul(factor)?
+            + tail * factor / tail_scale;
         u64::try_from(bytes).ok()
     };
-    size().ok_or_else(|| UnitError { text: text.into(), expected: "a size; write 64MiB, 20MB, 1G or 500k" })
+    size().ok_or_else(|| UnitError {
+        text: text.into(),
+        expected: "a size; write 64MiB, 20MB, 1G or 500k",
+    })
 }
 
 /// Reads a limit in bytes a second: a size, with or without `/s`, or `none`.
@@ -39,9 +43,14 @@ pub fn parse_rate(text: &str) -> Result<Option<u64>, UnitError> {
     if text.eq_ignore_ascii_case("none") {
         return Ok(None);
     }
-    let rate = parse_size(text.strip_suffix("/s").unwrap_or(text)).ok().filter(|rate| RATES.contains(rate));
+    let rate = parse_size(text.strip_suffix("/s").unwrap_or(text))
+        .ok()
+        .filter(|rate| RATES.contains(rate));
     let expected = "a limit; write none, or 500k, 20MB or 1GiB (a second, at least 16k)";
-    rate.map(Some).ok_or_else(|| UnitError { text: text.into(), expected })
+    rate.map(Some).ok_or_else(|| UnitError {
+        text: text.into(),
+        expected,
+    })
 }
 
 /// Writes a limit for people: `19.1 MiB/s`, `none`.
@@ -70,7 +79,10 @@ pub fn parse_duration(text: &str) -> Result<Duration, UnitError> {
         }
         (!text.trim().is_empty()).then_some(Duration::from_secs(seconds))
     };
-    duration().ok_or_else(|| UnitError { text: text.into(), expected: "a duration; write 90s, 10m, 24h or 7d" })
+    duration().ok_or_else(|| UnitError {
+        text: text.into(),
+        expected: "a duration; write 90s, 10m, 24h or 7d",
+    })
 }
 
 /// Writes a size for people, with one decimal from 1 KiB up: `1023 B`, `1.5 KiB`, `2.0 GiB`.
@@ -91,7 +103,10 @@ pub fn human_size(bytes: u64) -> String {
 }
 
 fn split_number(text: &str) -> (&str, &str) {
-    text.split_at(text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len()))
+    text.split_at(
+        text.find(|c: char| !c.is_ascii_digit() && c != '.')
+            .unwrap_or(text.len()),
+    )
 }
 
 fn size_factor(unit: &str) -> Option<u128> {
@@ -104,7 +119,9 @@ fn size_factor(unit: &str) -> Option<u128> {
             (None, None) => (1024, unit),
         },
     };
-    let power = ["k", "m", "g", "t", "p", "e"].iter().position(|name| *name == prefix)?;
+    let power = ["k", "m", "g", "t", "p", "e"]
+        .iter()
+        .position(|name| *name == prefix)?;
     Some(u128::pow(base, u32::try_from(power).ok()? + 1))
 }
 
@@ -136,11 +153,26 @@ mod tests {
 
     #[test]
     fn texts_that_are_no_size() {
-        for text in
-            ["", " ", "MiB", "-1", "1.2.3M", ".5G", "1.", "1 Mib s", "16EiB", "1x", "1iB", "18446744073709551616", "1é"]
-        {
+        for text in [
+            "",
+            " ",
+            "MiB",
+            "-1",
+            "1.2.3M",
+            ".5G",
+            "1.",
+            "1 Mib s",
+            "16EiB",
+            "1x",
+            "1iB",
+            "18446744073709551616",
+            "1é",
+        ] {
             let error = parse_size(text).unwrap_err().to_string();
-            assert!(error.starts_with(&format!("{text:?} is not a size")), "{error}");
+            assert!(
+                error.starts_with(&format!("{text:?} is not a size")),
+                "{error}"
+            );
         }
     }
 
@@ -158,9 +190,18 @@ mod tests {
         }
         for text in ["", "0", "fast", "16383", "2000TB", "20MB/h", "20Mbit", "-1"] {
             let error = parse_rate(text).unwrap_err().to_string();
-            assert!(error.starts_with(&format!("{text:?} is not a limit; write none, or")), "{error}");
+            assert!(
+                error.starts_with(&format!("{text:?} is not a limit; write none, or")),
+                "{error}"
+            );
         }
-        assert_eq!((human_rate(Some(20_000_000)).as_str(), human_rate(None).as_str()), ("19.1 MiB/s", "none"));
+        assert_eq!(
+            (
+                human_rate(Some(20_000_000)).as_str(),
+                human_rate(None).as_str()
+            ),
+            ("19.1 MiB/s", "none")
+        );
     }
 
     #[test]
@@ -175,13 +216,30 @@ mod tests {
             ("2w", 1_209_600),
             ("0s", 0),
         ] {
-            assert_eq!(parse_duration(text), Ok(Duration::from_secs(seconds)), "{text}");
+            assert_eq!(
+                parse_duration(text),
+                Ok(Duration::from_secs(seconds)),
+                "{text}"
+            );
         }
-        for text in
-            ["", " ", "90", "h", "1.5h", "-1s", "1y", "1h5", "1é", "99999999999999999999s", "18446744073709551615w"]
-        {
+        for text in [
+            "",
+            " ",
+            "90",
+            "h",
+            "1.5h",
+            "-1s",
+            "1y",
+            "1h5",
+            "1é",
+            "99999999999999999999s",
+            "18446744073709551615w",
+        ] {
             let error = parse_duration(text).unwrap_err().to_string();
-            assert!(error.starts_with(&format!("{text:?} is not a duration")), "{error}");
+            assert!(
+                error.starts_with(&format!("{text:?} is not a duration")),
+                "{error}"
+            );
         }
     }
 

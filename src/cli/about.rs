@@ -23,16 +23,21 @@ use super::{
 use crate::{exit::Exit, safe_path::escape};
 
 pub(super) fn config(session: &Session, command: &ConfigCommand) -> Result<()> {
-    let ConfigCommand::Show { origin: with_origin } = command;
+    let ConfigCommand::Show {
+        origin: with_origin,
+    } = command;
     if session.json {
-        let row = |(key, (value, origin)): (&String, &(Value, String))| json(&Setting { key, value, origin });
+        let row = |(key, (value, origin)): (&String, &(Value, String))| {
+            json(&Setting { key, value, origin })
+        };
         return session.origins.iter().try_for_each(row);
     }
     if !with_origin {
         return line(&serde_json::to_string_pretty(&session.config)?);
     }
-    let shown =
-        |(key, (value, origin)): (&String, &(Value, String))| line(&escape(&format!("{key} = {value}  ({origin})")));
+    let shown = |(key, (value, origin)): (&String, &(Value, String))| {
+        line(&escape(&format!("{key} = {value}  ({origin})")))
+    };
     session.origins.iter().try_for_each(shown)
 }
 
@@ -48,7 +53,11 @@ pub(super) fn version(session: &Session) -> Result<()> {
         return line(&format!("sprat {version}"));
     }
     let target = format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS);
-    json(&Version { version, protocol: "sprat.v1", target })
+    json(&Version {
+        version,
+        protocol: "sprat.v1",
+        target,
+    })
 }
 
 /// The man page, in roff: all commands on one page.
@@ -68,12 +77,21 @@ pub(super) fn man_page() -> Result<Vec<u8>> {
     let ends = [("0".to_owned(), "done")].into_iter().chain(codes);
     let ends = ends.chain([("130, 143".to_owned(), "ended by Ctrl-C, by SIGTERM")]);
     let ends: Vec<_> = ends.collect();
-    let ends: Vec<(&str, &str)> = ends.iter().map(|(code, meaning)| (code.as_str(), *meaning)).collect();
-    for (heading, rows) in [("ENVIRONMENT", &VARIABLES[..]), ("EXIT STATUS", &ends), ("EXAMPLES", &EXAMPLES)] {
+    let ends: Vec<(&str, &str)> = ends
+        .iter()
+        .map(|(code, meaning)| (code.as_str(), *meaning))
+        .collect();
+    for (heading, rows) in [
+        ("ENVIRONMENT", &VARIABLES[..]),
+        ("EXIT STATUS", &ends),
+        ("EXAMPLES", &EXAMPLES),
+    ] {
         let mut roff = Roff::default();
         roff.control("SH", [heading]);
         for (word, meaning) in rows {
-            roff.control("TP", []).text([bold(*word)]).text([roman(*meaning)]);
+            roff.control("TP", [])
+                .text([bold(*word)])
+                .text([roman(*meaning)]);
         }
         roff.to_writer(&mut page)?;
     }
@@ -87,7 +105,9 @@ fn command_section(command: &Definition, parent: &str, page: &mut Vec<u8>) -> io
     }
     let name = format!("{parent} {}", command.get_name());
     if command.has_subcommands() {
-        return command.get_subcommands().try_for_each(|below| command_section(below, &name, page));
+        return command
+            .get_subcommands()
+            .try_for_each(|below| command_section(below, &name, page));
     }
     let mut roff = Roff::default();
     roff.control("SH", [name.to_uppercase().as_str()]);
@@ -102,7 +122,15 @@ fn command_section(command: &Definition, parent: &str, page: &mut Vec<u8>) -> io
     // Headings of a page become paragraphs of a section.
     let headings = [".SH SYNOPSIS", ".SH DESCRIPTION", ".SH OPTIONS"];
     for text in String::from_utf8_lossy(&text).lines() {
-        page.extend(if headings.contains(&text) { ".PP" } else { text }.bytes().chain(*b"\n"));
+        page.extend(
+            if headings.contains(&text) {
+                ".PP"
+            } else {
+                text
+            }
+            .bytes()
+            .chain(*b"\n"),
+        );
     }
     Ok(())
 }
@@ -129,7 +157,10 @@ mod tests {
     fn the_man_page_in_docs_is_this_one() {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/sprat.1");
         let page = String::from_utf8(man_page().unwrap()).unwrap();
-        assert!(page == std::fs::read_to_string(path).unwrap(), "write it anew: sprat man > docs/sprat.1");
+        assert!(
+            page == std::fs::read_to_string(path).unwrap(),
+            "write it anew: sprat man > docs/sprat.1"
+        );
     }
 
     #[test]

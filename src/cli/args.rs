@@ -14,11 +14,20 @@ use crate::exit::Exit;
 /// What people type first, for `--help` and the man page.
 pub(super) const EXAMPLES: [(&str, &str); 7] = [
     ("sprat", "menu: start or join a network, browse, download"),
-    ("sprat tracker run", "start a network here; prints a line for each other machine to paste"),
+    (
+        "sprat tracker run",
+        "start a network here; prints a line for each other machine to paste",
+    ),
     ("sprat join sprat://HOST:7700/…", "join it from there"),
-    ("sprat share ~/models", "let the others fetch what is in a folder"),
+    (
+        "sprat share ~/models",
+        "let the others fetch what is in a folder",
+    ),
     ("sprat ls", "what there is"),
-    ("sprat get 'models/*.gguf' -o ~/models", "fetch it, from every machine that has it"),
+    (
+        "sprat get 'models/*.gguf' -o ~/models",
+        "fetch it, from every machine that has it",
+    ),
     ("sprat demo", "see it all work on this machine, in a minute"),
 ];
 
@@ -28,9 +37,15 @@ pub(super) const VARIABLES: [(&str, &str); 7] = [
     ("SPRAT_CONFIG", "as --config"),
     ("SPRAT_NO_INPUT", "as --no-input"),
     ("SPRAT_TOKEN", "the link for `sprat join` without one"),
-    ("SPRAT_KEY_PASSPHRASE", "opens the key that tracker.certificate_key names"),
+    (
+        "SPRAT_KEY_PASSPHRASE",
+        "opens the key that tracker.certificate_key names",
+    ),
     ("SPRAT_LOG", "log filter, such as sprat=debug"),
-    ("SPRAT_SECTION_KEY", "any setting of `sprat config show`, such as SPRAT_PEER_LISTEN"),
+    (
+        "SPRAT_SECTION_KEY",
+        "any setting of `sprat config show`, such as SPRAT_PEER_LISTEN",
+    ),
 ];
 
 /// The command line.
@@ -59,10 +74,22 @@ pub struct Args {
 #[command(next_help_heading = "Options of every command")]
 pub(super) struct Global {
     /// Where identity and records are kept, one directory for each tracker or peer
-    #[arg(long, global = true, env = "SPRAT_STATE_DIR", hide_env_values = true, value_name = "DIR")]
+    #[arg(
+        long,
+        global = true,
+        env = "SPRAT_STATE_DIR",
+        hide_env_values = true,
+        value_name = "DIR"
+    )]
     pub(super) state_dir: Option<String>,
     /// Configuration file to read instead of ./config.json
-    #[arg(long, global = true, env = "SPRAT_CONFIG", hide_env_values = true, value_name = "FILE")]
+    #[arg(
+        long,
+        global = true,
+        env = "SPRAT_CONFIG",
+        hide_env_values = true,
+        value_name = "FILE"
+    )]
     pub(super) config: Option<PathBuf>,
     /// Results as JSON, one object a line
     #[arg(long, global = true)]
@@ -91,8 +118,15 @@ impl Args {
             list.text(key, self.global.state_dir.as_ref());
         }
         if self.global.verbose > 0 || self.global.quiet {
-            let level = [if self.global.quiet { "error" } else { "info" }, "debug", "trace"];
-            list.0.push(("log.level".into(), json!(level[usize::from(self.global.verbose.min(2))])));
+            let level = [
+                if self.global.quiet { "error" } else { "info" },
+                "debug",
+                "trace",
+            ];
+            list.0.push((
+                "log.level".into(),
+                json!(level[usize::from(self.global.verbose.min(2))]),
+            ));
         }
         match &self.command {
             Some(Command::Action(Action::Tracker(TrackerCommand::Run(args)))) => {
@@ -101,7 +135,10 @@ impl Args {
                 list.texts("tracker.advertise", &args.advertise);
                 list.text("tracker.certificate", args.certificate.as_ref());
                 list.text("tracker.certificate_key", args.certificate_key.as_ref());
-                list.text("tracker.key_passphrase_file", args.key_passphrase_file.as_ref());
+                list.text(
+                    "tracker.key_passphrase_file",
+                    args.key_passphrase_file.as_ref(),
+                );
             }
             Some(Command::Action(Action::Peer(args))) => {
                 list.texts("peer.shares", &args.share);
@@ -123,7 +160,8 @@ impl Overrides {
     }
 
     fn texts(&mut self, key: &str, values: &[String]) {
-        self.0.extend((!values.is_empty()).then(|| (key.into(), json!(values))));
+        self.0
+            .extend((!values.is_empty()).then(|| (key.into(), json!(values))));
     }
 
     fn node(&mut self, args: &NodeArgs) {
@@ -134,17 +172,32 @@ impl Overrides {
         self.text("peer.tracker", args.tracker.as_ref());
         self.text("peer.upload_limit", args.upload_limit.as_ref());
         self.text("peer.download_limit", args.download_limit.as_ref());
-        self.text("peer.upload_limit_per_peer", args.upload_limit_per_peer.as_ref());
-        self.text("peer.download_limit_per_peer", args.download_limit_per_peer.as_ref());
+        self.text(
+            "peer.upload_limit_per_peer",
+            args.upload_limit_per_peer.as_ref(),
+        );
+        self.text(
+            "peer.download_limit_per_peer",
+            args.download_limit_per_peer.as_ref(),
+        );
     }
 }
 
 fn after_long_help() -> String {
     let table = |rows: &[(&str, &str)]| -> String {
-        let width = rows.iter().map(|row| row.0.chars().count()).max().unwrap_or_default();
-        rows.iter().map(|(word, meaning)| format!("  {word:width$}  {meaning}\n")).collect()
+        let width = rows
+            .iter()
+            .map(|row| row.0.chars().count())
+            .max()
+            .unwrap_or_default();
+        rows.iter()
+            .map(|(word, meaning)| format!("  {word:width$}  {meaning}\n"))
+            .collect()
     };
-    let codes: String = Exit::TABLE.iter().map(|(exit, meaning)| format!("  {:3}  {meaning}\n", *exit as u8)).collect();
+    let codes: String = Exit::TABLE
+        .iter()
+        .map(|(exit, meaning)| format!("  {:3}  {meaning}\n", *exit as u8))
+        .collect();
     format!(
         "Examples:\n{}\nEnvironment:\n{}\nExit codes:\n    0  done\n{codes}  130  ended by Ctrl-C, 143 by SIGTERM",
         table(&EXAMPLES),
@@ -162,7 +215,10 @@ mod tests {
     }
 
     fn action(line: &str) -> Action {
-        match parse(line).unwrap_or_else(|error| panic!("{line}: {error}")).command {
+        match parse(line)
+            .unwrap_or_else(|error| panic!("{line}: {error}"))
+            .command
+        {
             Some(Command::Action(action)) => action,
             other => panic!("{line}: {other:?}"),
         }
@@ -180,7 +236,10 @@ mod tests {
     #[test]
     fn tracker_forms() {
         let line = "sprat tracker run --state-dir T --listen 127.0.0.1:7700 --advertise a:1 --advertise b:2";
-        assert!(matches!(action(line), Action::Tracker(TrackerCommand::Run(_))));
+        assert!(matches!(
+            action(line),
+            Action::Tracker(TrackerCommand::Run(_))
+        ));
         let expected = json!({ "tracker.state_dir": "T", "peer.state_dir": "T", "tracker.listen": "127.0.0.1:7700",
             "tracker.advertise": ["a:1", "b:2"] });
         assert_eq!(overrides(line), expected);
@@ -191,9 +250,13 @@ mod tests {
         };
         assert_eq!((uses, ttl.as_secs()), (3, 86_400));
         for line in ["init", "members", "token list", "approve x", "revoke x"] {
-            assert!(matches!(action(&format!("sprat tracker {line}")), Action::Tracker(_)));
+            assert!(matches!(
+                action(&format!("sprat tracker {line}")),
+                Action::Tracker(_)
+            ));
         }
-        let Action::Operator(OperatorCommand::Cert { out, .. }) = action("sprat operator cert --state-dir T --out DIR")
+        let Action::Operator(OperatorCommand::Cert { out, .. }) =
+            action("sprat operator cert --state-dir T --out DIR")
         else {
             panic!("not a certificate")
         };
@@ -203,13 +266,25 @@ mod tests {
     #[test]
     fn join_forms() {
         for (line, link, file, folder) in [
-            ("sprat join sprat://h:1/a.b.c.d --state-dir A", Some("sprat://h:1/a.b.c.d"), None, None),
+            (
+                "sprat join sprat://h:1/a.b.c.d --state-dir A",
+                Some("sprat://h:1/a.b.c.d"),
+                None,
+                None,
+            ),
             ("sprat join - --state-dir A", Some("-"), None, None),
             ("sprat join --token-file F", None, Some("F"), None),
-            ("sprat join - --identity-only DIR", Some("-"), None, Some("DIR")),
+            (
+                "sprat join - --identity-only DIR",
+                Some("-"),
+                None,
+                Some("DIR"),
+            ),
             ("sprat join", None, None, None),
         ] {
-            let Action::Join(args) = action(line) else { panic!("{line}") };
+            let Action::Join(args) = action(line) else {
+                panic!("{line}")
+            };
             assert_eq!(args.link.as_deref(), link, "{line}");
             assert_eq!(args.token_file, file.map(PathBuf::from), "{line}");
             assert_eq!(args.identity_only, folder.map(PathBuf::from), "{line}");
@@ -223,37 +298,72 @@ mod tests {
         let expected = json!({ "tracker.state_dir": "A", "peer.state_dir": "A", "peer.shares": ["x", "n=y"],
             "peer.downloads": "D", "peer.listen": "127.0.0.1:0", "peer.advertise": ["h:1"] });
         assert_eq!(overrides(line), expected);
-        let limits =
-            "--upload-limit 20MB --download-limit none --upload-limit-per-peer 1M --download-limit-per-peer 2M";
+        let limits = "--upload-limit 20MB --download-limit none --upload-limit-per-peer 1M --download-limit-per-peer 2M";
         let expected = json!({ "peer.upload_limit": "20MB", "peer.download_limit": "none",
             "peer.upload_limit_per_peer": "1M", "peer.download_limit_per_peer": "2M" });
         assert_eq!(overrides(&format!("sprat peer {limits}")), expected);
-        let Action::Share(args) = action("sprat share DIR --name N") else { panic!("not a share") };
-        assert_eq!((args.dir, args.name.as_deref()), (PathBuf::from("DIR"), Some("N")));
+        let Action::Share(args) = action("sprat share DIR --name N") else {
+            panic!("not a share")
+        };
+        assert_eq!(
+            (args.dir, args.name.as_deref()),
+            (PathBuf::from("DIR"), Some("N"))
+        );
         assert_eq!(overrides("sprat -q peer"), json!({ "log.level": "error" }));
         assert_eq!(overrides("sprat peer -v"), json!({ "log.level": "debug" }));
-        assert_eq!(overrides("sprat peer -vvv"), json!({ "log.level": "trace" }));
+        assert_eq!(
+            overrides("sprat peer -vvv"),
+            json!({ "log.level": "trace" })
+        );
     }
 
     #[test]
     fn reading_forms() {
-        let Action::Get(args) = action("sprat get movies/*.mkv other -o OUT --json --rename") else {
+        let Action::Get(args) = action("sprat get movies/*.mkv other -o OUT --json --rename")
+        else {
             panic!("not a get")
         };
-        assert_eq!((args.what, args.output), (vec!["movies/*.mkv".into(), "other".into()], Some("OUT".into())));
+        assert_eq!(
+            (args.what, args.output),
+            (
+                vec!["movies/*.mkv".into(), "other".into()],
+                Some("OUT".into())
+            )
+        );
         assert!(args.rename && !args.skip);
         assert!(parse("sprat get x --rename --skip").is_err() && parse("sprat get").is_err());
-        assert!(parse("sprat get x --overwrite --skip").is_err() && parse("sprat get x --overwrite --rename").is_err());
-        let Action::Ls(args) = action("sprat ls shots/ --min-size 1GiB --max-size 20MB --peer P") else {
+        assert!(
+            parse("sprat get x --overwrite --skip").is_err()
+                && parse("sprat get x --overwrite --rename").is_err()
+        );
+        let Action::Ls(args) = action("sprat ls shots/ --min-size 1GiB --max-size 20MB --peer P")
+        else {
             panic!("no ls")
         };
-        assert_eq!((args.filters.min_size, args.filters.max_size), (Some(1 << 30), Some(20_000_000)));
-        assert_eq!((args.glob.as_deref(), args.filters.peer.as_deref()), (Some("shots/"), Some("P")));
-        let Action::Limit(args) = action("sprat limit --upload 20MB --download none") else { panic!("no limit") };
-        assert_eq!((args.upload, args.download, args.upload_per_peer), (Some(Some(20_000_000)), Some(None), None));
-        for line in
-            ["ls", "search TEXT", "status --check", "config show --origin", "completions fish", "version", "man"]
-        {
+        assert_eq!(
+            (args.filters.min_size, args.filters.max_size),
+            (Some(1 << 30), Some(20_000_000))
+        );
+        assert_eq!(
+            (args.glob.as_deref(), args.filters.peer.as_deref()),
+            (Some("shots/"), Some("P"))
+        );
+        let Action::Limit(args) = action("sprat limit --upload 20MB --download none") else {
+            panic!("no limit")
+        };
+        assert_eq!(
+            (args.upload, args.download, args.upload_per_peer),
+            (Some(Some(20_000_000)), Some(None), None)
+        );
+        for line in [
+            "ls",
+            "search TEXT",
+            "status --check",
+            "config show --origin",
+            "completions fish",
+            "version",
+            "man",
+        ] {
             action(&format!("sprat {line}"));
         }
         assert!(
@@ -264,12 +374,24 @@ mod tests {
 
     #[test]
     fn general_flags_stand_before_or_after() {
-        for line in ["sprat --state-dir B --json ls", "sprat ls --state-dir B --json", "sprat --json ls --state-dir B"]
-        {
+        for line in [
+            "sprat --state-dir B --json ls",
+            "sprat ls --state-dir B --json",
+            "sprat --json ls --state-dir B",
+        ] {
             let global = parse(line).unwrap().global;
-            assert_eq!((global.state_dir.as_deref(), global.json), (Some("B"), true), "{line}");
+            assert_eq!(
+                (global.state_dir.as_deref(), global.json),
+                (Some("B"), true),
+                "{line}"
+            );
         }
-        assert!(parse("sprat tracker token list --no-input --config F").unwrap().global.no_input);
+        assert!(
+            parse("sprat tracker token list --no-input --config F")
+                .unwrap()
+                .global
+                .no_input
+        );
         assert!(parse("sprat ls -q -v").is_err() && parse("sprat ls --loud").is_err());
     }
 
@@ -277,7 +399,10 @@ mod tests {
     fn help_tells_every_exit_code() {
         let help = Args::definitions().render_long_help().to_string();
         for (exit, meaning) in Exit::TABLE {
-            assert!(help.contains(&format!("{:3}  {meaning}", exit as u8)), "{meaning}");
+            assert!(
+                help.contains(&format!("{:3}  {meaning}", exit as u8)),
+                "{meaning}"
+            );
         }
         assert!(!help.contains("The man page"));
     }

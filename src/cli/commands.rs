@@ -29,12 +29,16 @@ pub enum Action {
     #[command(subcommand)]
     Operator(OperatorCommand),
     /// Join a network with a link
-    #[command(after_help = "Examples:\n  sprat join sprat://HOST:7700/…\n  sprat join --token-file link.txt\n  \
-                            ssh tracker sprat tracker token create | sprat join -")]
+    #[command(
+        after_help = "Examples:\n  sprat join sprat://HOST:7700/…\n  sprat join --token-file link.txt\n  \
+                            ssh tracker sprat tracker token create | sprat join -"
+    )]
     Join(JoinArgs),
     /// Run a peer: share folders, serve and fetch, until stopped
-    #[command(after_help = "Examples:\n  sprat peer --share ~/films --downloads ~/Downloads\n  \
-                            sprat peer --share raw=/mnt/footage --share ~/models --advertise build1.lan:7701")]
+    #[command(
+        after_help = "Examples:\n  sprat peer --share ~/films --downloads ~/Downloads\n  \
+                            sprat peer --share raw=/mnt/footage --share ~/models --advertise build1.lan:7701"
+    )]
     Peer(PeerArgs),
     /// Share one more folder
     #[command(
@@ -76,7 +80,9 @@ pub enum Action {
     #[command(subcommand)]
     Config(ConfigCommand),
     /// Completions for a shell, on standard output
-    #[command(after_help = "Example:\n  sprat completions bash > ~/.local/share/bash-completion/completions/sprat")]
+    #[command(
+        after_help = "Example:\n  sprat completions bash > ~/.local/share/bash-completion/completions/sprat"
+    )]
     Completions {
         /// For which shell
         shell: Shell,
@@ -94,8 +100,10 @@ pub enum TrackerCommand {
     /// Make the authority of a new network, and nothing else
     Init,
     /// Run the tracker until stopped; makes what is missing
-    #[command(after_help = "Examples:\n  sprat tracker run\n  sprat tracker run --listen 0.0.0.0:7700 --advertise \
-                            tracker.lan:7700")]
+    #[command(
+        after_help = "Examples:\n  sprat tracker run\n  sprat tracker run --listen 0.0.0.0:7700 --advertise \
+                            tracker.lan:7700"
+    )]
     Run(TrackerRunArgs),
     /// The links that let machines in
     #[command(subcommand)]

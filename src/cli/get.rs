@@ -38,9 +38,11 @@ pub(super) async fn run(session: &Session, args: &GetArgs) -> Result<()> {
         report.failed(exit_code(error), &message(error))?;
     }
     result.map_err(|error| match error.downcast::<Ended>() {
-        Ok(Ended { code, message }) if !message.is_empty() => {
-            Ended { code, message: format!("{message}; run the same command again to continue") }.into()
+        Ok(Ended { code, message }) if !message.is_empty() => Ended {
+            code,
+            message: format!("{message}; run the same command again to continue"),
         }
+        .into(),
         Ok(ended) => ended.into(),
         Err(error) => error,
     })
@@ -49,7 +51,12 @@ pub(super) async fn run(session: &Session, args: &GetArgs) -> Result<()> {
 async fn fetch(session: &Session, args: &GetArgs, report: &mut Report) -> Result<()> {
     let stop = Stop::listen()?;
     let tracker = session.config.peer.tracker.clone();
-    let tracker = stop.unless(TrackerClient::open(&session.state_dir(Service::Peer)?, tracker)).await?;
+    let tracker = stop
+        .unless(TrackerClient::open(
+            &session.state_dir(Service::Peer)?,
+            tracker,
+        ))
+        .await?;
     let tracker = Arc::new(tracker);
     let list = async |request| tracker.list(request).await;
     // Side by side, and over one connection.
@@ -66,7 +73,9 @@ async fn fetch(session: &Session, args: &GetArgs, report: &mut Report) -> Result
             return Err(error);
         }
     };
-    let done = stop.unless(holder.fetch(session, args, &rows, report)).await;
+    let done = stop
+        .unless(holder.fetch(session, args, &rows, report))
+        .await;
     holder.leave(done.is_ok()).await;
     done
 }
@@ -82,24 +91,43 @@ impl Holder {
     async fn attach(session: &Session, tracker: Arc<TrackerClient>) -> Result<Self> {
         let state_dir = session.state_dir(Service::Peer)?;
         if let Some(connection) = peer::attach(&state_dir).await? {
-            return Ok(Self { control: Control::new(connection), node: None });
+            return Ok(Self {
+                control: Control::new(connection),
+                node: None,
+            });
         }
         match Node::start_with(one_shot(session)?, tracker).await {
-            Ok(node) => Ok(Self { control: Control::new(node.control()), node: Some(node) }),
+            Ok(node) => Ok(Self {
+                control: Control::new(node.control()),
+                node: Some(node),
+            }),
             // Another command may have been first.
             Err(error) => match peer::attach(&state_dir).await {
-                Ok(Some(connection)) => Ok(Self { control: Control::new(connection), node: None }),
+                Ok(Some(connection)) => Ok(Self {
+                    control: Control::new(connection),
+                    node: None,
+                }),
                 _ => Err(error),
             },
         }
     }
 
-    async fn fetch(&mut self, session: &Session, args: &GetArgs, rows: &[Row], report: &mut Report) -> Result<()> {
+    async fn fetch(
+        &mut self,
+        session: &Session,
+        args: &GetArgs,
+        rows: &[Row],
+        report: &mut Report,
+    ) -> Result<()> {
         let output = match &args.output {
             Some(path) => output(path, &session.cwd, rows.len())?,
             None => self.downloads(session).await?,
         };
-        let to = if output.is_empty() { "the downloads folder" } else { &output };
+        let to = if output.is_empty() {
+            "the downloads folder"
+        } else {
+            &output
+        };
         report.note(&format!("{} → {to}", list::total(rows)));
         let existing = match (args.overwrite, args.rename, args.skip) {
             (true, ..) => Existing::Overwrite,
@@ -127,7 +155,9 @@ impl Holder {
             match event {
                 Event::Done(_) => return Ok(()),
                 Event::Failed(failed) => {
-                    return Err(Failed::new(Exit::from_code(failed.exit_code), failed.message).into());
+                    return Err(
+                        Failed::new(Exit::from_code(failed.exit_code), failed.message).into(),
+                    );
                 }
                 _ => {}
             }
@@ -140,7 +170,11 @@ impl Holder {
             Some(_) => session.config.peer.downloads.is_some(),
             None => !self.control.status().await?.downloads.is_empty(),
         };
-        if has_folder { Ok(String::new()) } else { output(Path::new("./"), &session.cwd, 1) }
+        if has_folder {
+            Ok(String::new())
+        } else {
+            output(Path::new("./"), &session.cwd, 1)
+        }
     }
 
     /// A Node of ours stays while other commands use it, unless we were told to stop.
@@ -159,7 +193,10 @@ fn output(given: &Path, cwd: &Path, n_files: usize) -> Result<String> {
     let path = cwd.join(given);
     let is_folder = given.as_os_str().as_bytes().ends_with(b"/") || path.is_dir();
     if n_files > 1 && !is_folder && path.exists() {
-        let text = format!("{} is a file, but {n_files} files match: name a folder with -o", path.display());
+        let text = format!(
+            "{} is a file, but {n_files} files match: name a folder with -o",
+            path.display()
+        );
         return Err(Failed::new(Exit::Exists, text).into());
     }
     let mut text = utf8(&path)?;
@@ -184,10 +221,23 @@ fn request(rows: &[Row], output: String, existing: Existing) -> GetRequest {
             holders.extend(u32::try_from(at));
         }
         let (name, content_id) = (row.name.to_string(), row.content_id.to_string());
-        wanted.push(Wanted { name, size: row.size, content_id, sources: holders });
+        wanted.push(Wanted {
+            name,
+            size: row.size,
+            content_id,
+            sources: holders,
+        });
     }
-    let sources = sources.into_iter().map(|source| (&**source).into()).collect();
-    GetRequest { wanted, output, existing: existing.into(), sources }
+    let sources = sources
+        .into_iter()
+        .map(|source| (&**source).into())
+        .collect();
+    GetRequest {
+        wanted,
+        output,
+        existing: existing.into(),
+        sources,
+    }
 }
 
 /// The rows that all the words mean together, each once.
@@ -204,7 +254,11 @@ where
     rows.dedup_by(|a, b| (&a.name, a.content_id) == (&b.name, b.content_id));
     match rows.windows(2).find(|pair| pair[0].name == pair[1].name) {
         Some(pair) if !rename => {
-            let same: Vec<Row> = rows.iter().filter(|row| row.name == pair[0].name).cloned().collect();
+            let same: Vec<Row> = rows
+                .iter()
+                .filter(|row| row.name == pair[0].name)
+                .cloned()
+                .collect();
             Err(ambiguous(pair[0].name.as_str(), &same))
         }
         _ => Ok(rows),
@@ -217,12 +271,25 @@ where
     L: AsyncFn(ListFilesRequest) -> Result<Vec<Row>>,
 {
     let named = async || {
-        let Ok(name) = SafeName::parse(text) else { return Ok(vec![]) };
-        list(ListFilesRequest { name: name.to_string(), ..Default::default() }).await
+        let Ok(name) = SafeName::parse(text) else {
+            return Ok(vec![]);
+        };
+        list(ListFilesRequest {
+            name: name.to_string(),
+            ..Default::default()
+        })
+        .await
     };
     let matching = async {
-        let glob = || ListFilesRequest { glob: text.into(), ..Default::default() };
-        if list::is_pattern(text) { list(glob()).await } else { Ok(vec![]) }
+        let glob = || ListFilesRequest {
+            glob: text.into(),
+            ..Default::default()
+        };
+        if list::is_pattern(text) {
+            list(glob()).await
+        } else {
+            Ok(vec![])
+        }
     };
     // Side by side: the tracker may be far.
     let (found, matching) = tokio::join!(named(), matching);
@@ -238,9 +305,15 @@ where
     if !matching.is_empty() {
         return Ok(matching);
     }
-    if (MIN_PREFIX_LEN..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+    if (MIN_PREFIX_LEN..=64).contains(&text.len())
+        && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+    {
         let content_id = text.to_ascii_lowercase();
-        let mut rows = list(ListFilesRequest { content_id, ..Default::default() }).await?;
+        let mut rows = list(ListFilesRequest {
+            content_id,
+            ..Default::default()
+        })
+        .await?;
         let contents: BTreeSet<_> = rows.iter().map(|row| row.content_id).collect();
         match contents.len() {
             0 => {}
@@ -266,13 +339,22 @@ where
 fn ambiguous(text: &str, rows: &[Row]) -> anyhow::Error {
     let one = |row: &Row| {
         let id = row.content_id.to_string();
-        format!("{} ({}, {} sources)", &id[..list::SHORT_ID], human_size(row.size), row.source_count)
+        format!(
+            "{} ({}, {} sources)",
+            &id[..list::SHORT_ID],
+            human_size(row.size),
+            row.source_count
+        )
     };
     let mut shown: Vec<String> = rows.iter().take(SHOWN).map(one).collect();
     if rows.len() > SHOWN {
         shown.push("…".into());
     }
-    let text = format!("{text} stands for {} different files; ask by content id: {}", rows.len(), shown.join(", "));
+    let text = format!(
+        "{text} stands for {} different files; ask by content id: {}",
+        rows.len(),
+        shown.join(", ")
+    );
     Failed::new(Exit::NotFound, text).into()
 }
 
@@ -281,7 +363,11 @@ fn nothing(text: &str, near: &[String]) -> anyhow::Error {
         [] => "`sprat ls` shows what there is".into(),
         names => format!("did you mean {}?", names.join(" or ")),
     };
-    Failed::new(Exit::NotFound, format!("no file `{text}` is listed; {next}")).into()
+    Failed::new(
+        Exit::NotFound,
+        format!("no file `{text}` is listed; {next}"),
+    )
+    .into()
 }
 
 /// Names that were perhaps meant. A failing question here is no news.
@@ -289,24 +375,51 @@ async fn nearest<L>(list: &L, text: &str) -> Vec<String>
 where
     L: AsyncFn(ListFilesRequest) -> Result<Vec<Row>>,
 {
-    let folder = ListFilesRequest { glob: format!("{text}/"), ..Default::default() };
+    let folder = ListFilesRequest {
+        glob: format!("{text}/"),
+        ..Default::default()
+    };
     if !list::is_pattern(text) && list(folder).await.is_ok_and(|rows| !rows.is_empty()) {
         return vec![format!("{text}/")];
     }
-    let (parent, last) = text.trim_end_matches('/').rsplit_once('/').unwrap_or(("", text));
+    let (parent, last) = text
+        .trim_end_matches('/')
+        .rsplit_once('/')
+        .unwrap_or(("", text));
     let stem = last.split('.').next().unwrap_or(last);
     let beginning: String = stem.chars().take(1).collect();
-    let beside = if parent.is_empty() { format!("{beginning}*") } else { format!("{parent}/{beginning}*") };
-    let beside = ListFilesRequest { glob: beside, ..Default::default() };
-    let elsewhere = ListFilesRequest { text: stem.into(), ..Default::default() };
+    let beside = if parent.is_empty() {
+        format!("{beginning}*")
+    } else {
+        format!("{parent}/{beginning}*")
+    };
+    let beside = ListFilesRequest {
+        glob: beside,
+        ..Default::default()
+    };
+    let elsewhere = ListFilesRequest {
+        text: stem.into(),
+        ..Default::default()
+    };
     let mut found: Vec<(usize, String)> = Vec::new();
-    for request in [beside, elsewhere].into_iter().filter(|request| request.text.len() != 1) {
+    for request in [beside, elsewhere]
+        .into_iter()
+        .filter(|request| request.text.len() != 1)
+    {
         let rows = list(request).await.unwrap_or_default();
-        found.extend(rows.iter().filter_map(|row| Some((likeness(text, &row.name)?, row.name.to_string()))));
+        found.extend(
+            rows.iter()
+                .filter_map(|row| Some((likeness(text, &row.name)?, row.name.to_string()))),
+        );
     }
     found.sort();
     found.dedup();
-    found.into_iter().rev().take(3).map(|(_, name)| name).collect()
+    found
+        .into_iter()
+        .rev()
+        .take(3)
+        .map(|(_, name)| name)
+        .collect()
 }
 
 /// Percent of a name that begins and ends like the text; `None` if it is not alike. The folder may be left out.
@@ -314,7 +427,12 @@ fn likeness(text: &str, name: &SafeName) -> Option<usize> {
     let alike = |name: &str| {
         let same = |(a, b): &(u8, u8)| a.eq_ignore_ascii_case(b);
         let begins = text.bytes().zip(name.bytes()).take_while(same).count();
-        let ends = text.bytes().rev().zip(name.bytes().rev()).take_while(same).count();
+        let ends = text
+            .bytes()
+            .rev()
+            .zip(name.bytes().rev())
+            .take_while(same)
+            .count();
         let length = text.len().max(name.len());
         (begins + ends).min(length) * 100 / length
     };
@@ -328,7 +446,13 @@ mod tests {
 
     fn row(name: &str, content: u8) -> Row {
         let content_id = ContentId::from_bytes([content; 32]);
-        Row { name: SafeName::parse(name).unwrap(), size: 1 << 20, content_id, sources: vec![], source_count: 2 }
+        Row {
+            name: SafeName::parse(name).unwrap(),
+            size: 1 << 20,
+            content_id,
+            sources: vec![],
+            source_count: 2,
+        }
     }
 
     /// A tracker that lists these rows and reads questions as the real one does.
@@ -345,10 +469,18 @@ mod tests {
         ];
         let list = async |request: ListFilesRequest| {
             let matcher = Query::try_from(&request)?.compile()?;
-            Ok(rows.iter().filter(|row| matcher.matches_key(&row.key())).cloned().collect())
+            Ok(rows
+                .iter()
+                .filter(|row| matcher.matches_key(&row.key()))
+                .cloned()
+                .collect())
         };
         let what: Vec<String> = what.iter().map(ToString::to_string).collect();
-        Ok(settle(&list, &what, rename).await?.iter().map(|row| row.name.to_string()).collect())
+        Ok(settle(&list, &what, rename)
+            .await?
+            .iter()
+            .map(|row| row.name.to_string())
+            .collect())
     }
 
     #[tokio::test]
@@ -361,7 +493,10 @@ mod tests {
             (&["shots/**"], &["shots/1/a.exr", "shots/2/a.exr"]),
             (&["0202020202"], &["movies/brazil.mkv"]),
             (&["0101010101010101"], &["movies/alien.mkv"]),
-            (&["movies/alien.mkv", "movies/al*", "shots/2/a.exr"], &["movies/alien.mkv", "shots/2/a.exr"]),
+            (
+                &["movies/alien.mkv", "movies/al*", "shots/2/a.exr"],
+                &["movies/alien.mkv", "shots/2/a.exr"],
+            ),
         ] {
             assert_eq!(ask(what, false).await.unwrap(), names, "{what:?}");
         }
@@ -378,7 +513,10 @@ mod tests {
             ("shots", "did you mean shots/?"),
             ("alien.mkv", "did you mean movies/alien.mkv"),
             ("movies/a.mkv", "did you mean movies/alien.mkv?"),
-            ("movies/aliens.mkv", "no file `movies/aliens.mkv` is listed; did you mean movies/alien.mkv"),
+            (
+                "movies/aliens.mkv",
+                "no file `movies/aliens.mkv` is listed; did you mean movies/alien.mkv",
+            ),
             ("zzzzz", "`sprat ls` shows what there is"),
             ("ffffffffff", "no file `ffffffffff` is listed"),
         ] {
@@ -396,9 +534,15 @@ mod tests {
             let matcher = Query::try_from(&request)?.compile()?;
             let film = row("movies/alien.mkv", 1);
             let is_there = n_asked.replace(n_asked.get() + 1) > 0;
-            Ok(if is_there && matcher.matches_key(&film.key()) { vec![film] } else { vec![] })
+            Ok(if is_there && matcher.matches_key(&film.key()) {
+                vec![film]
+            } else {
+                vec![]
+            })
         };
-        let found = settle(&list, &["movies/alien.mkv".into()], false).await.unwrap();
+        let found = settle(&list, &["movies/alien.mkv".into()], false)
+            .await
+            .unwrap();
         assert_eq!(found.len(), 1);
     }
 
@@ -417,9 +561,19 @@ mod tests {
             ("file", 1, "/file"),
             ("./", 1, "/./"),
         ] {
-            assert_eq!(output(Path::new(given), cwd.path(), n_files).unwrap(), format!("{at}{expected}"), "{given}");
+            assert_eq!(
+                output(Path::new(given), cwd.path(), n_files).unwrap(),
+                format!("{at}{expected}"),
+                "{given}"
+            );
         }
-        assert_eq!(output(Path::new("/elsewhere/x"), cwd.path(), 1).unwrap(), "/elsewhere/x");
-        assert_eq!(exit_code(&output(Path::new("file"), cwd.path(), 2).unwrap_err()), 9);
+        assert_eq!(
+            output(Path::new("/elsewhere/x"), cwd.path(), 1).unwrap(),
+            "/elsewhere/x"
+        );
+        assert_eq!(
+            exit_code(&output(Path::new("file"), cwd.path(), 2).unwrap_err()),
+            9
+        );
     }
 }

@@ -51,7 +51,9 @@ impl Host {
     /// Is the tracker here, in this process or another?
     #[must_use]
     pub fn has_tracker(session: &Session) -> bool {
-        session.state_dir(Service::Tracker).is_ok_and(|dir| dir.is_dir())
+        session
+            .state_dir(Service::Tracker)
+            .is_ok_and(|dir| dir.is_dir())
     }
 
     /// Starts the tracker, as `sprat tracker run` does.
@@ -68,7 +70,9 @@ impl Host {
     /// # Errors
     /// As `sprat join`.
     pub async fn join_own(&self, session: &Session) -> Result<()> {
-        let Some(tracker) = &self.tracker else { return Ok(()) };
+        let Some(tracker) = &self.tracker else {
+            return Ok(());
+        };
         let link = tracker.join_link(1, OWN_LINK_TTL)?;
         run(session, &Action::from_words(&["join".into(), link])?).await
     }
@@ -78,7 +82,11 @@ impl Host {
     /// # Errors
     /// As that command.
     pub async fn start_peer(&mut self, session: &Session) -> Result<()> {
-        if self.node.is_none() && peer::attach(&session.state_dir(Service::Peer)?).await?.is_none() {
+        if self.node.is_none()
+            && peer::attach(&session.state_dir(Service::Peer)?)
+                .await?
+                .is_none()
+        {
             self.node = Some(own_peer::start(session, &session.config.peer.shares).await?);
         }
         Ok(())

@@ -38,17 +38,23 @@ pub(super) async fn run(session: &Session, args: &LimitArgs) -> Result<()> {
         download_per_peer: said(args.download_per_peer),
     };
     let mut control = Control::new(connection);
-    let limits = stop.unless(async { Ok(control.limit(request).await?) }).await?;
+    let limits = stop
+        .unless(async { Ok(control.limit(request).await?) })
+        .await?;
     if session.json {
         return json(&LimitsLine::from(&limits));
     }
-    named(&limits).iter().try_for_each(|(name, rate)| line(&format!("{name:17}  {}", human_rate(*rate))))
+    named(&limits)
+        .iter()
+        .try_for_each(|(name, rate)| line(&format!("{name:17}  {}", human_rate(*rate))))
 }
 
 /// The limits in one line; none if there are none.
 pub(super) fn summary(limits: &Limits) -> Option<String> {
     let set = named(limits).into_iter().filter(|(_, rate)| rate.is_some());
-    let parts: Vec<_> = set.map(|(name, rate)| format!("{name} {}", human_rate(rate))).collect();
+    let parts: Vec<_> = set
+        .map(|(name, rate)| format!("{name} {}", human_rate(rate)))
+        .collect();
     (!parts.is_empty()).then(|| parts.join(", "))
 }
 
@@ -88,7 +94,14 @@ mod tests {
     #[test]
     fn only_limits_that_are_set_are_told() {
         assert_eq!(summary(&Limits::default()), None);
-        let limits = Limits { upload: Some(20_000_000), download_per_peer: Some(1 << 30), ..Limits::default() };
-        assert_eq!(summary(&limits).unwrap(), "upload 19.1 MiB/s, download per peer 1.0 GiB/s");
+        let limits = Limits {
+            upload: Some(20_000_000),
+            download_per_peer: Some(1 << 30),
+            ..Limits::default()
+        };
+        assert_eq!(
+            summary(&limits).unwrap(),
+            "upload 19.1 MiB/s, download per peer 1.0 GiB/s"
+        );
     }
 }

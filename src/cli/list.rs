@@ -31,17 +31,31 @@ const GLOB: [char; 4] = ['*', '?', '[', '{'];
 pub(super) async fn ls(session: &Session, args: &ListArgs) -> Result<()> {
     let glob = args.glob.clone().unwrap_or_default();
     let stop = Stop::listen()?;
-    let request = ListFilesRequest { glob: glob.clone(), ..request(&args.filters)? };
+    let request = ListFilesRequest {
+        glob: glob.clone(),
+        ..request(&args.filters)?
+    };
     let mut rows = stop.unless(list(session, request.clone())).await?;
     if rows.is_empty() && !glob.is_empty() && !is_pattern(&glob) {
         // A folder without its slash.
-        rows = stop.unless(list(session, ListFilesRequest { glob: format!("{glob}/"), ..request })).await?;
+        rows = stop
+            .unless(list(
+                session,
+                ListFilesRequest {
+                    glob: format!("{glob}/"),
+                    ..request
+                },
+            ))
+            .await?;
     }
     show(session, &args.filters, rows)
 }
 
 pub(super) async fn search(session: &Session, args: &SearchArgs) -> Result<()> {
-    let request = ListFilesRequest { text: args.text.clone(), ..request(&args.filters)? };
+    let request = ListFilesRequest {
+        text: args.text.clone(),
+        ..request(&args.filters)?
+    };
     let rows = Stop::listen()?.unless(list(session, request)).await?;
     show(session, &args.filters, rows)
 }
@@ -52,7 +66,10 @@ pub(super) async fn search(session: &Session, args: &SearchArgs) -> Result<()> {
 /// If this machine is no member, or the tracker cannot be reached or refuses the question.
 pub async fn list(session: &Session, request: ListFilesRequest) -> Result<Vec<Row>> {
     let tracker = session.config.peer.tracker.clone();
-    TrackerClient::open(&session.state_dir(Service::Peer)?, tracker).await?.list(request).await
+    TrackerClient::open(&session.state_dir(Service::Peer)?, tracker)
+        .await?
+        .list(request)
+        .await
 }
 
 /// Is it more than one name?
@@ -63,11 +80,19 @@ pub(super) fn is_pattern(text: &str) -> bool {
 fn request(filters: &Filters) -> Result<ListFilesRequest> {
     let peer_id = filters.peer.clone().unwrap_or_default();
     if !peer_id.is_empty() {
-        peer_id.parse::<PeerId>().context("--peer").map_err(|error| Failed::new(Exit::Usage, format!("{error:#}")))?;
+        peer_id
+            .parse::<PeerId>()
+            .context("--peer")
+            .map_err(|error| Failed::new(Exit::Usage, format!("{error:#}")))?;
     }
     // 0 means no bound there; `show` applies it.
     let max_size = filters.max_size.unwrap_or_default();
-    Ok(ListFilesRequest { min_size: filters.min_size.unwrap_or_default(), max_size, peer_id, ..Default::default() })
+    Ok(ListFilesRequest {
+        min_size: filters.min_size.unwrap_or_default(),
+        max_size,
+        peer_id,
+        ..Default::default()
+    })
 }
 
 fn show(session: &Session, filters: &Filters, mut rows: Vec<Row>) -> Result<()> {
@@ -83,7 +108,9 @@ fn show(session: &Session, filters: &Filters, mut rows: Vec<Row>) -> Result<()> 
         return Ok(());
     }
     let cells: Vec<_> = rows.iter().map(cells).collect();
-    table(&["SIZE", "SOURCES", "<CONTENT ID", "<NAME"], &cells).iter().try_for_each(|text| line(text))?;
+    table(&["SIZE", "SOURCES", "<CONTENT ID", "<NAME"], &cells)
+        .iter()
+        .try_for_each(|text| line(text))?;
     session.hint(&total(&rows));
     Ok(())
 }
@@ -91,13 +118,24 @@ fn show(session: &Session, filters: &Filters, mut rows: Vec<Row>) -> Result<()> 
 /// `3 files, 1.2 GiB`
 #[must_use]
 pub fn total(rows: &[Row]) -> String {
-    let bytes = rows.iter().fold(0u64, |sum, row| sum.saturating_add(row.size));
-    format!("{}, {}", count(rows.len() as u64, "file"), human_size(bytes))
+    let bytes = rows
+        .iter()
+        .fold(0u64, |sum, row| sum.saturating_add(row.size));
+    format!(
+        "{}, {}",
+        count(rows.len() as u64, "file"),
+        human_size(bytes)
+    )
 }
 
 fn cells(row: &Row) -> Vec<String> {
     let id = row.content_id.to_string();
-    vec![human_size(row.size), row.source_count.to_string(), id[..SHORT_ID].to_owned(), escape(row.name.as_str())]
+    vec![
+        human_size(row.size),
+        row.source_count.to_string(),
+        id[..SHORT_ID].to_owned(),
+        escape(row.name.as_str()),
+    ]
 }
 
 /// Who offers the rows: each peer with its addresses and how many of the rows it holds.
@@ -115,7 +153,11 @@ fn show_peers(session: &Session, rows: &[Row]) -> Result<()> {
     let peers = peers(rows);
     if session.json {
         let row = |(peer, (addresses, files)): (&PeerId, &(BTreeSet<String>, u64))| {
-            json(&PeerLine { peer: peer.to_string(), addresses, files: *files })
+            json(&PeerLine {
+                peer: peer.to_string(),
+                addresses,
+                files: *files,
+            })
         };
         return peers.iter().try_for_each(row);
     }
@@ -124,11 +166,17 @@ fn show_peers(session: &Session, rows: &[Row]) -> Result<()> {
         return Ok(());
     }
     let cells = |(peer, (addresses, files)): (&PeerId, &(BTreeSet<String>, u64))| {
-        let addresses = addresses.iter().map(|address| escape(address)).collect::<Vec<_>>().join(", ");
+        let addresses = addresses
+            .iter()
+            .map(|address| escape(address))
+            .collect::<Vec<_>>()
+            .join(", ");
         vec![peer.to_string(), count(*files, "file"), addresses]
     };
     let rows: Vec<_> = peers.iter().map(cells).collect();
-    table(&["<PEER", "OFFERS", "<ADDRESSES"], &rows).iter().try_for_each(|text| line(text))
+    table(&["<PEER", "OFFERS", "<ADDRESSES"], &rows)
+        .iter()
+        .try_for_each(|text| line(text))
 }
 
 #[derive(Serialize)]
@@ -147,7 +195,11 @@ impl<'a> From<&'a Row> for FileLine<'a> {
             size: row.size,
             content_id: row.content_id.to_string(),
             sources: row.source_count,
-            peers: row.sources.iter().map(|source| source.peer.to_string()).collect(),
+            peers: row
+                .sources
+                .iter()
+                .map(|source| source.peer.to_string())
+                .collect(),
         }
     }
 }
@@ -166,36 +218,63 @@ mod tests {
 
     fn row(name: &str, peer: &[u8]) -> Row {
         let peer = PeerId::from_spki(peer);
-        let source = SourceInfo { peer, addresses: vec!["10.0.0.1:7701".into()], partial: false };
+        let source = SourceInfo {
+            peer,
+            addresses: vec!["10.0.0.1:7701".into()],
+            partial: false,
+        };
         let name = SafeName::parse(name).unwrap();
-        Row { name, size: 7, content_id: ContentId::EMPTY, sources: vec![source.into()], source_count: 3 }
+        Row {
+            name,
+            size: 7,
+            content_id: ContentId::EMPTY,
+            sources: vec![source.into()],
+            source_count: 3,
+        }
     }
 
     #[test]
     fn a_file_is_one_json_object() {
         let text = serde_json::to_string(&FileLine::from(&row("movies/a.mkv", b"a"))).unwrap();
         let (id, peer) = (ContentId::EMPTY, PeerId::from_spki(b"a"));
-        let expected = r#"{"name":"movies/a.mkv","size":7,"content_id":"ID","sources":3,"peers":["PEER"]}"#;
-        assert_eq!(text, expected.replace("ID", &id.to_string()).replace("PEER", &peer.to_string()));
+        let expected =
+            r#"{"name":"movies/a.mkv","size":7,"content_id":"ID","sources":3,"peers":["PEER"]}"#;
+        assert_eq!(
+            text,
+            expected
+                .replace("ID", &id.to_string())
+                .replace("PEER", &peer.to_string())
+        );
     }
 
     #[test]
     fn peers_are_counted_once_with_all_their_files() {
         let peers = peers(&[row("a", b"a"), row("b", b"a"), row("c", b"b")]);
-        let counts: Vec<u64> = [b"a", b"b"].map(|key| peers[&PeerId::from_spki(key)].1).to_vec();
+        let counts: Vec<u64> = [b"a", b"b"]
+            .map(|key| peers[&PeerId::from_spki(key)].1)
+            .to_vec();
         assert_eq!((peers.len(), counts), (2, vec![2, 1]));
     }
 
     #[test]
     fn names_are_told_from_patterns() {
-        for (text, pattern) in [("a.mkv", false), ("a/b", false), ("a/", true), ("*.mkv", true), ("a?", true)] {
+        for (text, pattern) in [
+            ("a.mkv", false),
+            ("a/b", false),
+            ("a/", true),
+            ("*.mkv", true),
+            ("a?", true),
+        ] {
             assert_eq!(is_pattern(text), pattern, "{text}");
         }
     }
 
     #[test]
     fn a_peer_that_is_no_id_is_wrong_usage() {
-        let filters = Filters { peer: Some("bob".into()), ..Filters::default() };
+        let filters = Filters {
+            peer: Some("bob".into()),
+            ..Filters::default()
+        };
         assert_eq!(crate::cli::exit_code(&request(&filters).unwrap_err()), 2);
     }
 }

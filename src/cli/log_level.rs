@@ -20,7 +20,11 @@ use crate::{
 pub(super) async fn run(session: &Session, args: &LogLevelArgs) -> Result<()> {
     let stop = Stop::listen()?;
     let level = stop.unless(ask(session, args)).await?;
-    if session.json { json(&Level { level }) } else { line(&level) }
+    if session.json {
+        json(&Level { level })
+    } else {
+        line(&level)
+    }
 }
 
 async fn ask(session: &Session, args: &LogLevelArgs) -> Result<String> {
@@ -31,7 +35,10 @@ async fn ask(session: &Session, args: &LogLevelArgs) -> Result<String> {
     }
     let state_dir = session.state_dir(Service::Peer)?;
     let Some(connection) = peer::attach(&state_dir).await? else {
-        let text = format!("no peer runs in {}; --tracker means the tracker", state_dir.display());
+        let text = format!(
+            "no peer runs in {}; --tracker means the tracker",
+            state_dir.display()
+        );
         return Err(Failed::new(Exit::NotFound, text).into());
     };
     Ok(Control::new(connection).log_level(level).await?)

@@ -108,22 +108,36 @@ impl Session {
         options.config.clone_from(&args.global.config);
         options.overrides = args.overrides();
         let mut loaded = config::load(&options)?;
-        let by_variable = loaded.origins.get("log.level").is_some_and(|(_, origin)| origin.starts_with("SPRAT_"));
+        let by_variable = loaded
+            .origins
+            .get("log.level")
+            .is_some_and(|(_, origin)| origin.starts_with("SPRAT_"));
         let by_hand = by_variable || args.global.verbose > 0 || args.global.quiet;
         if !by_hand && !args.command.as_ref().is_some_and(Command::serves) {
             // Beside a prompt, a table or a bar, only what needs attention.
             loaded.config.log.level = loaded.config.log.level.min(LogLevel::Warn);
         }
-        let notes = if args.global.verbose > 0 { loaded.notes } else { Vec::new() };
-        notes.iter().chain(&loaded.warnings).for_each(|text| note(&format!("sprat: {text}")));
-        let log_filter = options.environment.get("SPRAT_LOG".as_ref() as &std::ffi::OsStr);
+        let notes = if args.global.verbose > 0 {
+            loaded.notes
+        } else {
+            Vec::new()
+        };
+        notes
+            .iter()
+            .chain(&loaded.warnings)
+            .for_each(|text| note(&format!("sprat: {text}")));
+        let log_filter = options
+            .environment
+            .get("SPRAT_LOG".as_ref() as &std::ffi::OsStr);
         Ok(Self {
             config: loaded.config,
             log_filter: log_filter.map(|text| text.to_string_lossy().into_owned()),
             json: args.global.json,
             quiet: args.global.quiet,
             verbose: args.global.verbose > 0,
-            interactive: !args.global.no_input && io::stdin().is_terminal() && io::stderr().is_terminal(),
+            interactive: !args.global.no_input
+                && io::stdin().is_terminal()
+                && io::stderr().is_terminal(),
             origins: loaded.origins,
             environment: options.environment,
             state_dir: args.global.state_dir.clone(),
@@ -141,7 +155,9 @@ impl Session {
             Service::Tracker => &self.config.tracker.state_dir,
             Service::Peer => &self.config.peer.state_dir,
         };
-        configured.clone().map_or_else(|| config::state_dir_default(service, &self.environment), Ok)
+        configured
+            .clone()
+            .map_or_else(|| config::state_dir_default(service, &self.environment), Ok)
     }
 
     /// The same session with another place for the tracker's state.
@@ -193,7 +209,10 @@ impl Command {
     /// Does it run on and on, so that its log is its output?
     fn serves(&self) -> bool {
         use commands::TrackerCommand::Run;
-        matches!(self, Self::Action(Action::Tracker(Run(_)) | Action::Peer(_) | Action::Share(_)))
+        matches!(
+            self,
+            Self::Action(Action::Tracker(Run(_)) | Action::Peer(_) | Action::Share(_))
+        )
     }
 }
 
@@ -240,7 +259,9 @@ impl std::error::Error for Ended {}
 
 /// The one place where an error is shown, in one line, and becomes an exit code.
 pub fn finish(result: Result<()>) -> ExitCode {
-    let Err(error) = result else { return ExitCode::SUCCESS };
+    let Err(error) = result else {
+        return ExitCode::SUCCESS;
+    };
     let text = message(&error);
     if !text.is_empty() {
         note(&format!("sprat: {text}"));
@@ -252,8 +273,11 @@ pub fn finish(result: Result<()>) -> ExitCode {
 #[must_use]
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     let of = |cause: &(dyn std::error::Error + 'static)| {
-        let usage = cause.is::<ConfigError>() || cause.is::<TokenError>() || cause.is::<clap::Error>();
-        let full = cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::StorageFull);
+        let usage =
+            cause.is::<ConfigError>() || cause.is::<TokenError>() || cause.is::<clap::Error>();
+        let full = cause
+            .downcast_ref::<io::Error>()
+            .is_some_and(|error| error.kind() == io::ErrorKind::StorageFull);
         if let Some(ended) = cause.downcast_ref::<Ended>() {
             return Some(ended.code);
         }
@@ -266,8 +290,12 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
         Some(exit as u8)
     };
     // The first looks at what was attached with `context`, the second at what lies below the root.
-    let attached = error.downcast_ref::<Failed>().map(|failed| failed.exit as u8);
-    attached.or_else(|| error.chain().find_map(of)).unwrap_or(Exit::Failure as u8)
+    let attached = error
+        .downcast_ref::<Failed>()
+        .map(|failed| failed.exit as u8);
+    attached
+        .or_else(|| error.chain().find_map(of))
+        .unwrap_or(Exit::Failure as u8)
 }
 
 /// An error and its causes on one line. A cause that the text above it tells already is left out, and what lies below
@@ -292,15 +320,24 @@ pub fn message(error: &anyhow::Error) -> String {
 
 /// The operator page's address, unless it is switched off.
 fn to_operate(text: &str) -> Result<Option<SocketAddr>> {
-    if config::is_none(text) { Ok(None) } else { to_listen(text).map(Some) }
+    if config::is_none(text) {
+        Ok(None)
+    } else {
+        to_listen(text).map(Some)
+    }
 }
 
 /// The address that `HOST:PORT` stands for on this machine.
 fn to_listen(text: &str) -> Result<SocketAddr> {
     let wrong = |why: String| Failed::new(Exit::Usage, format!("cannot listen on {text}: {why}"));
-    let (host, port) = config::split_host_port(text).ok_or_else(|| wrong("not HOST:PORT".into()))?;
-    let mut addresses = (host, port).to_socket_addrs().map_err(|error| wrong(error.to_string()))?;
-    Ok(addresses.next().ok_or_else(|| wrong("the name has no address".into()))?)
+    let (host, port) =
+        config::split_host_port(text).ok_or_else(|| wrong("not HOST:PORT".into()))?;
+    let mut addresses = (host, port)
+        .to_socket_addrs()
+        .map_err(|error| wrong(error.to_string()))?;
+    Ok(addresses
+        .next()
+        .ok_or_else(|| wrong("the name has no address".into()))?)
 }
 
 #[cfg(test)]
@@ -310,26 +347,49 @@ mod tests {
     #[test]
     fn an_error_is_one_line_and_one_code() {
         let status = anyhow::anyhow!("status: 'not found', details: []");
-        let failed = status.context(Failed::new(Exit::Tracker, "tracker t:1: gone\nfor good")).context("listing");
-        assert_eq!((exit_code(&failed), message(&failed).as_str()), (10, "listing: tracker t:1: gone for good"));
+        let failed = status
+            .context(Failed::new(Exit::Tracker, "tracker t:1: gone\nfor good"))
+            .context("listing");
+        assert_eq!(
+            (exit_code(&failed), message(&failed).as_str()),
+            (10, "listing: tracker t:1: gone for good")
+        );
 
-        let twice = anyhow::Error::from(io::Error::other("x: no")).context("opening x: no").context("reading");
-        assert_eq!((exit_code(&twice), message(&twice).as_str()), (1, "reading: opening x: no"));
+        let twice = anyhow::Error::from(io::Error::other("x: no"))
+            .context("opening x: no")
+            .context("reading");
+        assert_eq!(
+            (exit_code(&twice), message(&twice).as_str()),
+            (1, "reading: opening x: no")
+        );
 
         let below = anyhow::Error::from(ConfigError::NoHome).context("\u{1b}[2J");
         assert_eq!(exit_code(&below), 2);
         assert!(message(&below).starts_with(r"\u{1b}[2J: no home"));
 
-        let full = anyhow::Error::from(io::Error::from(io::ErrorKind::StorageFull)).context("writing x");
+        let full =
+            anyhow::Error::from(io::Error::from(io::ErrorKind::StorageFull)).context("writing x");
         assert_eq!(exit_code(&full), 8);
-        let ended = anyhow::Error::from(Ended { code: 143, message: "stopped".into() });
-        assert_eq!((exit_code(&ended), message(&ended).as_str()), (143, "stopped"));
+        let ended = anyhow::Error::from(Ended {
+            code: 143,
+            message: "stopped".into(),
+        });
+        assert_eq!(
+            (exit_code(&ended), message(&ended).as_str()),
+            (143, "stopped")
+        );
     }
 
     #[test]
     fn addresses_to_listen_on() {
-        assert_eq!(to_listen("[::]:7700").unwrap(), "[::]:7700".parse().unwrap());
-        assert_eq!(to_listen("127.0.0.1:0").unwrap(), "127.0.0.1:0".parse().unwrap());
+        assert_eq!(
+            to_listen("[::]:7700").unwrap(),
+            "[::]:7700".parse().unwrap()
+        );
+        assert_eq!(
+            to_listen("127.0.0.1:0").unwrap(),
+            "127.0.0.1:0".parse().unwrap()
+        );
         assert!(to_listen("localhost:1").unwrap().ip().is_loopback());
         assert_eq!(exit_code(&to_listen("7700").unwrap_err()), 2);
     }

@@ -38,23 +38,40 @@ pub(super) async fn join(session: &Session, args: &JoinArgs) -> Result<()> {
     let token = read_link(session, args)?.parse::<JoinToken>()?;
     let stop = Stop::listen()?;
     let Joined { peer_id, trackers } = match &args.identity_only {
-        Some(folder) => stop.unless(join_identity_only(&token, &session.cwd.join(folder))).await?,
-        None => stop.unless(redeem(&token, &session.state_dir(Service::Peer)?)).await?,
+        Some(folder) => {
+            stop.unless(join_identity_only(&token, &session.cwd.join(folder)))
+                .await?
+        }
+        None => {
+            stop.unless(redeem(&token, &session.state_dir(Service::Peer)?))
+                .await?
+        }
     };
     if session.json {
-        return json(&JoinLine { peer_id: peer_id.to_string(), tracker: trackers });
+        return json(&JoinLine {
+            peer_id: peer_id.to_string(),
+            tracker: trackers,
+        });
     }
-    line(&format!("joined {} as {peer_id}", escape(&trackers.join(", "))))?;
+    line(&format!(
+        "joined {} as {peer_id}",
+        escape(&trackers.join(", "))
+    ))?;
     if args.identity_only.is_none() {
         let dir = session.state_dir_words();
-        session.hint(&format!("next: `sprat ls{dir}` to see what there is, `sprat share DIR{dir}` to offer something"));
+        session.hint(&format!(
+            "next: `sprat ls{dir}` to see what there is, `sprat share DIR{dir}` to offer something"
+        ));
     }
     Ok(())
 }
 
 fn limited(source: &mut dyn Read, name: &str) -> Result<String> {
     let mut text = String::new();
-    source.take(MAX_LINK_LEN).read_to_string(&mut text).with_context(|| format!("reading the link from {name}"))?;
+    source
+        .take(MAX_LINK_LEN)
+        .read_to_string(&mut text)
+        .with_context(|| format!("reading the link from {name}"))?;
     Ok(text)
 }
 
@@ -95,9 +112,15 @@ async fn join_by_file(session: &Session, file: &Path) -> Result<()> {
     {
         return Ok(());
     }
-    let token = link_in(&session.cwd.join(file))?.parse::<JoinToken>().with_context(|| file.display().to_string())?;
+    let token = link_in(&session.cwd.join(file))?
+        .parse::<JoinToken>()
+        .with_context(|| file.display().to_string())?;
     let joined = redeem(&token, &state_dir).await?;
-    session.hint(&format!("joined {} as {}", joined.trackers.join(", "), joined.peer_id));
+    session.hint(&format!(
+        "joined {} as {}",
+        joined.trackers.join(", "),
+        joined.peer_id
+    ));
     Ok(())
 }
 
@@ -122,15 +145,26 @@ pub(super) async fn share(session: &Session, args: &ShareArgs) -> Result<()> {
             let hashing = match answer.files_to_hash {
                 0 => String::new(),
                 files => {
-                    format!(", {} ({}) being hashed first", count(files, "file"), human_size(answer.bytes_to_hash))
+                    format!(
+                        ", {} ({}) being hashed first",
+                        count(files, "file"),
+                        human_size(answer.bytes_to_hash)
+                    )
                 }
             };
-            line(&format!("sharing {}: {} listed{hashing}", escape(&share.path), count(share.files, "file")))
+            line(&format!(
+                "sharing {}: {} listed{hashing}",
+                escape(&share.path),
+                count(share.files, "file")
+            ))
         }
         None => {
             session.hint("no peer runs here, so this command becomes one; it shares until you stop it with Ctrl-C");
             let mut shares = session.config.peer.shares.clone();
-            shares.push(Share { name: args.name.clone(), dir });
+            shares.push(Share {
+                name: args.name.clone(),
+                dir,
+            });
             serve(session, &shares, &PeerArgs::default()).await
         }
     }
@@ -144,12 +178,16 @@ async fn serve(session: &Session, shares: &[Share], args: &PeerArgs) -> Result<(
         }
         start(session, shares).await
     };
-    let node = stop.unless(unattended::start(args.keep_trying, &state_dir, attempt)).await?;
+    let node = stop
+        .unless(unattended::start(args.keep_trying, &state_dir, attempt))
+        .await?;
     let said = announce(session, &node, shares);
     if said.is_ok() {
         session.tell_manager("READY=1");
-        let written: Vec<PathBuf> =
-            [Some(state_dir), session.config.peer.downloads.clone()].into_iter().flatten().collect();
+        let written: Vec<PathBuf> = [Some(state_dir), session.config.peer.downloads.clone()]
+            .into_iter()
+            .flatten()
+            .collect();
         tokio::select! {
             _ = stop.requested() => {}
             () = unattended::watch(written) => {}
@@ -167,9 +205,18 @@ async fn serve(session: &Session, shares: &[Share], args: &PeerArgs) -> Result<(
 /// A bad address, and what [`Node::start`] says.
 pub(super) async fn start(session: &Session, shares: &[Share]) -> Result<Node> {
     let listen = to_listen(&session.config.peer.listen)?;
-    let shares = shares.iter().map(|share| ShareSpec { name: share.name.clone(), path: share.dir.clone() });
+    let shares = shares.iter().map(|share| ShareSpec {
+        name: share.name.clone(),
+        path: share.dir.clone(),
+    });
     let operator = to_operate(&session.config.peer.operator)?;
-    Node::start(NodeOptions { listen: Some(listen), operator, shares: shares.collect(), ..one_shot(session)? }).await
+    Node::start(NodeOptions {
+        listen: Some(listen),
+        operator,
+        shares: shares.collect(),
+        ..one_shot(session)?
+    })
+    .await
 }
 
 /// A Node that only fetches, for one command.
@@ -184,17 +231,31 @@ pub(super) fn one_shot(session: &Session) -> Result<NodeOptions> {
         advertise: config.advertise.clone(),
         tracker: config.tracker.clone(),
         rescan: Duration::from_secs(config.rescan_seconds),
-        upload_limit: Rates { total: config.upload_limit, per_peer: config.upload_limit_per_peer },
-        download_limit: Rates { total: config.download_limit, per_peer: config.download_limit_per_peer },
+        upload_limit: Rates {
+            total: config.upload_limit,
+            per_peer: config.upload_limit_per_peer,
+        },
+        download_limit: Rates {
+            total: config.download_limit,
+            per_peer: config.download_limit_per_peer,
+        },
     })
 }
 
 fn announce(session: &Session, node: &Node, shares: &[Share]) -> Result<()> {
     let peer_id = node.peer_id().to_string();
     if session.json {
-        let shares = shares.iter().map(|share| String::from(share.clone())).collect();
+        let shares = shares
+            .iter()
+            .map(|share| String::from(share.clone()))
+            .collect();
         let operator = node.operator().map(|address| address.to_string());
-        return json(&PeerLine { peer_id, addresses: node.addresses(), operator, shares });
+        return json(&PeerLine {
+            peer_id,
+            addresses: node.addresses(),
+            operator,
+            shares,
+        });
     }
     line(&format!("peer      {peer_id}"))?;
     line(&format!("listening {}", node.addresses().join(", ")))?;
@@ -202,20 +263,37 @@ fn announce(session: &Session, node: &Node, shares: &[Share]) -> Result<()> {
         line(&format!("operator page http://{operator}/"))?;
     }
     for share in shares {
-        let name = share.name.as_ref().map(|name| format!(" as {name}/")).unwrap_or_default();
-        line(&format!("sharing   {}{}", escape(&share.dir.to_string_lossy()), escape(&name)))?;
+        let name = share
+            .name
+            .as_ref()
+            .map(|name| format!(" as {name}/"))
+            .unwrap_or_default();
+        line(&format!(
+            "sharing   {}{}",
+            escape(&share.dir.to_string_lossy()),
+            escape(&name)
+        ))?;
     }
     if shares.is_empty() {
         let words = ["sprat".into(), "share".into(), "DIR".into()];
-        session.hint(&format!("next: `{}{}` offers a folder", shell(&words), session.state_dir_words()));
+        session.hint(&format!(
+            "next: `{}{}` offers a folder",
+            shell(&words),
+            session.state_dir_words()
+        ));
     }
     Ok(())
 }
 
 /// A path as the peer is told it.
 pub(super) fn utf8(path: &Path) -> Result<String> {
-    let refuse = |path: PathBuf| Failed::new(Exit::Usage, format!("{}: not a UTF-8 path", path.display()));
-    Ok(path.to_path_buf().into_os_string().into_string().map_err(|path| refuse(path.into()))?)
+    let refuse =
+        |path: PathBuf| Failed::new(Exit::Usage, format!("{}: not a UTF-8 path", path.display()));
+    Ok(path
+        .to_path_buf()
+        .into_os_string()
+        .into_string()
+        .map_err(|path| refuse(path.into()))?)
 }
 
 #[derive(Serialize)]

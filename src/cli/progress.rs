@@ -59,7 +59,14 @@ impl Report {
             false if !quiet && !dumb && io::stderr().is_terminal() => Style::Bars(Bars::new()),
             false => Style::Lines,
         };
-        Self { style, quiet, verbose, last: None, so_far: None, waiting: String::new() }
+        Self {
+            style,
+            quiet,
+            verbose,
+            last: None,
+            so_far: None,
+            waiting: String::new(),
+        }
     }
 
     /// Shows an event. [`Event::Failed`] is only noted: [`failed`](Self::failed) shows it.
@@ -67,7 +74,10 @@ impl Report {
     /// # Errors
     /// If nobody reads standard output any more.
     pub fn event(&mut self, event: &Event) -> Result<()> {
-        if !matches!((&self.style, event), (Style::Json, _) | (_, Event::FileDone(_))) {
+        if !matches!(
+            (&self.style, event),
+            (Style::Json, _) | (_, Event::FileDone(_))
+        ) {
             // Something else is about to be said to people.
             self.flush()?;
         }
@@ -79,10 +89,15 @@ impl Report {
                 if self.is_due() {
                     match self.style {
                         Style::Json => self.say(&serde_json::to_string(&Line::from(progress))?)?,
-                        Style::Lines => self.note(&format!("{} %  {}", percent(progress), summary(progress))),
+                        Style::Lines => {
+                            self.note(&format!("{} %  {}", percent(progress), summary(progress)))
+                        }
                         Style::Bars(_) => {}
                     }
-                    let active = progress.sources.iter().filter(|source| self.verbose && source.state == "active");
+                    let active = progress
+                        .sources
+                        .iter()
+                        .filter(|source| self.verbose && source.state == "active");
                     active.for_each(|source| self.note(&format!("  {}", describe(source))));
                 }
             }
@@ -93,7 +108,9 @@ impl Report {
             Event::Note(told) if !matches!(self.style, Style::Json) => self.note(&told.text),
             Event::Done(done) if !matches!(self.style, Style::Json) => {
                 self.clear();
-                farewell(done, self.verbose).iter().for_each(|text| self.note(text));
+                farewell(done, self.verbose)
+                    .iter()
+                    .for_each(|text| self.note(text));
             }
             other => {
                 if let (Style::Json, Some(line)) = (&self.style, Line::of(other)) {
@@ -111,7 +128,11 @@ impl Report {
     pub fn failed(&mut self, exit_code: u8, message: &str) -> Result<()> {
         if matches!(self.style, Style::Json) {
             let so_far = self.so_far.as_ref().map(Summary::from);
-            let line = serde_json::to_string(&Line::Failed { exit_code, message, so_far })?;
+            let line = serde_json::to_string(&Line::Failed {
+                exit_code,
+                message,
+                so_far,
+            })?;
             self.say(&line)?;
         }
         self.flush()
@@ -120,7 +141,11 @@ impl Report {
     fn say(&mut self, line: &str) -> Result<()> {
         self.waiting.push_str(line);
         self.waiting.push('\n');
-        if self.waiting.len() < TOGETHER { Ok(()) } else { self.flush() }
+        if self.waiting.len() < TOGETHER {
+            Ok(())
+        } else {
+            self.flush()
+        }
     }
 
     /// Writes what is for standard output.
@@ -129,7 +154,11 @@ impl Report {
     /// If nobody reads it any more.
     pub fn flush(&mut self) -> Result<()> {
         let waiting = std::mem::take(&mut self.waiting);
-        if waiting.is_empty() { Ok(()) } else { self.aside(|| output::print(waiting.as_bytes())) }
+        if waiting.is_empty() {
+            Ok(())
+        } else {
+            self.aside(|| output::print(waiting.as_bytes()))
+        }
     }
 
     /// Says something to people beside the bars.
@@ -172,24 +201,45 @@ impl Report {
 fn percent(progress: &Progress) -> u64 {
     match progress.bytes_total {
         0 => 100,
-        total => u64::try_from(u128::from(progress.bytes_done) * 100 / u128::from(total)).unwrap_or(100).min(100),
+        total => u64::try_from(u128::from(progress.bytes_done) * 100 / u128::from(total))
+            .unwrap_or(100)
+            .min(100),
     }
 }
 
 /// `1.2 GiB of 3.0 GiB, 98.0 MiB/s, 18 s left, 1 of 12 files, 3 sources`
 fn summary(progress: &Progress) -> String {
-    let Progress { bytes_done, bytes_total, bytes_per_second, .. } = *progress;
-    let mut parts = vec![format!("{} of {}", human_size(bytes_done), human_size(bytes_total))];
+    let Progress {
+        bytes_done,
+        bytes_total,
+        bytes_per_second,
+        ..
+    } = *progress;
+    let mut parts = vec![format!(
+        "{} of {}",
+        human_size(bytes_done),
+        human_size(bytes_total)
+    )];
     if bytes_per_second > 0 {
         parts.push(format!("{}/s", human_size(bytes_per_second)));
         if bytes_total > bytes_done {
-            parts.push(format!("{} left", span((bytes_total - bytes_done).div_ceil(bytes_per_second))));
+            parts.push(format!(
+                "{} left",
+                span((bytes_total - bytes_done).div_ceil(bytes_per_second))
+            ));
         }
     }
     if progress.files_total > 1 {
-        parts.push(format!("{} of {} files", progress.files_done, progress.files_total));
+        parts.push(format!(
+            "{} of {} files",
+            progress.files_done, progress.files_total
+        ));
     }
-    let n_active = progress.sources.iter().filter(|source| source.state == "active").count();
+    let n_active = progress
+        .sources
+        .iter()
+        .filter(|source| source.state == "active")
+        .count();
     parts.push(count(n_active as u64, "source"));
     parts.join(", ")
 }
@@ -202,11 +252,15 @@ fn farewell(done: &Done, verbose: bool) -> Vec<String> {
     // Less says nothing about speed.
     if done.bytes_fetched >= 1 << 20 {
         let speed = u128::from(done.bytes_fetched) * 1000 / u128::from(done.duration_ms.max(1));
-        first += &format!(", {}/s", human_size(u64::try_from(speed).unwrap_or(u64::MAX)));
+        first += &format!(
+            ", {}/s",
+            human_size(u64::try_from(speed).unwrap_or(u64::MAX))
+        );
     }
-    for (bytes, what) in
-        [(done.bytes_resumed, "were here already"), (done.bytes_wasted, "came twice or did not verify")]
-    {
+    for (bytes, what) in [
+        (done.bytes_resumed, "were here already"),
+        (done.bytes_wasted, "came twice or did not verify"),
+    ] {
         if bytes > 0 {
             first += &format!(", {} {what}", human_size(bytes));
         }
@@ -216,8 +270,15 @@ fn farewell(done: &Done, verbose: bool) -> Vec<String> {
     }
     let held_up = in_words(&done.bottleneck).map(|what| format!("  held up by {what}"));
     let sources = done.sources.iter().filter(|source| source.bytes > 0);
-    let whom = |source| if verbose { describe(source) } else { short(&source.peer_id) };
-    let lines = sources.map(|source| format!("  {:>10} from {}", human_size(source.bytes), whom(source)));
+    let whom = |source| {
+        if verbose {
+            describe(source)
+        } else {
+            short(&source.peer_id)
+        }
+    };
+    let lines =
+        sources.map(|source| format!("  {:>10} from {}", human_size(source.bytes), whom(source)));
     [first].into_iter().chain(lines).chain(held_up).collect()
 }
 
@@ -299,9 +360,10 @@ struct Share<'a> {
 impl<'a> Line<'a> {
     fn of(event: &'a Event) -> Option<Self> {
         Some(match event {
-            Event::Started(started) => {
-                Self::Started { bytes_total: started.bytes_total, files_total: started.files_total }
-            }
+            Event::Started(started) => Self::Started {
+                bytes_total: started.bytes_total,
+                files_total: started.files_total,
+            },
             Event::Progress(progress) => progress.into(),
             Event::FileDone(file) => Self::File {
                 name: &file.name,
@@ -310,7 +372,10 @@ impl<'a> Line<'a> {
                 path: &file.path,
                 already_there: file.already_there,
             },
-            Event::Note(note) => Self::Note { text: &note.text, peer: &note.peer_id },
+            Event::Note(note) => Self::Note {
+                text: &note.text,
+                peer: &note.peer_id,
+            },
             Event::Done(done) => Self::Done(done.into()),
             Event::Failed(_) => return None,
         })
@@ -352,7 +417,10 @@ impl<'a> From<&'a Progress> for Line<'a> {
 
 impl<'a> From<&'a Done> for Summary<'a> {
     fn from(done: &'a Done) -> Self {
-        let share = |source: &'a SourceProgress| Share { peer: &source.peer_id, bytes: source.bytes };
+        let share = |source: &'a SourceProgress| Share {
+            peer: &source.peer_id,
+            bytes: source.bytes,
+        };
         Self {
             bytes_total: done.bytes_total,
             bytes_fetched: done.bytes_fetched,
@@ -378,7 +446,12 @@ mod tests {
 
     fn source(bytes: u64, state: &str) -> SourceProgress {
         let (peer_id, state) = ("ab".repeat(26), state.into());
-        SourceProgress { peer_id, bytes, state, ..Default::default() }
+        SourceProgress {
+            peer_id,
+            bytes,
+            state,
+            ..Default::default()
+        }
     }
 
     fn done() -> Done {
@@ -398,25 +471,55 @@ mod tests {
     #[test]
     fn events_have_the_promised_shape() {
         assert_eq!(
-            json(&Event::Started(Started { bytes_total: 7, files_total: 1 })),
+            json(&Event::Started(Started {
+                bytes_total: 7,
+                files_total: 1
+            })),
             r#"{"event":"started","bytes_total":7,"files_total":1}"#
         );
-        let file =
-            FileDone { name: "a".into(), content_id: "f0".into(), size: 7, path: "/a".into(), already_there: false };
+        let file = FileDone {
+            name: "a".into(),
+            content_id: "f0".into(),
+            size: 7,
+            path: "/a".into(),
+            already_there: false,
+        };
         assert_eq!(
             json(&Event::FileDone(file)),
             r#"{"event":"file","name":"a","content_id":"f0","size":7,"path":"/a","already_there":false}"#
         );
-        let note = Note { text: "lost".into(), peer_id: String::new() };
-        assert_eq!(json(&Event::Note(note)), r#"{"event":"note","text":"lost"}"#);
+        let note = Note {
+            text: "lost".into(),
+            peer_id: String::new(),
+        };
+        assert_eq!(
+            json(&Event::Note(note)),
+            r#"{"event":"note","text":"lost"}"#
+        );
         let value: serde_json::Value = serde_json::from_str(&json(&Event::Done(done()))).unwrap();
         assert_eq!(value["event"], "done");
-        for key in ["bytes_total", "bytes_fetched", "bytes_resumed", "files", "duration_ms"] {
+        for key in [
+            "bytes_total",
+            "bytes_fetched",
+            "bytes_resumed",
+            "files",
+            "duration_ms",
+        ] {
             assert!(value[key].is_u64(), "{key}");
         }
-        assert_eq!(value["sources"][0], serde_json::json!({ "peer": "ab".repeat(26), "bytes": 2 << 20 }));
-        let failed = Line::Failed { exit_code: 4, message: "nobody", so_far: None };
-        assert_eq!(serde_json::to_string(&failed).unwrap(), r#"{"event":"failed","exit_code":4,"message":"nobody"}"#);
+        assert_eq!(
+            value["sources"][0],
+            serde_json::json!({ "peer": "ab".repeat(26), "bytes": 2 << 20 })
+        );
+        let failed = Line::Failed {
+            exit_code: 4,
+            message: "nobody",
+            so_far: None,
+        };
+        assert_eq!(
+            serde_json::to_string(&failed).unwrap(),
+            r#"{"event":"failed","exit_code":4,"message":"nobody"}"#
+        );
     }
 
     #[test]
@@ -431,8 +534,14 @@ mod tests {
             files: vec![],
             bottleneck: String::new(),
         };
-        assert_eq!(summary(&progress), "1.0 GiB of 3.0 GiB, 100.0 MiB/s, 21 s left, 1 of 12 files, 2 sources");
-        assert_eq!((percent(&progress), percent(&Progress::default())), (33, 100));
+        assert_eq!(
+            summary(&progress),
+            "1.0 GiB of 3.0 GiB, 100.0 MiB/s, 21 s left, 1 of 12 files, 2 sources"
+        );
+        assert_eq!(
+            (percent(&progress), percent(&Progress::default())),
+            (33, 100)
+        );
         assert_eq!(
             farewell(&done(), false),
             [
@@ -451,11 +560,20 @@ mod tests {
             claim_pieces: 64,
             ..source(1, "active")
         };
-        assert_eq!(describe(&source), "abababab at 98.0 MiB/s in chunks of 256.0 KiB and claims of 64 pieces");
-        let progress = Progress { sources: vec![source], ..Default::default() };
+        assert_eq!(
+            describe(&source),
+            "abababab at 98.0 MiB/s in chunks of 256.0 KiB and claims of 64 pieces"
+        );
+        let progress = Progress {
+            sources: vec![source],
+            ..Default::default()
+        };
         let value = serde_json::to_value(Line::from(&progress)).unwrap();
         assert_eq!(
-            (&value["sources"][0]["chunk_length"], &value["sources"][0]["claim_pieces"]),
+            (
+                &value["sources"][0]["chunk_length"],
+                &value["sources"][0]["claim_pieces"]
+            ),
             (&262_144.into(), &64.into())
         );
     }

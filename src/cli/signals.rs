@@ -44,7 +44,10 @@ impl Stop {
                 }
             }
         });
-        Ok(Self { code, _task: AbortOnDropHandle::new(task) })
+        Ok(Self {
+            code,
+            _task: AbortOnDropHandle::new(task),
+        })
     }
 
     /// Waits for the first signal; gives the exit code that it stands for.

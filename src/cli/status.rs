@@ -34,12 +34,19 @@ use crate::{
 const ONLINE: &str = "online";
 
 pub(super) async fn run(session: &Session, args: &StatusArgs) -> Result<()> {
-    let (peer_dir, tracker_dir) = (session.state_dir(Service::Peer)?, session.state_dir(Service::Tracker)?);
+    let (peer_dir, tracker_dir) = (
+        session.state_dir(Service::Peer)?,
+        session.state_dir(Service::Tracker)?,
+    );
     let stop = Stop::listen()?;
     let tracker = stop.unless(tracker_status(&tracker_dir)).await?;
     // One directory holds one service.
     let is_tracker = tracker.is_some() && peer_dir == tracker_dir;
-    let peer = if is_tracker { None } else { stop.unless(peer_status(&peer_dir)).await? };
+    let peer = if is_tracker {
+        None
+    } else {
+        stop.unless(peer_status(&peer_dir)).await?
+    };
     if peer.is_none() && tracker.is_none() && !args.check && Membership::is_in(&peer_dir) {
         return stop.unless(idle(session, &peer_dir)).await;
     }
@@ -49,7 +56,11 @@ pub(super) async fn run(session: &Session, args: &StatusArgs) -> Result<()> {
     if let Some(tracker) = &tracker {
         match session.json {
             true => json(tracker)?,
-            false => line(&format!("tracker      {} of {} online", tracker.online, count(tracker.members, "member")))?,
+            false => line(&format!(
+                "tracker      {} of {} online",
+                tracker.online,
+                count(tracker.members, "member")
+            ))?,
         }
     }
     if let Some(peer) = &peer {
@@ -62,8 +73,14 @@ pub(super) async fn run(session: &Session, args: &StatusArgs) -> Result<()> {
     if !args.check {
         return Ok(());
     }
-    let written = [(tracker.is_some(), &tracker_dir), (peer.is_some(), &peer_dir)];
-    let full = written.iter().filter(|(runs, _)| *runs).find_map(|(_, folder)| full(folder));
+    let written = [
+        (tracker.is_some(), &tracker_dir),
+        (peer.is_some(), &peer_dir),
+    ];
+    let full = written
+        .iter()
+        .filter(|(runs, _)| *runs)
+        .find_map(|(_, folder)| full(folder));
     match full.or_else(|| peer.as_ref().and_then(ailment)) {
         Some(failed) => Err(failed.into()),
         None => Ok(()),
@@ -80,9 +97,16 @@ fn nothing_runs(peer_dir: &Path, tracker_dir: &Path) -> String {
     let mut dirs = vec![peer_dir, tracker_dir];
     dirs.dedup();
     let here: Vec<_> = dirs.iter().map(|dir| dir.display().to_string()).collect();
-    match dirs.iter().filter(|dir| dir.exists()).find_map(|dir| why_not_running(dir)) {
+    match dirs
+        .iter()
+        .filter(|dir| dir.exists())
+        .find_map(|dir| why_not_running(dir))
+    {
         Some(why) => why,
-        None => format!("nothing runs in {}; start `sprat peer` or `sprat tracker run`", here.join(" or ")),
+        None => format!(
+            "nothing runs in {}; start `sprat peer` or `sprat tracker run`",
+            here.join(" or ")
+        ),
     }
 }
 
@@ -91,8 +115,14 @@ async fn idle(session: &Session, state_dir: &Path) -> Result<()> {
     let asked = session.config.peer.tracker.clone();
     let membership = Membership::load(state_dir, asked.clone())?;
     let client = TrackerClient::open(state_dir, asked).await?;
-    let question = ListFilesRequest { content_id: ContentId::EMPTY.to_string(), ..Default::default() };
-    let state = client.list(question).await.map_or_else(|error| format!("{error:#}"), |_| "reachable".into());
+    let question = ListFilesRequest {
+        content_id: ContentId::EMPTY.to_string(),
+        ..Default::default()
+    };
+    let state = client
+        .list(question)
+        .await
+        .map_or_else(|error| format!("{error:#}"), |_| "reachable".into());
     let (peer_id, left) = (membership.id().to_string(), membership.seconds_left());
     if session.json {
         return json(&IdleLine {
@@ -106,8 +136,14 @@ async fn idle(session: &Session, state_dir: &Path) -> Result<()> {
     }
     line(&format!("peer         {peer_id}"))?;
     line("running      no; start it with `sprat peer`")?;
-    line(&format!("tracker      {}", escape(&tracker_line(&client.address(), &state))))?;
-    line(&format!("certificate  good for {}", span(u64::try_from(left).unwrap_or_default())))
+    line(&format!(
+        "tracker      {}",
+        escape(&tracker_line(&client.address(), &state))
+    ))?;
+    line(&format!(
+        "certificate  good for {}",
+        span(u64::try_from(left).unwrap_or_default())
+    ))
 }
 
 async fn peer_status(state_dir: &Path) -> Result<Option<StatusResponse>> {
@@ -121,9 +157,13 @@ async fn peer_status(state_dir: &Path) -> Result<Option<StatusResponse>> {
 }
 
 pub(super) async fn tracker_status(state_dir: &Path) -> Result<Option<TrackerLine>> {
-    let Ok(connection) = net::dial_unix(state_dir, tracker::SOCKET, net::CONTROL).await else { return Ok(None) };
+    let Ok(connection) = net::dial_unix(state_dir, tracker::SOCKET, net::CONTROL).await else {
+        return Ok(None);
+    };
     let members = Admin::new(connection).members().await?;
-    let n = |keep: fn(&crate::proto::MemberRow) -> bool| members.iter().filter(|member| keep(member)).count() as u64;
+    let n = |keep: fn(&crate::proto::MemberRow) -> bool| {
+        members.iter().filter(|member| keep(member)).count() as u64
+    };
     Ok(Some(TrackerLine {
         service: "tracker",
         members: n(|member| !member.revoked),
@@ -136,22 +176,38 @@ fn ailment(status: &StatusResponse) -> Option<Failed> {
     let state = &status.tracker_state;
     let offline = || format!("tracker {}", tracker_line(&status.tracker, state));
     if status.certificate_seconds_left <= 0 {
-        let text = format!("the certificate of this peer has ended, and cannot be renewed: {}", offline());
+        let text = format!(
+            "the certificate of this peer has ended, and cannot be renewed: {}",
+            offline()
+        );
         return Some(Failed::new(Exit::Auth, text));
     }
-    if let Some(failed) = Some(&status.downloads).filter(|folder| !folder.is_empty()).and_then(|f| full(Path::new(f))) {
+    if let Some(failed) = Some(&status.downloads)
+        .filter(|folder| !folder.is_empty())
+        .and_then(|f| full(Path::new(f)))
+    {
         return Some(failed);
     }
     (state != ONLINE).then(|| {
-        let exit = if state.contains("certificate") { Exit::Auth } else { Exit::Tracker };
+        let exit = if state.contains("certificate") {
+            Exit::Auth
+        } else {
+            Exit::Tracker
+        };
         Failed::new(exit, offline())
     })
 }
 
 /// Address and state; an error names the address itself.
 fn tracker_line(tracker: &str, state: &str) -> String {
-    let state = state.strip_prefix("tracker").map_or(state, |rest| rest.trim_start_matches([':', ' ']));
-    if state.contains(tracker) { state.to_owned() } else { format!("{tracker}, {state}") }
+    let state = state
+        .strip_prefix("tracker")
+        .map_or(state, |rest| rest.trim_start_matches([':', ' ']));
+    if state.contains(tracker) {
+        state.to_owned()
+    } else {
+        format!("{tracker}, {state}")
+    }
 }
 
 fn describe(status: &StatusResponse) -> Vec<String> {
@@ -159,7 +215,11 @@ fn describe(status: &StatusResponse) -> Vec<String> {
     let left = u64::try_from(status.certificate_seconds_left).unwrap_or_default();
     let hashing = match status.files_to_hash {
         0 => String::new(),
-        n => format!(", hashing {} more ({})", count(n, "file"), human_size(status.bytes_to_hash)),
+        n => format!(
+            ", hashing {} more ({})",
+            count(n, "file"),
+            human_size(status.bytes_to_hash)
+        ),
     };
     let mut lines = vec![
         format!("peer         {}", shown(&status.peer_id)),
@@ -169,14 +229,30 @@ fn describe(status: &StatusResponse) -> Vec<String> {
             shown(&status.version),
             status.pid
         ),
-        format!("tracker      {}", shown(&tracker_line(&status.tracker, &status.tracker_state))),
+        format!(
+            "tracker      {}",
+            shown(&tracker_line(&status.tracker, &status.tracker_state))
+        ),
         format!("addresses    {}", shown(&status.addresses.join(", "))),
         format!("certificate  good for {}", span(left)),
-        format!("offers       {}, {}{hashing}", count(status.files, "file"), human_size(status.bytes)),
+        format!(
+            "offers       {}, {}{hashing}",
+            count(status.files, "file"),
+            human_size(status.bytes)
+        ),
     ];
     for share in &status.shares {
-        let name = if share.name.is_empty() { String::new() } else { format!(" as {}/", share.name) };
-        let text = format!("  {}{name}, {}, {}", share.path, count(share.files, "file"), share.mode);
+        let name = if share.name.is_empty() {
+            String::new()
+        } else {
+            format!(" as {}/", share.name)
+        };
+        let text = format!(
+            "  {}{name}, {}, {}",
+            share.path,
+            count(share.files, "file"),
+            share.mode
+        );
         lines.push(shown(&text));
     }
     if status.files_skipped > 0 {
@@ -188,19 +264,36 @@ fn describe(status: &StatusResponse) -> Vec<String> {
     if !status.downloads.is_empty() {
         lines.push(format!("downloads    {}", shown(&status.downloads)));
     }
-    let (down, up) = (human_size(status.bytes_downloaded), human_size(status.bytes_uploaded));
-    lines.push(format!("moved        {down} in, {up} out, {} now", count(status.uploads_running.into(), "upload")));
+    let (down, up) = (
+        human_size(status.bytes_downloaded),
+        human_size(status.bytes_uploaded),
+    );
+    lines.push(format!(
+        "moved        {down} in, {up} out, {} now",
+        count(status.uploads_running.into(), "upload")
+    ));
     if let Some(limits) = status.limits.as_ref().and_then(summary) {
         lines.push(format!("limits       {limits}"));
     }
     for download in &status.downloads_running {
         let progress = download.progress.clone().unwrap_or_default();
-        let (done, total) = (human_size(progress.bytes_done), human_size(progress.bytes_total));
+        let (done, total) = (
+            human_size(progress.bytes_done),
+            human_size(progress.bytes_total),
+        );
         let speed = human_size(progress.bytes_per_second);
         let held_up = words::in_words(&progress.bottleneck);
-        let held_up = held_up.map(|what| format!(", held up by {what}")).unwrap_or_default();
-        lines.push(format!("  download {}: {done} of {total}, {speed}/s{held_up}", download.id));
-        let active = progress.sources.iter().filter(|source| source.state == "active");
+        let held_up = held_up
+            .map(|what| format!(", held up by {what}"))
+            .unwrap_or_default();
+        lines.push(format!(
+            "  download {}: {done} of {total}, {speed}/s{held_up}",
+            download.id
+        ));
+        let active = progress
+            .sources
+            .iter()
+            .filter(|source| source.state == "active");
         lines.extend(active.map(|source| format!("    from {}", words::describe(source))));
     }
     lines
@@ -271,7 +364,12 @@ struct DownloadLine<'a> {
 impl<'a> From<&'a StatusResponse> for PeerLine<'a> {
     fn from(status: &'a StatusResponse) -> Self {
         let shares = status.shares.iter();
-        let shares = shares.map(|s| ShareLine { name: &s.name, path: &s.path, mode: &s.mode, files: s.files });
+        let shares = shares.map(|s| ShareLine {
+            name: &s.name,
+            path: &s.path,
+            mode: &s.mode,
+            files: s.files,
+        });
         let downloads = status.downloads_running.iter().filter_map(|download| {
             let progress = download.progress.as_ref()?;
             Some(DownloadLine {
@@ -318,8 +416,17 @@ mod tests {
 
     fn status() -> StatusResponse {
         let (peer_id, state) = ("ab".repeat(26), "active".into());
-        let source = SourceProgress { peer_id, state, chunk_length: 32 << 10, claim_pieces: 1, ..Default::default() };
-        let progress = Progress { sources: vec![source], ..Default::default() };
+        let source = SourceProgress {
+            peer_id,
+            state,
+            chunk_length: 32 << 10,
+            claim_pieces: 1,
+            ..Default::default()
+        };
+        let progress = Progress {
+            sources: vec![source],
+            ..Default::default()
+        };
         StatusResponse {
             peer_id: "p".into(),
             tracker: "t:7700".into(),
@@ -328,9 +435,20 @@ mod tests {
             files: 2,
             files_to_hash: 1,
             bytes_to_hash: 1 << 20,
-            limits: Some(Limits { upload: Some(1 << 20), ..Default::default() }),
-            downloads_running: vec![DownloadStatus { id: 7, progress: Some(progress) }],
-            shares: vec![ShareStatus { name: "n".into(), path: "/x\u{1b}".into(), mode: "events".into(), files: 2 }],
+            limits: Some(Limits {
+                upload: Some(1 << 20),
+                ..Default::default()
+            }),
+            downloads_running: vec![DownloadStatus {
+                id: 7,
+                progress: Some(progress),
+            }],
+            shares: vec![ShareStatus {
+                name: "n".into(),
+                path: "/x\u{1b}".into(),
+                mode: "events".into(),
+                files: 2,
+            }],
             ..Default::default()
         }
     }
@@ -338,27 +456,60 @@ mod tests {
     #[test]
     fn health_is_a_tracker_and_a_certificate() {
         assert!(ailment(&status()).is_none());
-        let offline = StatusResponse { tracker_state: "tracker: cannot reach t:7700".into(), ..status() };
+        let offline = StatusResponse {
+            tracker_state: "tracker: cannot reach t:7700".into(),
+            ..status()
+        };
         let failed = ailment(&offline).unwrap();
-        assert_eq!((failed.exit, failed.message.as_str()), (Exit::Tracker, "tracker cannot reach t:7700"));
-        let refused = StatusResponse { tracker_state: "it does not accept our certificate".into(), ..status() };
+        assert_eq!(
+            (failed.exit, failed.message.as_str()),
+            (Exit::Tracker, "tracker cannot reach t:7700")
+        );
+        let refused = StatusResponse {
+            tracker_state: "it does not accept our certificate".into(),
+            ..status()
+        };
         assert_eq!(ailment(&refused).unwrap().exit, Exit::Auth);
-        let expired = StatusResponse { certificate_seconds_left: 0, ..status() };
+        let expired = StatusResponse {
+            certificate_seconds_left: 0,
+            ..status()
+        };
         let failed = ailment(&expired).unwrap();
-        assert!(failed.exit == Exit::Auth && failed.message.contains("has ended"), "{failed}");
+        assert!(
+            failed.exit == Exit::Auth && failed.message.contains("has ended"),
+            "{failed}"
+        );
     }
 
     #[test]
     fn both_readers_are_served() {
         let text = describe(&status()).join("\n");
-        assert!(text.contains("offers       2 files, 0 B, hashing 1 file more (1.0 MiB)"), "{text}");
-        assert!(text.contains(r"  /x\u{1b} as n/, 2 files, events"), "{text}");
+        assert!(
+            text.contains("offers       2 files, 0 B, hashing 1 file more (1.0 MiB)"),
+            "{text}"
+        );
+        assert!(
+            text.contains(r"  /x\u{1b} as n/, 2 files, events"),
+            "{text}"
+        );
         assert!(text.contains("limits       upload 1.0 MiB/s"), "{text}");
-        assert!(text.contains("    from abababab at 0 B/s in chunks of 32.0 KiB and claims of 1 piece"), "{text}");
+        assert!(
+            text.contains("    from abababab at 0 B/s in chunks of 32.0 KiB and claims of 1 piece"),
+            "{text}"
+        );
         let value = serde_json::to_value(PeerLine::from(&status())).unwrap();
-        assert_eq!(value["downloads_running"][0]["sources"][0]["chunk_length"], 32 << 10);
-        assert_eq!((&value["service"], &value["shares"][0]["files"]), (&"peer".into(), &2.into()));
+        assert_eq!(
+            value["downloads_running"][0]["sources"][0]["chunk_length"],
+            32 << 10
+        );
+        assert_eq!(
+            (&value["service"], &value["shares"][0]["files"]),
+            (&"peer".into(), &2.into())
+        );
         assert_eq!(value["tracker_state"], "online");
-        assert_eq!((&value["limits"]["upload"], &value["limits"]["download"]), (&(1 << 20).into(), &().into()));
+        assert_eq!(
+            (&value["limits"]["upload"], &value["limits"]["download"]),
+            (&(1 << 20).into(), &().into())
+        );
     }
 }

@@ -38,26 +38,56 @@ pub(super) async fn run(session: &Session, command: &TrackerCommand) -> Result<(
     match command {
         TrackerCommand::Init => {
             let fingerprint = Tracker::init(&state_dir)?;
-            session.hint(&format!("next: sprat tracker run{}", session.state_dir_words()));
-            if session.json { json(&Made { fingerprint }) } else { line(&format!("authority {fingerprint}")) }
+            session.hint(&format!(
+                "next: sprat tracker run{}",
+                session.state_dir_words()
+            ));
+            if session.json {
+                json(&Made { fingerprint })
+            } else {
+                line(&format!("authority {fingerprint}"))
+            }
         }
         TrackerCommand::Run(args) => serve(session, args).await,
         TrackerCommand::Token(TokenCommand::Create { uses, ttl }) => {
-            let token = Admin::new(tracker::attach(&state_dir).await?).create_token(*uses, *ttl).await?;
-            let made = Token { link: &token.link, token_id: &token.token_id, uses: *uses, ttl_seconds: ttl.as_secs() };
-            if session.json { json(&made) } else { line(&token.link) }
+            let token = Admin::new(tracker::attach(&state_dir).await?)
+                .create_token(*uses, *ttl)
+                .await?;
+            let made = Token {
+                link: &token.link,
+                token_id: &token.token_id,
+                uses: *uses,
+                ttl_seconds: ttl.as_secs(),
+            };
+            if session.json {
+                json(&made)
+            } else {
+                line(&token.link)
+            }
         }
-        TrackerCommand::Token(TokenCommand::List) => {
-            tokens(session, &Admin::new(tracker::attach(&state_dir).await?).tokens().await?)
-        }
-        TrackerCommand::Members => members(session, &Admin::new(tracker::attach(&state_dir).await?).members().await?),
+        TrackerCommand::Token(TokenCommand::List) => tokens(
+            session,
+            &Admin::new(tracker::attach(&state_dir).await?)
+                .tokens()
+                .await?,
+        ),
+        TrackerCommand::Members => members(
+            session,
+            &Admin::new(tracker::attach(&state_dir).await?)
+                .members()
+                .await?,
+        ),
         TrackerCommand::Approve { peer } => {
-            Admin::new(tracker::attach(&state_dir).await?).approve(peer.clone()).await?;
+            Admin::new(tracker::attach(&state_dir).await?)
+                .approve(peer.clone())
+                .await?;
             session.hint(&format!("{peer} may come in again"));
             Ok(())
         }
         TrackerCommand::Revoke { peer } => {
-            Admin::new(tracker::attach(&state_dir).await?).revoke(peer.clone()).await?;
+            Admin::new(tracker::attach(&state_dir).await?)
+                .revoke(peer.clone())
+                .await?;
             session.hint(&format!("{peer} is out; `sprat tracker approve` undoes it"));
             Ok(())
         }
@@ -101,7 +131,9 @@ async fn serve(session: &Session, args: &TrackerRunArgs) -> Result<()> {
         operator: args.keep_operator_certificate.as_ref().map(at),
     };
     let attempt = async || start(session, keep.clone()).await;
-    let tracker = stop.unless(unattended::start(args.keep_trying, &state_dir, attempt)).await?;
+    let tracker = stop
+        .unless(unattended::start(args.keep_trying, &state_dir, attempt))
+        .await?;
     let said = announce(session, &tracker, keep.token_file.as_deref());
     if said.is_ok() {
         session.tell_manager("READY=1");
@@ -118,7 +150,10 @@ async fn serve(session: &Session, args: &TrackerRunArgs) -> Result<()> {
 
 fn announce(session: &Session, tracker: &Tracker, token_file: Option<&Path>) -> Result<()> {
     let advertised = tracker.advertised();
-    let link = token_file.is_none().then(|| tracker.join_link(RUN_USES, RUN_TTL)).transpose()?;
+    let link = token_file
+        .is_none()
+        .then(|| tracker.join_link(RUN_USES, RUN_TTL))
+        .transpose()?;
     let started = Started {
         address: tracker.address().to_string(),
         operator: tracker.operator().map(|address| address.to_string()),
@@ -132,7 +167,11 @@ fn announce(session: &Session, tracker: &Tracker, token_file: Option<&Path>) -> 
     if session.json {
         return json(&started);
     }
-    line(&format!("listening {}, reached at {}", started.address, advertised.join(", ")))?;
+    line(&format!(
+        "listening {}, reached at {}",
+        started.address,
+        advertised.join(", ")
+    ))?;
     if let Some(operator) = &started.operator {
         line(&format!("operator page http://{operator}/"))?;
     }
@@ -141,8 +180,13 @@ fn announce(session: &Session, tracker: &Tracker, token_file: Option<&Path>) -> 
         return line(&format!("join link in {}", path.display()));
     }
     line(&format!("sprat join {}", link.unwrap_or_default()))?;
-    let more = format!("sprat tracker token create --uses N --ttl 24h{}", session.state_dir_words());
-    session.hint(&format!("the line above lets {RUN_USES} machines join within 24 hours; for more: {more}"));
+    let more = format!(
+        "sprat tracker token create --uses N --ttl 24h{}",
+        session.state_dir_words()
+    );
+    session.hint(&format!(
+        "the line above lets {RUN_USES} machines join within 24 hours; for more: {more}"
+    ));
     Ok(())
 }
 
@@ -151,7 +195,8 @@ fn passphrase(session: &Session, key: &Path) -> Result<Option<String>> {
         return Ok(None);
     }
     if let Some(file) = &session.config.tracker.key_passphrase_file {
-        let text = std::fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
+        let text =
+            std::fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
         return Ok(Some(text.trim_end_matches(['\r', '\n']).to_owned()));
     }
     if let Some(passphrase) = session.variable("SPRAT_KEY_PASSPHRASE") {
@@ -160,35 +205,71 @@ fn passphrase(session: &Session, key: &Path) -> Result<Option<String>> {
     if session.interactive {
         return (session.ask_passphrase)(key).map(Some);
     }
-    let text = format!("{} is encrypted: give --key-passphrase-file or SPRAT_KEY_PASSPHRASE", key.display());
+    let text = format!(
+        "{} is encrypted: give --key-passphrase-file or SPRAT_KEY_PASSPHRASE",
+        key.display()
+    );
     Err(Failed::new(Exit::Usage, text).into())
 }
 
 fn tokens(session: &Session, tokens: &[TokenRow]) -> Result<()> {
     if session.json {
         let row = |token: &TokenRow| {
-            let TokenRow { token_id, uses, uses_left, expires_at } = token.clone();
-            json(&TokenLine { token_id, uses, uses_left, expires_at })
+            let TokenRow {
+                token_id,
+                uses,
+                uses_left,
+                expires_at,
+            } = token.clone();
+            json(&TokenLine {
+                token_id,
+                uses,
+                uses_left,
+                expires_at,
+            })
         };
         return tokens.iter().try_for_each(row);
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
     let cells = |token: &TokenRow| {
         let left = match token.expires_at.checked_sub(now) {
             Some(seconds) if seconds > 0 => span(seconds),
             _ => "expired".into(),
         };
-        vec![token.token_id.clone(), format!("{} of {}", token.uses_left, token.uses), left]
+        vec![
+            token.token_id.clone(),
+            format!("{} of {}", token.uses_left, token.uses),
+            left,
+        ]
     };
     let rows: Vec<_> = tokens.iter().map(cells).collect();
-    table(&["<TOKEN", "USES LEFT", "TIME LEFT"], &rows).iter().try_for_each(|text| line(text))
+    table(&["<TOKEN", "USES LEFT", "TIME LEFT"], &rows)
+        .iter()
+        .try_for_each(|text| line(text))
 }
 
 fn members(session: &Session, members: &[MemberRow]) -> Result<()> {
     if session.json {
         let row = |member: &MemberRow| {
-            let MemberRow { peer_id, joined_at, revoked, online, addresses, files } = member.clone();
-            json(&MemberLine { peer_id, joined_at, revoked, online, addresses, files })
+            let MemberRow {
+                peer_id,
+                joined_at,
+                revoked,
+                online,
+                addresses,
+                files,
+            } = member.clone();
+            json(&MemberLine {
+                peer_id,
+                joined_at,
+                revoked,
+                online,
+                addresses,
+                files,
+            })
         };
         return members.iter().try_for_each(row);
     }
@@ -199,29 +280,51 @@ fn members(session: &Session, members: &[MemberRow]) -> Result<()> {
             (false, false) => "away",
         };
         let addresses = member.addresses.join(", ");
-        vec![member.peer_id.clone(), state.into(), count(member.files, "file"), addresses]
+        vec![
+            member.peer_id.clone(),
+            state.into(),
+            count(member.files, "file"),
+            addresses,
+        ]
     };
     let rows: Vec<_> = members.iter().map(cells).collect();
-    table(&["<MEMBER", "<STATE", "OFFERS", "<ADDRESSES"], &rows).iter().try_for_each(|text| line(text))
+    table(&["<MEMBER", "<STATE", "OFFERS", "<ADDRESSES"], &rows)
+        .iter()
+        .try_for_each(|text| line(text))
 }
 
 pub(super) async fn operator(session: &Session, command: &OperatorCommand) -> Result<()> {
     let OperatorCommand::Cert { out, ttl } = command;
     let out = session.cwd.join(out);
-    if let Some(there) = OPERATOR_FILES.map(|name| out.join(name)).iter().find(|path| path.exists()) {
-        let text = format!("{} exists; nothing is overwritten: name another folder", there.display());
+    if let Some(there) = OPERATOR_FILES
+        .map(|name| out.join(name))
+        .iter()
+        .find(|path| path.exists())
+    {
+        let text = format!(
+            "{} exists; nothing is overwritten: name another folder",
+            there.display()
+        );
         return Err(Failed::new(Exit::Exists, text).into());
     }
     let mut admin = Admin::new(tracker::attach(&session.state_dir(Service::Tracker)?).await?);
     let key = Key::generate()?;
     let issued = admin.issue_operator(key.request()?, *ttl).await?;
-    let identity =
-        Identity { key, certificate: issued.certificate.to_vec().into(), authority: issued.authority.to_vec().into() };
-    identity.save(&out, OPERATOR_FILES).with_context(|| format!("writing to {}", out.display()))?;
+    let identity = Identity {
+        key,
+        certificate: issued.certificate.to_vec().into(),
+        authority: issued.authority.to_vec().into(),
+    };
+    identity
+        .save(&out, OPERATOR_FILES)
+        .with_context(|| format!("writing to {}", out.display()))?;
     for name in OPERATOR_FILES {
         line(&out.join(name).display().to_string())?;
     }
-    session.hint(&format!("good for {}; as grpcurl's -cacert, -cert and -key, in this order", span(ttl.as_secs())));
+    session.hint(&format!(
+        "good for {}; as grpcurl's -cacert, -cert and -key, in this order",
+        span(ttl.as_secs())
+    ));
     Ok(())
 }
 

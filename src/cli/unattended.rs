@@ -27,8 +27,15 @@ const LOOK: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// Those of the first attempt, unless it is to keep trying.
-pub(super) async fn start<T>(keep_trying: bool, state_dir: &Path, attempt: impl AsyncFn() -> Result<T>) -> Result<T> {
-    let mut reason = Reason { path: state_dir.join(WAITING), said: String::new() };
+pub(super) async fn start<T>(
+    keep_trying: bool,
+    state_dir: &Path,
+    attempt: impl AsyncFn() -> Result<T>,
+) -> Result<T> {
+    let mut reason = Reason {
+        path: state_dir.join(WAITING),
+        said: String::new(),
+    };
     let mut backoff = Backoff::new(FIRST, LONGEST);
     loop {
         match attempt().await {
@@ -67,13 +74,18 @@ impl Drop for Reason {
 pub(super) fn why_not_running(state_dir: &Path) -> Option<String> {
     trouble(state_dir).or_else(|| {
         let text = safe_path::read_private(&state_dir.join(WAITING)).ok()?;
-        Some(format!("not started yet: {}", String::from_utf8_lossy(&text)))
+        Some(format!(
+            "not started yet: {}",
+            String::from_utf8_lossy(&text)
+        ))
     })
 }
 
 /// Why nothing can be written to a folder, if so.
 pub(super) fn trouble(folder: &Path) -> Option<String> {
-    safe_path::writable(folder).err().map(|error| error.to_string())
+    safe_path::writable(folder)
+        .err()
+        .map(|error| error.to_string())
 }
 
 /// Says when one of `folders` cannot be written to, and when it can be again. Never ends.
@@ -112,12 +124,19 @@ mod tests {
         let attempt = async || {
             tries.set(tries.get() + 1);
             seen.set(why_not_running(&state));
-            if tries.get() < 4 { Err(anyhow::anyhow!("no link")) } else { Ok(()) }
+            if tries.get() < 4 {
+                Err(anyhow::anyhow!("no link"))
+            } else {
+                Ok(())
+            }
         };
         assert!(start(false, &state, attempt).await.is_err());
         assert!(!state.exists());
         start(true, &state, attempt).await.unwrap();
-        assert_eq!((tries.get(), seen.take()), (4, Some("not started yet: no link".into())));
+        assert_eq!(
+            (tries.get(), seen.take()),
+            (4, Some("not started yet: no link".into()))
+        );
         assert_eq!(why_not_running(&state), None);
     }
 
@@ -125,7 +144,11 @@ mod tests {
     fn a_folder_tells_its_own_trouble() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(trouble(dir.path()), None);
-        assert!(trouble(&dir.path().join("gone")).unwrap().contains("gone: No such file"));
+        assert!(
+            trouble(&dir.path().join("gone"))
+                .unwrap()
+                .contains("gone: No such file")
+        );
         assert!(trouble(Path::new("/proc/1")).is_some());
     }
 }

@@ -5,9 +5,15 @@ use crate::{proto::SourceProgress, safe_path::escape, units::human_size};
 
 /// `abababab at 98.0 MiB/s in chunks of 256.0 KiB and claims of 64 pieces`
 pub(super) fn describe(source: &SourceProgress) -> String {
-    let (speed, chunk) = (human_size(source.bytes_per_second), human_size(source.chunk_length.into()));
+    let (speed, chunk) = (
+        human_size(source.bytes_per_second),
+        human_size(source.chunk_length.into()),
+    );
     let claim = count(source.claim_pieces.into(), "piece");
-    format!("{} at {speed}/s in chunks of {chunk} and claims of {claim}", short(&source.peer_id))
+    format!(
+        "{} at {speed}/s in chunks of {chunk} and claims of {claim}",
+        short(&source.peer_id)
+    )
 }
 
 /// The first characters of a peer id, enough to tell sources apart.

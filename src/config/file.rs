@@ -48,28 +48,43 @@ pub(super) fn read(path: &Path) -> io::Result<String> {
 /// Reads `./config.json` if it counts. `uid` is the caller's.
 pub(super) fn read_local(path: &Path, uid: u32) -> LocalFile {
     match fs::symlink_metadata(path) {
-        Ok(link) => read_safe(path, uid, link.uid()).map_or_else(LocalFile::Ignored, LocalFile::Counts),
+        Ok(link) => {
+            read_safe(path, uid, link.uid()).map_or_else(LocalFile::Ignored, LocalFile::Counts)
+        }
         Err(_) => LocalFile::Absent,
     }
 }
 
 fn read_safe(path: &Path, uid: u32, link_uid: u32) -> Result<String, String> {
     // A pipe would block when opened.
-    if !fs::metadata(path).map_err(|error| error.to_string())?.is_file() {
+    if !fs::metadata(path)
+        .map_err(|error| error.to_string())?
+        .is_file()
+    {
         return Err("it is not a file".into());
     }
     let file = File::open(path).map_err(|error| error.to_string())?;
     let metadata = file.metadata().map_err(|error| error.to_string())?;
-    if [link_uid, metadata.uid()].iter().any(|owner| *owner != uid && *owner != 0) {
+    if [link_uid, metadata.uid()]
+        .iter()
+        .any(|owner| *owner != uid && *owner != 0)
+    {
         return Err("it is not yours, --config ./config.json uses it anyway".into());
     }
     if metadata.mode() & 0o022 != 0 {
         return Err("others can write to it, chmod go-w config.json".into());
     }
     let text = read_open(file).map_err(|error| error.to_string())?;
-    let Members(sections) = serde_json::from_str::<Members<IgnoredAny>>(&text).map_err(|error| error.to_string())?;
-    match sections.iter().find(|(name, _)| !SECTIONS.contains(&name.as_str())) {
-        Some((name, _)) => Err(format!("`{}` is not a section of ours", name.escape_debug())),
+    let Members(sections) =
+        serde_json::from_str::<Members<IgnoredAny>>(&text).map_err(|error| error.to_string())?;
+    match sections
+        .iter()
+        .find(|(name, _)| !SECTIONS.contains(&name.as_str()))
+    {
+        Some((name, _)) => Err(format!(
+            "`{}` is not a section of ours",
+            name.escape_debug()
+        )),
         None => Ok(text),
     }
 }
@@ -78,7 +93,10 @@ fn read_open(file: File) -> io::Result<String> {
     let mut text = String::new();
     file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text)?;
     if text.len() as u64 > MAX_FILE_BYTES {
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, "more than 1 MiB"));
+        return Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            "more than 1 MiB",
+        ));
     }
     Ok(text)
 }
@@ -86,7 +104,10 @@ fn read_open(file: File) -> io::Result<String> {
 /// The settings in the text of a file. `place` is the file's name in messages.
 pub(super) fn parse(known: &Known, place: &str, text: &str) -> Result<Vec<Leaf>, ConfigError> {
     let text = text.trim_start_matches('\u{feff}');
-    let syntax = |error: serde_json::Error| ConfigError::Syntax { place: place.into(), why: error.to_string() };
+    let syntax = |error: serde_json::Error| ConfigError::Syntax {
+        place: place.into(),
+        why: error.to_string(),
+    };
     let Members(sections) = serde_json::from_str::<Members<IgnoredAny>>(text).map_err(syntax)?;
     let names: Vec<_> = sections.iter().map(|(name, _)| name.as_str()).collect();
     refuse_strangers(place, &names, &SECTIONS)?;
@@ -95,15 +116,25 @@ pub(super) fn parse(known: &Known, place: &str, text: &str) -> Result<Vec<Leaf>,
     let written: Vec<(String, Json)> = sections
         .into_iter()
         .flat_map(|(section, Members(keys))| {
-            keys.into_iter().map(move |(key, value)| (format!("{section}.{key}"), value))
+            keys.into_iter()
+                .map(move |(key, value)| (format!("{section}.{key}"), value))
         })
         .collect();
     let names: Vec<_> = written.iter().map(|(key, _)| key.as_str()).collect();
-    let keys: Vec<_> = known.keys().map(String::as_str).chain(OLD_KEYS.map(|(old, _)| old)).collect();
+    let keys: Vec<_> = known
+        .keys()
+        .map(String::as_str)
+        .chain(OLD_KEYS.map(|(old, _)| old))
+        .collect();
     refuse_strangers(place, &names, &keys)?;
 
-    let (old, new): (Vec<_>, Vec<_>) = written.into_iter().partition(|(key, _)| !known.contains_key(key));
-    let mut leaves: Vec<_> = new.into_iter().map(|(key, value)| Leaf::new(key, value, place)).collect();
+    let (old, new): (Vec<_>, Vec<_>) = written
+        .into_iter()
+        .partition(|(key, _)| !known.contains_key(key));
+    let mut leaves: Vec<_> = new
+        .into_iter()
+        .map(|(key, value)| Leaf::new(key, value, place))
+        .collect();
     for key in [
         "tracker.listen",
         "tracker.certificate",
@@ -112,13 +143,26 @@ pub(super) fn parse(known: &Known, place: &str, text: &str) -> Result<Vec<Leaf>,
         "peer.shares",
         "peer.downloads",
     ] {
-        let halves: Vec<_> = old.iter().filter(|(old, _)| OLD_KEYS.contains(&(old.as_str(), key))).collect();
-        let Some((first, _)) = halves.first() else { continue };
+        let halves: Vec<_> = old
+            .iter()
+            .filter(|(old, _)| OLD_KEYS.contains(&(old.as_str(), key)))
+            .collect();
+        let Some((first, _)) = halves.first() else {
+            continue;
+        };
         if leaves.iter().any(|leaf| leaf.key == key) {
-            return Err(ConfigError::BothShapes { place: place.into(), old: first.clone(), new: key.into() });
+            return Err(ConfigError::BothShapes {
+                place: place.into(),
+                old: first.clone(),
+                new: key.into(),
+            });
         }
         let names: Vec<_> = halves.iter().map(|(old, _)| old.as_str()).collect();
-        leaves.push(Leaf::new(key, from_old(place, key, &halves)?, &format!("{place} ({})", names.join(", "))));
+        leaves.push(Leaf::new(
+            key,
+            from_old(place, key, &halves)?,
+            &format!("{place} ({})", names.join(", ")),
+        ));
     }
     Ok(leaves)
 }
@@ -127,11 +171,18 @@ fn refuse_strangers(place: &str, names: &[&str], known: &[&str]) -> Result<(), C
     for (i, name) in names.iter().enumerate() {
         let key = name.escape_debug().to_string();
         if names[..i].contains(name) {
-            return Err(ConfigError::Repeated { place: place.into(), key });
+            return Err(ConfigError::Repeated {
+                place: place.into(),
+                key,
+            });
         }
         if !known.contains(name) {
             let nearest = nearest(name, known).into();
-            return Err(ConfigError::UnknownKey { place: place.into(), key, nearest });
+            return Err(ConfigError::UnknownKey {
+                place: place.into(),
+                key,
+                nearest,
+            });
         }
     }
     Ok(())
@@ -142,14 +193,26 @@ fn from_old(place: &str, key: &str, halves: &[&(String, Json)]) -> Result<Json, 
     let (default_host, default_port) = match key {
         "tracker.listen" => ("[::]", 7700),
         "peer.tracker" => ("localhost", 7700),
-        "peer.shares" => return Ok(if halves[0].1 == json!("") { json!([]) } else { json!([halves[0].1]) }),
+        "peer.shares" => {
+            return Ok(if halves[0].1 == json!("") {
+                json!([])
+            } else {
+                json!([halves[0].1])
+            });
+        }
         _ => return Ok(halves[0].1.clone()),
     };
     let (mut host, mut port) = (default_host.to_owned(), default_port);
     for (old, value) in halves {
-        let bad = |why: &str| ConfigError::Value { place: place.into(), key: old.clone(), why: why.into() };
+        let bad = |why: &str| ConfigError::Value {
+            place: place.into(),
+            key: old.clone(),
+            why: why.into(),
+        };
         if old.ends_with("port") {
-            let number = value.as_str().map_or_else(|| value.as_u64(), |text| text.parse().ok());
+            let number = value
+                .as_str()
+                .map_or_else(|| value.as_u64(), |text| text.parse().ok());
             port = number
                 .and_then(|number| u16::try_from(number).ok())
                 .ok_or_else(|| bad("expected a port, 0 to 65535"))?;
@@ -201,10 +264,17 @@ mod tests {
     fn load_text(text: &str) -> Result<Loaded, String> {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("given.json"), text).unwrap();
-        let options = Options { cwd: dir.path().into(), config: Some("given.json".into()), ..Options::default() };
+        let options = Options {
+            cwd: dir.path().into(),
+            config: Some("given.json".into()),
+            ..Options::default()
+        };
         let loaded = load(&options).map_err(|error| error.to_string());
         if let Err(message) = &loaded {
-            assert!(message.starts_with("given.json") && !message.contains('\n'), "{message}");
+            assert!(
+                message.starts_with("given.json") && !message.contains('\n'),
+                "{message}"
+            );
         }
         loaded
     }
@@ -218,20 +288,38 @@ mod tests {
                        "shared_files_directory": "./shared", "downloads_directory": "/downloads"}
         }"#;
         fs::write(dir.path().join("config.json"), text).unwrap();
-        fs::set_permissions(dir.path().join("config.json"), Permissions::from_mode(0o644)).unwrap();
+        fs::set_permissions(
+            dir.path().join("config.json"),
+            Permissions::from_mode(0o644),
+        )
+        .unwrap();
         let uid = fs::metadata(dir.path()).unwrap().uid();
-        let loaded = load(&Options { cwd: dir.path().into(), uid, ..Options::default() }).unwrap();
+        let loaded = load(&Options {
+            cwd: dir.path().into(),
+            uid,
+            ..Options::default()
+        })
+        .unwrap();
 
         let mut expected = Config::default();
         expected.tracker.listen = "localhost:50051".into();
         expected.tracker.certificate = Some(dir.path().join("cert.pem"));
         expected.tracker.certificate_key = Some(dir.path().join("key.pem"));
         expected.peer.tracker = Some("localhost:50051".into());
-        expected.peer.shares = vec![Share { name: None, dir: dir.path().join("shared") }];
+        expected.peer.shares = vec![Share {
+            name: None,
+            dir: dir.path().join("shared"),
+        }];
         expected.peer.downloads = Some("/downloads".into());
         assert_eq!(loaded.config, expected);
-        assert_eq!(loaded.origins["tracker.listen"].1, "./config.json (server.host, server.port)");
-        assert_eq!(loaded.origins["peer.downloads"].1, "./config.json (client.downloads_directory)");
+        assert_eq!(
+            loaded.origins["tracker.listen"].1,
+            "./config.json (server.host, server.port)"
+        );
+        assert_eq!(
+            loaded.origins["peer.downloads"].1,
+            "./config.json (client.downloads_directory)"
+        );
         assert_eq!((loaded.notes, loaded.warnings), (vec![], vec![]));
     }
 
@@ -239,19 +327,36 @@ mod tests {
     fn halves_and_blanks_of_the_old_shape() {
         let listen = |text: &str| load_text(text).map(|loaded| loaded.config.tracker.listen);
         assert_eq!(listen(r#"{"server": {"port": 1}}"#).unwrap(), "[::]:1");
-        assert_eq!(listen(r#"{"server": {"host": "0.0.0.0"}}"#).unwrap(), "0.0.0.0:7700");
-        assert_eq!(listen(r#"{"server": {"host": "::1", "port": "9"}}"#).unwrap(), "[::1]:9");
-        assert_eq!(listen(r#"{"server": {"host": ""}, "client": {"server_port": 5}}"#).unwrap(), "[::]:7700");
-        let blank =
-            r#"{"server": {"key_path": ""}, "client": {"shared_files_directory": "", "downloads_directory": ""}}"#;
+        assert_eq!(
+            listen(r#"{"server": {"host": "0.0.0.0"}}"#).unwrap(),
+            "0.0.0.0:7700"
+        );
+        assert_eq!(
+            listen(r#"{"server": {"host": "::1", "port": "9"}}"#).unwrap(),
+            "[::1]:9"
+        );
+        assert_eq!(
+            listen(r#"{"server": {"host": ""}, "client": {"server_port": 5}}"#).unwrap(),
+            "[::]:7700"
+        );
+        let blank = r#"{"server": {"key_path": ""}, "client": {"shared_files_directory": "", "downloads_directory": ""}}"#;
         assert_eq!(load_text(blank).unwrap().config, Config::default());
         for (text, key) in [
             (r#"{"server": {"port": 65536}}"#, "`server.port`"),
             (r#"{"server": {"port": "x"}}"#, "`server.port`"),
             (r#"{"server": {"host": 1}}"#, "`server.host`"),
-            (r#"{"server": {"host": "a b"}}"#, "(server.host): `tracker.listen`"),
-            (r#"{"client": {"downloads_directory": 1}}"#, "(client.downloads_directory): `peer.downloads`"),
-            (r#"{"client": {"shared_files_directory": 1}}"#, "(client.shared_files_directory): `peer.shares`"),
+            (
+                r#"{"server": {"host": "a b"}}"#,
+                "(server.host): `tracker.listen`",
+            ),
+            (
+                r#"{"client": {"downloads_directory": 1}}"#,
+                "(client.downloads_directory): `peer.downloads`",
+            ),
+            (
+                r#"{"client": {"shared_files_directory": 1}}"#,
+                "(client.shared_files_directory): `peer.shares`",
+            ),
         ] {
             let message = load_text(text).unwrap_err();
             assert!(message.contains(key), "{message}");
@@ -261,45 +366,119 @@ mod tests {
     #[test]
     fn what_a_file_must_not_say() {
         for (text, message) in [
-            (r#"{"tracker": {"lisen": 1}}"#, "unknown key `tracker.lisen`, did you mean `tracker.listen`?"),
-            (r#"{"trakcer": 1}"#, "unknown key `trakcer`, did you mean `tracker`?"),
-            (r#"{"tracker": {"downloads": "x"}}"#, "unknown key `tracker.downloads`, did you mean `peer.downloads`?"),
-            (r#"{"server": {"hots": "x"}}"#, "unknown key `server.hots`, did you mean `server.host`?"),
-            (r#"{"log": {"a\nb": 1}}"#, "unknown key `log.a\\nb`, did you mean"),
-            (r#"{"log": {}, "log": {}}"#, "`log` is written twice, keep one"),
-            (r#"{"log": {"json": true, "json": false}}"#, "`log.json` is written twice, keep one"),
+            (
+                r#"{"tracker": {"lisen": 1}}"#,
+                "unknown key `tracker.lisen`, did you mean `tracker.listen`?",
+            ),
+            (
+                r#"{"trakcer": 1}"#,
+                "unknown key `trakcer`, did you mean `tracker`?",
+            ),
+            (
+                r#"{"tracker": {"downloads": "x"}}"#,
+                "unknown key `tracker.downloads`, did you mean `peer.downloads`?",
+            ),
+            (
+                r#"{"server": {"hots": "x"}}"#,
+                "unknown key `server.hots`, did you mean `server.host`?",
+            ),
+            (
+                r#"{"log": {"a\nb": 1}}"#,
+                "unknown key `log.a\\nb`, did you mean",
+            ),
+            (
+                r#"{"log": {}, "log": {}}"#,
+                "`log` is written twice, keep one",
+            ),
+            (
+                r#"{"log": {"json": true, "json": false}}"#,
+                "`log.json` is written twice, keep one",
+            ),
             (
                 r#"{"server": {"port": 1}, "tracker": {"listen": "[::]:1"}}"#,
                 "`server.port` and `tracker.listen` are the same setting, keep one",
             ),
-            (r#"{"log": 3}"#, "not a configuration: invalid type: integer `3`, expected an object at line 1 column 9"),
-            ("[]", "not a configuration: invalid type: sequence, expected an object at line 1"),
-            ("{", "not a configuration: EOF while parsing an object at line 1 column 1"),
+            (
+                r#"{"log": 3}"#,
+                "not a configuration: invalid type: integer `3`, expected an object at line 1 column 9",
+            ),
+            (
+                "[]",
+                "not a configuration: invalid type: sequence, expected an object at line 1",
+            ),
+            (
+                "{",
+                "not a configuration: EOF while parsing an object at line 1 column 1",
+            ),
             ("", "not a configuration: EOF"),
-            (r#"{"log": {"level": "loud"}}"#, "`log.level`: \"loud\" is not one of off, error, warn"),
+            (
+                r#"{"log": {"level": "loud"}}"#,
+                "`log.level`: \"loud\" is not one of off, error, warn",
+            ),
             (r#"{"log": {"level": 1}}"#, "`log.level`: expected a text"),
-            (r#"{"log": {"json": "true"}}"#, "`log.json`: expected true or false"),
-            (r#"{"tracker": {"heartbeat_seconds": true}}"#, "`tracker.heartbeat_seconds`: expected a whole number"),
-            (r#"{"tracker": {"heartbeat_seconds": 1.5}}"#, "`tracker.heartbeat_seconds`: expected a whole number"),
-            (r#"{"tracker": {"lease_seconds": -1}}"#, "`tracker.lease_seconds`: expected a whole number"),
-            (r#"{"tracker": {"lease_seconds": 5}}"#, "`tracker.lease_seconds`: 5 is not between 20 and 86400"),
+            (
+                r#"{"log": {"json": "true"}}"#,
+                "`log.json`: expected true or false",
+            ),
+            (
+                r#"{"tracker": {"heartbeat_seconds": true}}"#,
+                "`tracker.heartbeat_seconds`: expected a whole number",
+            ),
+            (
+                r#"{"tracker": {"heartbeat_seconds": 1.5}}"#,
+                "`tracker.heartbeat_seconds`: expected a whole number",
+            ),
+            (
+                r#"{"tracker": {"lease_seconds": -1}}"#,
+                "`tracker.lease_seconds`: expected a whole number",
+            ),
+            (
+                r#"{"tracker": {"lease_seconds": 5}}"#,
+                "`tracker.lease_seconds`: 5 is not between 20 and 86400",
+            ),
             (
                 r#"{"tracker": {"memory_budget": "lots"}}"#,
                 "`tracker.memory_budget`: \"lots\" is not a size; write 64MiB",
             ),
-            (r#"{"tracker": {"memory_budget": null}}"#, "`tracker.memory_budget`: expected a size"),
-            (r#"{"peer": {"upload_limit": 0}}"#, "`peer.upload_limit`: \"0\" is not a limit; write none, or 500k"),
-            (r#"{"peer": {"download_limit_per_peer": true}}"#, "`peer.download_limit_per_peer`: expected a limit"),
-            (r#"{"peer": {"shares": "dir"}}"#, "`peer.shares`: expected a list of texts"),
-            (r#"{"peer": {"shares": ["dir", 1]}}"#, "`peer.shares`: expected a list of texts"),
-            (r#"{"peer": {"shares": ["=dir"]}}"#, "`peer.shares`: \"=dir\" is neither DIR nor NAME=DIR"),
-            (r#"{"peer": {"tracker": "here"}}"#, "`peer.tracker`: \"here\" is not HOST:PORT"),
+            (
+                r#"{"tracker": {"memory_budget": null}}"#,
+                "`tracker.memory_budget`: expected a size",
+            ),
+            (
+                r#"{"peer": {"upload_limit": 0}}"#,
+                "`peer.upload_limit`: \"0\" is not a limit; write none, or 500k",
+            ),
+            (
+                r#"{"peer": {"download_limit_per_peer": true}}"#,
+                "`peer.download_limit_per_peer`: expected a limit",
+            ),
+            (
+                r#"{"peer": {"shares": "dir"}}"#,
+                "`peer.shares`: expected a list of texts",
+            ),
+            (
+                r#"{"peer": {"shares": ["dir", 1]}}"#,
+                "`peer.shares`: expected a list of texts",
+            ),
+            (
+                r#"{"peer": {"shares": ["=dir"]}}"#,
+                "`peer.shares`: \"=dir\" is neither DIR nor NAME=DIR",
+            ),
+            (
+                r#"{"peer": {"tracker": "here"}}"#,
+                "`peer.tracker`: \"here\" is not HOST:PORT",
+            ),
         ] {
             let found = load_text(text).unwrap_err();
-            assert!(found.starts_with(&format!("given.json: {message}")), "{found}");
+            assert!(
+                found.starts_with(&format!("given.json: {message}")),
+                "{found}"
+            );
         }
         assert!(
-            load_text(&format!("{{}}{}", " ".repeat(1 << 20))).unwrap_err().contains("cannot read: more than 1 MiB")
+            load_text(&format!("{{}}{}", " ".repeat(1 << 20)))
+                .unwrap_err()
+                .contains("cannot read: more than 1 MiB")
         );
     }
 
@@ -313,16 +492,35 @@ mod tests {
         }"#;
         let Config { tracker, peer, log } = load_text(&format!("\u{feff}{text}")).unwrap().config;
         assert_eq!(
-            (tracker.memory_budget, tracker.heartbeat_seconds, tracker.advertise),
+            (
+                tracker.memory_budget,
+                tracker.heartbeat_seconds,
+                tracker.advertise
+            ),
             (64 << 20, 2, vec!["a:1".into()])
         );
         assert_eq!((log.level, log.json), (LogLevel::Debug, true));
-        assert_eq!((peer.upload_limit, peer.download_limit), (Some(20_000_000), Some(65_536)));
-        assert_eq!((peer.upload_limit_per_peer, peer.download_limit_per_peer), (None, None));
-        let ends: Vec<_> =
-            peer.shares.iter().map(|share| (share.name.as_deref(), share.dir.to_str().unwrap())).collect();
-        assert!(ends[0].1.starts_with('/') && ends[0].1.ends_with("/films"), "{ends:?}");
-        assert!(ends[1].0 == Some("b") && ends[1].1.ends_with("/x/y"), "{ends:?}");
+        assert_eq!(
+            (peer.upload_limit, peer.download_limit),
+            (Some(20_000_000), Some(65_536))
+        );
+        assert_eq!(
+            (peer.upload_limit_per_peer, peer.download_limit_per_peer),
+            (None, None)
+        );
+        let ends: Vec<_> = peer
+            .shares
+            .iter()
+            .map(|share| (share.name.as_deref(), share.dir.to_str().unwrap()))
+            .collect();
+        assert!(
+            ends[0].1.starts_with('/') && ends[0].1.ends_with("/films"),
+            "{ends:?}"
+        );
+        assert!(
+            ends[1].0 == Some("b") && ends[1].1.ends_with("/x/y"),
+            "{ends:?}"
+        );
         assert_eq!(ends[2], (None, "/z"));
     }
 
@@ -360,8 +558,17 @@ mod tests {
         fs::write(&path, "// comment").unwrap();
         assert!(ignored(uid).contains("line 1"));
 
-        let notes = load(&Options { cwd: dir.path().into(), uid, ..Options::default() }).unwrap().notes;
-        assert!(notes[0].starts_with("./config.json is ignored: "), "{notes:?}");
+        let notes = load(&Options {
+            cwd: dir.path().into(),
+            uid,
+            ..Options::default()
+        })
+        .unwrap()
+        .notes;
+        assert!(
+            notes[0].starts_with("./config.json is ignored: "),
+            "{notes:?}"
+        );
         fs::remove_file(&path).unwrap();
         symlink("nowhere", &path).unwrap();
         assert!(ignored(uid).contains("No such file"));

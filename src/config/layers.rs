@@ -21,11 +21,21 @@ const PATH_KEYS: [&str; 6] = [
     "peer.state_dir",
     "peer.downloads",
 ];
-const RATE_KEYS: [&str; 4] =
-    ["peer.upload_limit", "peer.download_limit", "peer.upload_limit_per_peer", "peer.download_limit_per_peer"];
+const RATE_KEYS: [&str; 4] = [
+    "peer.upload_limit",
+    "peer.download_limit",
+    "peer.upload_limit_per_peer",
+    "peer.download_limit_per_peer",
+];
 /// `SPRAT_…` variables that are read elsewhere and are no settings of this tree.
-const OTHER_VARIABLES: [&str; 6] =
-    ["SPRAT_STATE_DIR", "SPRAT_CONFIG", "SPRAT_KEY_PASSPHRASE", "SPRAT_LOG", "SPRAT_NO_INPUT", "SPRAT_TOKEN"];
+const OTHER_VARIABLES: [&str; 6] = [
+    "SPRAT_STATE_DIR",
+    "SPRAT_CONFIG",
+    "SPRAT_KEY_PASSPHRASE",
+    "SPRAT_LOG",
+    "SPRAT_NO_INPUT",
+    "SPRAT_TOKEN",
+];
 
 /// Every setting (`tracker.listen`) with its default.
 pub(super) type Known = BTreeMap<String, Json>;
@@ -81,40 +91,67 @@ pub struct Loaded {
 pub fn load(options: &Options) -> Result<Loaded, ConfigError> {
     let known = settings(&Config::default());
     let (mut notes, mut warnings) = (Vec::new(), Vec::new());
-    let defaults = known.iter().map(|(key, value)| Leaf::new(key.as_str(), value.clone(), "default"));
+    let defaults = known
+        .iter()
+        .map(|(key, value)| Leaf::new(key.as_str(), value.clone(), "default"));
     let mut layers = vec![Layer(defaults.collect())];
-    let user_file = xdg(&options.environment, "XDG_CONFIG_HOME", ".config").map(|dir| dir.join("sprat/config.json"));
-    for path in [Some(options.system_file.clone()), user_file].into_iter().flatten() {
+    let user_file = xdg(&options.environment, "XDG_CONFIG_HOME", ".config")
+        .map(|dir| dir.join("sprat/config.json"));
+    for path in [Some(options.system_file.clone()), user_file]
+        .into_iter()
+        .flatten()
+    {
         let place = path.display().to_string();
         match file::read(&path) {
             Ok(text) => layers.push(file_layer(&known, &place, &path, &text)?),
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) => {}
             Err(error) => return Err(ConfigError::Read { place, error }),
         }
     }
     if let Some(path) = &options.config {
         let place = path.display().to_string();
         let path = options.cwd.join(path);
-        let text = file::read(&path).map_err(|error| ConfigError::Read { place: place.clone(), error })?;
+        let text = file::read(&path).map_err(|error| ConfigError::Read {
+            place: place.clone(),
+            error,
+        })?;
         layers.push(file_layer(&known, &place, &path, &text)?);
     } else {
         let path = options.cwd.join("config.json");
         match file::read_local(&path, options.uid) {
             LocalFile::Absent => {}
             LocalFile::Ignored(why) => notes.push(format!("./config.json is ignored: {why}")),
-            LocalFile::Counts(text) => layers.push(file_layer(&known, "./config.json", &path, &text)?),
+            LocalFile::Counts(text) => {
+                layers.push(file_layer(&known, "./config.json", &path, &text)?)
+            }
         }
     }
     let variables = environment(&known, &options.environment, &mut warnings)?;
     layers.push(Layer::settle(&known, &options.cwd, variables)?);
-    let flags = options.overrides.iter().map(|(key, value)| Leaf::new(key.as_str(), value.clone(), "command line"));
+    let flags = options
+        .overrides
+        .iter()
+        .map(|(key, value)| Leaf::new(key.as_str(), value.clone(), "command line"));
     layers.push(Layer::settle(&known, &options.cwd, flags.collect())?);
 
     let (config, origins) = merge(layers)?;
     if let Err(BadValue { key, why }) = config.check() {
-        return Err(ConfigError::Value { place: origins[key].1.clone(), key: key.into(), why });
+        return Err(ConfigError::Value {
+            place: origins[key].1.clone(),
+            key: key.into(),
+            why,
+        });
     }
-    Ok(Loaded { config, origins, notes, warnings })
+    Ok(Loaded {
+        config,
+        origins,
+        notes,
+        warnings,
+    })
 }
 
 /// One setting from one source.
@@ -127,20 +164,34 @@ pub(super) struct Leaf {
 
 impl Leaf {
     pub(super) fn new(key: impl Into<String>, value: Json, origin: &str) -> Self {
-        Self { key: key.into(), value, origin: origin.into() }
+        Self {
+            key: key.into(),
+            value,
+            origin: origin.into(),
+        }
     }
 
     /// Checks key and kind, and makes paths absolute: relative ones are meant from `base`.
     fn settle(mut self, known: &Known, base: &Path) -> Result<Self, ConfigError> {
         let Some(default) = known.get(&self.key) else {
-            let nearest = nearest(&self.key, &known.keys().map(String::as_str).collect::<Vec<_>>()).into();
-            return Err(ConfigError::UnknownKey { place: self.origin, key: self.key, nearest });
+            let nearest = nearest(
+                &self.key,
+                &known.keys().map(String::as_str).collect::<Vec<_>>(),
+            )
+            .into();
+            return Err(ConfigError::UnknownKey {
+                place: self.origin,
+                key: self.key,
+                nearest,
+            });
         };
         if default.is_null() && self.value == json!("") {
             self.value = Json::Null;
         }
         let outcome = check_kind(&self.key, default, &self.value).and_then(|()| {
-            if let (Json::String(path), true) = (&mut self.value, PATH_KEYS.contains(&self.key.as_str())) {
+            if let (Json::String(path), true) =
+                (&mut self.value, PATH_KEYS.contains(&self.key.as_str()))
+            {
                 *path = absolute(base, Path::new(path))?;
             }
             if let (Json::Array(shares), "peer.shares") = (&mut self.value, self.key.as_str()) {
@@ -154,7 +205,11 @@ impl Leaf {
         });
         match outcome {
             Ok(()) => Ok(self),
-            Err(why) => Err(ConfigError::Value { place: self.origin, key: self.key, why }),
+            Err(why) => Err(ConfigError::Value {
+                place: self.origin,
+                key: self.key,
+                why,
+            }),
         }
     }
 }
@@ -165,7 +220,11 @@ struct Layer(Vec<Leaf>);
 
 impl Layer {
     fn settle(known: &Known, base: &Path, leaves: Vec<Leaf>) -> Result<Self, ConfigError> {
-        leaves.into_iter().map(|leaf| leaf.settle(known, base)).collect::<Result<_, _>>().map(Self)
+        leaves
+            .into_iter()
+            .map(|leaf| leaf.settle(known, base))
+            .collect::<Result<_, _>>()
+            .map(Self)
     }
 }
 
@@ -189,9 +248,20 @@ fn file_layer(known: &Known, place: &str, path: &Path, text: &str) -> Result<Lay
     Layer::settle(known, path.parent().unwrap_or(path), leaves)
 }
 
-fn environment(known: &Known, variables: &Environment, warnings: &mut Vec<String>) -> Result<Vec<Leaf>, ConfigError> {
-    let names: BTreeMap<String, &String> =
-        known.keys().map(|key| (format!("SPRAT_{}", key.replace('.', "_").to_uppercase()), key)).collect();
+fn environment(
+    known: &Known,
+    variables: &Environment,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<Leaf>, ConfigError> {
+    let names: BTreeMap<String, &String> = known
+        .keys()
+        .map(|key| {
+            (
+                format!("SPRAT_{}", key.replace('.', "_").to_uppercase()),
+                key,
+            )
+        })
+        .collect();
     let mut leaves = Vec::new();
     for (name, text) in variables {
         let name = name.to_string_lossy();
@@ -199,15 +269,30 @@ fn environment(known: &Known, variables: &Environment, warnings: &mut Vec<String
             continue;
         }
         let Some(key) = names.get(&*name) else {
-            let candidates: Vec<_> = names.keys().map(String::as_str).chain(OTHER_VARIABLES).collect();
+            let candidates: Vec<_> = names
+                .keys()
+                .map(String::as_str)
+                .chain(OTHER_VARIABLES)
+                .collect();
             let nearest = nearest(&name, &candidates);
-            warnings.push(format!("unknown variable {}, did you mean {nearest}?", name.escape_debug()));
+            warnings.push(format!(
+                "unknown variable {}, did you mean {nearest}?",
+                name.escape_debug()
+            ));
             continue;
         };
         let Some(text) = text.to_str() else {
-            return Err(ConfigError::Value { place: name.into(), key: (*key).clone(), why: "not UTF-8".into() });
+            return Err(ConfigError::Value {
+                place: name.into(),
+                key: (*key).clone(),
+                why: "not UTF-8".into(),
+            });
         };
-        leaves.push(Leaf::new(key.as_str(), from_text(&known[*key], text), &name));
+        leaves.push(Leaf::new(
+            key.as_str(),
+            from_text(&known[*key], text),
+            &name,
+        ));
     }
     Ok(leaves)
 }
@@ -223,7 +308,12 @@ fn from_text(default: &Json, text: &str) -> Json {
             _ => text.parse::<bool>().ok().map(Json::from),
         },
         Json::Array(_) if text.starts_with('[') => serde_json::from_str(text).ok(),
-        Json::Array(_) => Some(text.split(',').map(str::trim).filter(|item| !item.is_empty()).collect()),
+        Json::Array(_) => Some(
+            text.split(',')
+                .map(str::trim)
+                .filter(|item| !item.is_empty())
+                .collect(),
+        ),
         _ => None,
     };
     typed.unwrap_or_else(|| json!(text))
@@ -231,38 +321,72 @@ fn from_text(default: &Json, text: &str) -> Json {
 
 fn check_kind(key: &str, default: &Json, value: &Json) -> Result<(), String> {
     let (fits, expected) = match default {
-        _ if key == "tracker.memory_budget" => (value.is_u64() || value.is_string(), "a size such as \"2GiB\""),
-        _ if RATE_KEYS.contains(&key) => {
-            (value.is_u64() || value.is_string() || value.is_null(), "a limit such as \"20MB\", or null")
-        }
+        _ if key == "tracker.memory_budget" => (
+            value.is_u64() || value.is_string(),
+            "a size such as \"2GiB\"",
+        ),
+        _ if RATE_KEYS.contains(&key) => (
+            value.is_u64() || value.is_string() || value.is_null(),
+            "a limit such as \"20MB\", or null",
+        ),
         Json::Number(_) => (value.is_u64(), "a whole number"),
         Json::Bool(_) => (value.is_boolean(), "true or false"),
-        Json::Array(_) => (value.as_array().is_some_and(|items| items.iter().all(Json::is_string)), "a list of texts"),
+        Json::Array(_) => (
+            value
+                .as_array()
+                .is_some_and(|items| items.iter().all(Json::is_string)),
+            "a list of texts",
+        ),
         Json::Null => (value.is_null() || value.is_string(), "a text or null"),
         _ => (value.is_string(), "a text"),
     };
-    if fits { Ok(()) } else { Err(format!("expected {expected}")) }
+    if fits {
+        Ok(())
+    } else {
+        Err(format!("expected {expected}"))
+    }
 }
 
 fn absolute(base: &Path, path: &Path) -> Result<String, String> {
     // Collecting the components drops every `.`.
     let path: PathBuf = base.join(path).components().collect();
-    path.into_os_string().into_string().map_err(|path| format!("{} is not UTF-8", path.display()))
+    path.into_os_string()
+        .into_string()
+        .map_err(|path| format!("{} is not UTF-8", path.display()))
 }
 
 /// Lays the layers over one another.
 fn merge(layers: Vec<Layer>) -> Result<(Config, Origins), ConfigError> {
-    let builder = layers.into_iter().fold(::config::Config::builder(), |builder, layer| builder.add_source(layer));
-    let merged = builder.build().map_err(|error| explain(error, &BTreeMap::new()))?;
+    let builder = layers
+        .into_iter()
+        .fold(::config::Config::builder(), |builder, layer| {
+            builder.add_source(layer)
+        });
+    let merged = builder
+        .build()
+        .map_err(|error| explain(error, &BTreeMap::new()))?;
     let mut origins = BTreeMap::new();
     for section in ["tracker", "peer", "log"] {
-        for (key, value) in merged.get_table(section).map_err(|error| explain(error, &origins))? {
-            origins.insert(format!("{section}.{key}"), value.origin().unwrap_or_default().to_owned());
+        for (key, value) in merged
+            .get_table(section)
+            .map_err(|error| explain(error, &origins))?
+        {
+            origins.insert(
+                format!("{section}.{key}"),
+                value.origin().unwrap_or_default().to_owned(),
+            );
         }
     }
-    let config: Config = merged.try_deserialize().map_err(|error| explain(error, &origins))?;
+    let config: Config = merged
+        .try_deserialize()
+        .map_err(|error| explain(error, &origins))?;
     let mut values = settings(&config);
-    let take = |(key, origin): (String, String)| (key.clone(), (values.remove(&key).unwrap_or_default(), origin));
+    let take = |(key, origin): (String, String)| {
+        (
+            key.clone(),
+            (values.remove(&key).unwrap_or_default(), origin),
+        )
+    };
     Ok((config, origins.into_iter().map(take).collect()))
 }
 
@@ -270,22 +394,36 @@ fn explain(error: ::config::ConfigError, origins: &BTreeMap<String, String>) -> 
     use ::config::ConfigError as E;
     let (key, why) = match error {
         E::At { error, key, .. } => (key.unwrap_or_default(), error.to_string()),
-        E::Type { unexpected, expected, key, .. } => {
-            (key.unwrap_or_default(), format!("{unexpected} is not {expected}"))
-        }
+        E::Type {
+            unexpected,
+            expected,
+            key,
+            ..
+        } => (
+            key.unwrap_or_default(),
+            format!("{unexpected} is not {expected}"),
+        ),
         other => (String::new(), other.to_string()),
     };
     let place = origins.get(&key).map_or("configuration", String::as_str);
-    ConfigError::Value { place: place.into(), key, why }
+    ConfigError::Value {
+        place: place.into(),
+        key,
+        why,
+    }
 }
 
 /// The tree as a flat list.
 fn settings(config: &Config) -> Known {
-    let tree = serde_json::to_value(config).expect("the tree has text keys, and paths made from text");
+    let tree =
+        serde_json::to_value(config).expect("the tree has text keys, and paths made from text");
     let sections = tree.as_object().into_iter().flatten();
     sections
         .flat_map(|(section, keys)| {
-            keys.as_object().into_iter().flatten().map(move |(key, value)| (section, key, value))
+            keys.as_object()
+                .into_iter()
+                .flatten()
+                .map(move |(key, value)| (section, key, value))
         })
         .map(|(section, key, value)| (format!("{section}.{key}"), value.clone()))
         .collect()
@@ -293,10 +431,19 @@ fn settings(config: &Config) -> Known {
 
 /// The candidate that `name` was most likely meant to be: the same key in another section, or the fewest edits away.
 pub(super) fn nearest<'a>(name: &str, candidates: &[&'a str]) -> &'a str {
-    let same_key =
-        |candidate: &str| matches!((name.split_once('.'), candidate.split_once('.')), (Some(a), Some(b)) if a.1 == b.1);
-    let distance = |candidate: &&&str| if same_key(candidate) { 1 } else { edits(name, candidate) };
-    candidates.iter().min_by_key(distance).copied().unwrap_or_default()
+    let same_key = |candidate: &str| matches!((name.split_once('.'), candidate.split_once('.')), (Some(a), Some(b)) if a.1 == b.1);
+    let distance = |candidate: &&&str| {
+        if same_key(candidate) {
+            1
+        } else {
+            edits(name, candidate)
+        }
+    };
+    candidates
+        .iter()
+        .min_by_key(distance)
+        .copied()
+        .unwrap_or_default()
 }
 
 /// Levenshtein distance, over the first 64 characters.
@@ -325,8 +472,15 @@ mod tests {
     use super::*;
 
     fn options(variables: &[(&str, &str)]) -> Options {
-        let environment = variables.iter().map(|(name, value)| (name.into(), value.into())).collect();
-        Options { environment, cwd: "/home/me".into(), ..Options::default() }
+        let environment = variables
+            .iter()
+            .map(|(name, value)| (name.into(), value.into()))
+            .collect();
+        Options {
+            environment,
+            cwd: "/home/me".into(),
+            ..Options::default()
+        }
     }
 
     #[test]
@@ -334,7 +488,12 @@ mod tests {
         let loaded = load(&options(&[])).unwrap();
         assert_eq!(loaded.config, Config::default());
         assert_eq!(loaded.origins.len(), settings(&Config::default()).len());
-        assert!(loaded.origins.values().all(|(_, origin)| origin == "default"));
+        assert!(
+            loaded
+                .origins
+                .values()
+                .all(|(_, origin)| origin == "default")
+        );
         assert_eq!(loaded.origins["tracker.listen"].0, json!("[::]:7700"));
     }
 
@@ -365,15 +524,24 @@ mod tests {
         fs::write(path("system.json"), file("system", 0)).unwrap();
         fs::write(path("xdg/sprat/config.json"), file("user", 1)).unwrap();
         fs::write(path("given.json"), file("given", 3)).unwrap();
-        let variables = [("SPRAT_PEER_TRACKER", "variable:1"), ("SPRAT_PEER_DOWNLOADS", "variable:1")];
+        let variables = [
+            ("SPRAT_PEER_TRACKER", "variable:1"),
+            ("SPRAT_PEER_DOWNLOADS", "variable:1"),
+        ];
         let mut options = options(&variables);
-        options.environment.insert("XDG_CONFIG_HOME".into(), path("xdg").into());
+        options
+            .environment
+            .insert("XDG_CONFIG_HOME".into(), path("xdg").into());
         options.cwd = dir.path().into();
         options.system_file = path("system.json");
         options.config = Some("given.json".into());
         options.overrides = vec![("peer.downloads".into(), json!("flag:1"))];
 
-        let Loaded { config: Config { tracker, peer, .. }, origins, .. } = load(&options).unwrap();
+        let Loaded {
+            config: Config { tracker, peer, .. },
+            origins,
+            ..
+        } = load(&options).unwrap();
         assert_eq!(tracker.listen, "system:1");
         assert_eq!(tracker.state_dir, Some(path("xdg/sprat/user:1")));
         assert_eq!(tracker.certificate, Some(path("xdg/sprat/user:1")));
@@ -385,7 +553,14 @@ mod tests {
         let system = path("system.json").display().to_string();
         assert_eq!(
             found,
-            [system, user.clone(), user, "given.json".into(), "SPRAT_PEER_TRACKER".into(), "command line".into()]
+            [
+                system,
+                user.clone(),
+                user,
+                "given.json".into(),
+                "SPRAT_PEER_TRACKER".into(),
+                "command line".into()
+            ]
         );
         assert_eq!(origins["peer.downloads"].0, json!(path("flag:1")));
     }
@@ -404,15 +579,36 @@ mod tests {
         ]))
         .unwrap();
         let Config { tracker, peer, log } = loaded.config;
-        assert_eq!((tracker.heartbeat_seconds, tracker.memory_budget), (7, 1 << 30));
+        assert_eq!(
+            (tracker.heartbeat_seconds, tracker.memory_budget),
+            (7, 1 << 30)
+        );
         assert_eq!(tracker.advertise, ["a:1", "b:2"]);
-        assert_eq!(peer.shares.into_iter().map(String::from).collect::<Vec<_>>(), ["/home/me/x,y", "n=/home/me/z"]);
+        assert_eq!(
+            peer.shares
+                .into_iter()
+                .map(String::from)
+                .collect::<Vec<_>>(),
+            ["/home/me/x,y", "n=/home/me/z"]
+        );
         assert_eq!((log.json, log.level), (true, LogLevel::Trace));
         assert!(loaded.warnings.is_empty());
         for (name, value, message) in [
-            ("SPRAT_TRACKER_HEARTBEAT_SECONDS", "soon", "`tracker.heartbeat_seconds`: expected a whole number"),
-            ("SPRAT_LOG_JSON", "perhaps", "`log.json`: expected true or false"),
-            ("SPRAT_PEER_LISTEN", "7701", "`peer.listen`: \"7701\" is not HOST:PORT"),
+            (
+                "SPRAT_TRACKER_HEARTBEAT_SECONDS",
+                "soon",
+                "`tracker.heartbeat_seconds`: expected a whole number",
+            ),
+            (
+                "SPRAT_LOG_JSON",
+                "perhaps",
+                "`log.json`: expected true or false",
+            ),
+            (
+                "SPRAT_PEER_LISTEN",
+                "7701",
+                "`peer.listen`: \"7701\" is not HOST:PORT",
+            ),
             ("SPRAT_PEER_SHARES", "[", "`peer.shares`: expected a list"),
         ] {
             let error = load(&options(&[(name, value)])).unwrap_err().to_string();
@@ -424,7 +620,12 @@ mod tests {
     fn unknown_variables_warn_and_known_ones_do_not() {
         let known = OTHER_VARIABLES.map(|name| (name, "x"));
         assert!(load(&options(&known)).unwrap().warnings.is_empty());
-        let warnings = load(&options(&[("SPRAT_TRACKER_LISEN", "x"), ("SPRAT_STATEDIR", "x")])).unwrap().warnings;
+        let warnings = load(&options(&[
+            ("SPRAT_TRACKER_LISEN", "x"),
+            ("SPRAT_STATEDIR", "x"),
+        ]))
+        .unwrap()
+        .warnings;
         assert_eq!(
             warnings,
             [
@@ -436,10 +637,23 @@ mod tests {
 
     #[test]
     fn a_named_file_must_exist_and_flags_are_checked_too() {
-        let missing = Options { config: Some("nowhere.json".into()), ..options(&[]) };
+        let missing = Options {
+            config: Some("nowhere.json".into()),
+            ..options(&[])
+        };
         let error = load(&missing).unwrap_err();
-        assert!(error.to_string().starts_with("nowhere.json: cannot read: No such file"), "{error}");
-        let flag = |key: &str, value| load(&Options { overrides: vec![(key.into(), value)], ..options(&[]) });
+        assert!(
+            error
+                .to_string()
+                .starts_with("nowhere.json: cannot read: No such file"),
+            "{error}"
+        );
+        let flag = |key: &str, value| {
+            load(&Options {
+                overrides: vec![(key.into(), value)],
+                ..options(&[])
+            })
+        };
         assert_eq!(
             flag("peer.listen", json!("x")).unwrap_err().to_string(),
             "command line: `peer.listen`: \"x\" is not HOST:PORT, with an IPv6 address in brackets"
@@ -449,7 +663,11 @@ mod tests {
             "command line: unknown key `peer.lisen`, did you mean `peer.listen`?"
         );
         assert_eq!(
-            flag("tracker.state_dir", json!("a/../b")).unwrap().config.tracker.state_dir,
+            flag("tracker.state_dir", json!("a/../b"))
+                .unwrap()
+                .config
+                .tracker
+                .state_dir,
             Some("/home/me/a/../b".into())
         );
     }

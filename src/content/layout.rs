@@ -61,7 +61,11 @@ impl Layout {
         if size > MAX_SIZE {
             return Err(VerifyError::TooLarge(size));
         }
-        let mut piece_len = if size <= MAX_SINGLE.into() { MAX_SINGLE } else { MIN_PIECE_LEN };
+        let mut piece_len = if size <= MAX_SINGLE.into() {
+            MAX_SINGLE
+        } else {
+            MIN_PIECE_LEN
+        };
         let n_pieces = |len: u32| size.div_ceil(len.into());
         while piece_len < COMMON_PIECE_LEN && n_pieces(piece_len) > ENOUGH_PIECES
             || n_pieces(piece_len) > MAX_PIECES.into()
@@ -89,7 +93,8 @@ impl Layout {
 
     /// Number of pieces; 0 for a file of zero bytes.
     pub fn n_pieces(self) -> u32 {
-        u32::try_from(self.size.div_ceil(self.piece_len.into())).expect("a layout has at most MAX_PIECES")
+        u32::try_from(self.size.div_ceil(self.piece_len.into()))
+            .expect("a layout has at most MAX_PIECES")
     }
 
     /// The piece at position `i`, if there is one.
@@ -150,15 +155,31 @@ mod tests {
     fn a_layout_follows_from_the_size() {
         let (kib, single) = (1 << 10, u64::from(MAX_SINGLE));
         assert_eq!((shape(1), shape(single)), ((256 << 10, 1), (256 << 10, 1)));
-        assert_eq!((shape(single + 1), shape(64 << 20)), ((64 << 10, 5), (64 << 10, 1024)));
-        assert_eq!((shape((64 << 20) + 1), shape(128 << 20)), ((128 << 10, 513), (128 << 10, 1024)));
-        assert_eq!((shape((128 << 20) + 1), shape(4 << 30)), ((256 * kib, 513), (256 * kib, 16_384)));
-        let longest_with = |doubling| (u64::from(COMMON_PIECE_LEN) << doubling) * u64::from(MAX_PIECES);
+        assert_eq!(
+            (shape(single + 1), shape(64 << 20)),
+            ((64 << 10, 5), (64 << 10, 1024))
+        );
+        assert_eq!(
+            (shape((64 << 20) + 1), shape(128 << 20)),
+            ((128 << 10, 513), (128 << 10, 1024))
+        );
+        assert_eq!(
+            (shape((128 << 20) + 1), shape(4 << 30)),
+            ((256 * kib, 513), (256 * kib, 16_384))
+        );
+        let longest_with =
+            |doubling| (u64::from(COMMON_PIECE_LEN) << doubling) * u64::from(MAX_PIECES);
         for doubling in 0..=6 {
             let full = Layout::new(longest_with(doubling)).unwrap();
-            assert_eq!((full.piece_len(), full.n_pieces()), (COMMON_PIECE_LEN << doubling, MAX_PIECES));
+            assert_eq!(
+                (full.piece_len(), full.n_pieces()),
+                (COMMON_PIECE_LEN << doubling, MAX_PIECES)
+            );
             let last = full.piece(MAX_PIECES - 1).unwrap();
-            assert_eq!(full.offset(last) + u64::from(full.len_of(last)), full.size());
+            assert_eq!(
+                full.offset(last) + u64::from(full.len_of(last)),
+                full.size()
+            );
             if doubling < 6 {
                 let next = Layout::new(longest_with(doubling) + 1).unwrap();
                 assert_eq!(
@@ -169,8 +190,14 @@ mod tests {
             }
         }
         assert_eq!(longest_with(6), MAX_SIZE);
-        assert_eq!(Layout::new(MAX_SIZE + 1), Err(VerifyError::TooLarge(MAX_SIZE + 1)));
+        assert_eq!(
+            Layout::new(MAX_SIZE + 1),
+            Err(VerifyError::TooLarge(MAX_SIZE + 1))
+        );
         let empty = Layout::new(0).unwrap();
-        assert_eq!((empty.n_pieces(), empty.piece(0), empty.pieces().len()), (0, None, 0));
+        assert_eq!(
+            (empty.n_pieces(), empty.piece(0), empty.pieces().len()),
+            (0, None, 0)
+        );
     }
 }

@@ -23,9 +23,9 @@ use crate::{
     net::{self, Front, Limits, Listener},
     peer::{hasher::hash_file, membership::Membership, tracker_client::TrackerClient},
     proto::{
-        Chunk, FileEntry, GetChunksRequest, GetChunksResponse, GetManifestRequest, GetManifestResponse,
-        HeartbeatRequest, ManifestHeader, RegisterBatch, RegisterHeader, RegisterRequest, WatchHaveRequest,
-        WatchHaveResponse,
+        Chunk, FileEntry, GetChunksRequest, GetChunksResponse, GetManifestRequest,
+        GetManifestResponse, HeartbeatRequest, ManifestHeader, RegisterBatch, RegisterHeader,
+        RegisterRequest, WatchHaveRequest, WatchHaveResponse,
         chunk_service_server::{ChunkService, ChunkServiceServer},
         get_chunks_response, get_manifest_response,
         register_request::Part,
@@ -33,7 +33,12 @@ use crate::{
     tls,
 };
 
-const LIMITS: Limits = Limits { connections: 64, strangers_per_address: 64, per_member: 8, http2: net::DATA };
+const LIMITS: Limits = Limits {
+    connections: 64,
+    strangers_per_address: 64,
+    per_member: 8,
+    http2: net::DATA,
+};
 const HEARTBEAT: Duration = Duration::from_secs(1);
 const GENERATION: u64 = 1;
 
@@ -61,11 +66,29 @@ impl Liar {
     pub(super) async fn start(state: &Path, file: &Path, honest: u64) -> Result<Self> {
         let opened = File::open(file)?;
         let manifest = hash_file(&opened, &CancellationToken::new())?.manifest;
-        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let entry =
-            FileEntry { name, size: manifest.layout().size(), content_id: manifest.id().to_string(), partial: false };
-        let knows = Knows { file: opened, manifest, honest, served: AtomicU64::new(0), lies: AtomicU64::new(0) };
-        let liar = Self { knows: Arc::new(knows), cancel: CancellationToken::new(), tasks: TaskTracker::new() };
+        let name = file
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        let entry = FileEntry {
+            name,
+            size: manifest.layout().size(),
+            content_id: manifest.id().to_string(),
+            partial: false,
+        };
+        let knows = Knows {
+            file: opened,
+            manifest,
+            honest,
+            served: AtomicU64::new(0),
+            lies: AtomicU64::new(0),
+        };
+        let liar = Self {
+            knows: Arc::new(knows),
+            cancel: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        };
         let membership = Membership::load(state, None)?;
         let listener = net::bind("127.0.0.1:0".parse()?, 0)?;
         let port = listener.local_addr()?.port();
@@ -90,12 +113,29 @@ impl Liar {
             port: port.into(),
             ..Default::default()
         };
-        let parts = [Part::Header(header), Part::Batch(RegisterBatch { added: vec![entry], removed: vec![] })];
-        tracker.register(stream::iter(parts.map(|part| RegisterRequest { part: Some(part) }))).await?;
+        let parts = [
+            Part::Header(header),
+            Part::Batch(RegisterBatch {
+                added: vec![entry],
+                removed: vec![],
+            }),
+        ];
+        tracker
+            .register(stream::iter(
+                parts.map(|part| RegisterRequest { part: Some(part) }),
+            ))
+            .await?;
         let cancel = liar.cancel.clone();
         liar.tasks.spawn(async move {
-            while cancel.run_until_cancelled(tokio::time::sleep(HEARTBEAT)).await.is_some() {
-                let request = HeartbeatRequest { generation: GENERATION, ..Default::default() };
+            while cancel
+                .run_until_cancelled(tokio::time::sleep(HEARTBEAT))
+                .await
+                .is_some()
+            {
+                let request = HeartbeatRequest {
+                    generation: GENERATION,
+                    ..Default::default()
+                };
                 let _ = tracker.heartbeat(request).await;
             }
         });
@@ -119,15 +159,25 @@ impl Knows {
     /// A whole piece, right or wrong.
     fn piece(&self, index: u32, range: u32) -> Result<GetChunksResponse, Status> {
         let layout = self.manifest.layout();
-        let piece = layout.piece(index).ok_or_else(|| Status::out_of_range("no such piece"))?;
+        let piece = layout
+            .piece(index)
+            .ok_or_else(|| Status::out_of_range("no such piece"))?;
         let mut data = vec![0; layout.len_of(piece) as usize];
-        self.file.read_exact_at(&mut data, layout.offset(piece)).map_err(|e| Status::internal(e.to_string()))?;
+        self.file
+            .read_exact_at(&mut data, layout.offset(piece))
+            .map_err(|e| Status::internal(e.to_string()))?;
         if self.served.fetch_add(data.len() as u64, Ordering::Relaxed) >= self.honest {
             data[0] ^= 1;
             self.lies.fetch_add(1, Ordering::Relaxed);
         }
-        let chunk = Chunk { range, offset: layout.offset(piece), data: data.into() };
-        Ok(GetChunksResponse { part: Some(get_chunks_response::Part::Chunk(chunk)) })
+        let chunk = Chunk {
+            range,
+            offset: layout.offset(piece),
+            data: data.into(),
+        };
+        Ok(GetChunksResponse {
+            part: Some(get_chunks_response::Part::Chunk(chunk)),
+        })
     }
 }
 
@@ -139,34 +189,54 @@ type Reply<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl ChunkService for Service {
     type GetManifestStream = Reply<GetManifestResponse>;
 
-    async fn get_manifest(&self, _: Request<GetManifestRequest>) -> Result<Response<Self::GetManifestStream>, Status> {
+    async fn get_manifest(
+        &self,
+        _: Request<GetManifestRequest>,
+    ) -> Result<Response<Self::GetManifestStream>, Status> {
         let header = ManifestHeader {
             size: self.0.manifest.layout().size(),
             last_chunk: Bytes::copy_from_slice(self.0.manifest.last_chunk()),
             right_edge: self.0.manifest.right_edge().concat().into(),
         };
         let hashes = self.0.manifest.hashes().chunks(4096);
-        let hashes = hashes.map(|run| get_manifest_response::Part::PieceHashes(run.concat().into()));
-        let parts: Vec<_> = std::iter::once(get_manifest_response::Part::Header(header)).chain(hashes).collect();
-        let parts = parts.into_iter().map(|part| Ok(GetManifestResponse { index: 0, part: Some(part) }));
+        let hashes =
+            hashes.map(|run| get_manifest_response::Part::PieceHashes(run.concat().into()));
+        let parts: Vec<_> = std::iter::once(get_manifest_response::Part::Header(header))
+            .chain(hashes)
+            .collect();
+        let parts = parts.into_iter().map(|part| {
+            Ok(GetManifestResponse {
+                index: 0,
+                part: Some(part),
+            })
+        });
         Ok(Response::new(Box::pin(stream::iter(parts))))
     }
 
     type WatchHaveStream = Reply<WatchHaveResponse>;
 
-    async fn watch_have(&self, _: Request<WatchHaveRequest>) -> Result<Response<Self::WatchHaveStream>, Status> {
+    async fn watch_have(
+        &self,
+        _: Request<WatchHaveRequest>,
+    ) -> Result<Response<Self::WatchHaveStream>, Status> {
         Err(Status::unimplemented("no"))
     }
 
     type GetChunksStream = Reply<GetChunksResponse>;
 
-    async fn get_chunks(&self, request: Request<GetChunksRequest>) -> Result<Response<Self::GetChunksStream>, Status> {
+    async fn get_chunks(
+        &self,
+        request: Request<GetChunksRequest>,
+    ) -> Result<Response<Self::GetChunksStream>, Status> {
         let ranges = request.into_inner().ranges;
         let pieces = (0..).zip(ranges).flat_map(|(at, range)| {
-            (range.first_piece..range.first_piece.saturating_add(range.piece_count)).map(move |piece| (at, piece))
+            (range.first_piece..range.first_piece.saturating_add(range.piece_count))
+                .map(move |piece| (at, piece))
         });
         let knows = self.0.clone();
         // Read on the spot: a liar need not be fast, and the demo's file is in memory.
-        Ok(Response::new(Box::pin(stream::iter(pieces.map(move |(at, piece)| knows.piece(piece, at))))))
+        Ok(Response::new(Box::pin(stream::iter(
+            pieces.map(move |(at, piece)| knows.piece(piece, at)),
+        ))))
     }
 }

@@ -44,8 +44,19 @@ const CANCELLED: usize = 1;
 const UNKNOWN: usize = 2;
 
 /// Microseconds.
-const DURATIONS: &[u64] =
-    &[1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000];
+const DURATIONS: &[u64] = &[
+    1_000,
+    3_000,
+    10_000,
+    30_000,
+    100_000,
+    300_000,
+    1_000_000,
+    3_000_000,
+    10_000_000,
+    30_000_000,
+    100_000_000,
+];
 
 /// One RPC.
 #[derive(Debug)]
@@ -92,14 +103,23 @@ impl Call {
     #[must_use]
     pub fn begin(path: &str) -> Self {
         let known = &ALL[..ALL.len() - 1];
-        let found = path.strip_prefix('/').and_then(|name| known.binary_search_by_key(&name, |m| m.name).ok());
+        let found = path
+            .strip_prefix('/')
+            .and_then(|name| known.binary_search_by_key(&name, |m| m.name).ok());
         let method = &ALL[found.unwrap_or(known.len())];
-        Self { method, began: Instant::now(), ended: None, _in_flight: method.in_flight.enter() }
+        Self {
+            method,
+            began: Instant::now(),
+            ended: None,
+            _in_flight: method.in_flight.enter(),
+        }
     }
 
     /// It ends with this status, as the wire says it.
     pub fn end(&mut self, status: &[u8]) {
-        let code = std::str::from_utf8(status).ok().and_then(|text| text.parse().ok());
+        let code = std::str::from_utf8(status)
+            .ok()
+            .and_then(|text| text.parse().ok());
         self.ended = Some(code.filter(|code| *code < CODES.len()).unwrap_or(UNKNOWN));
     }
 
@@ -130,22 +150,45 @@ impl Drop for Call {
 
 /// Writes what was counted; of methods that were never called, nothing.
 pub(super) fn measure(page: &mut Page) {
-    let is_used = |m: &&Method| m.in_flight.0.load(Ordering::Relaxed) > 0 || m.ended.iter().any(|code| code.get() > 0);
+    let is_used = |m: &&Method| {
+        m.in_flight.0.load(Ordering::Relaxed) > 0 || m.ended.iter().any(|code| code.get() > 0)
+    };
     let used: Vec<_> = ALL.iter().filter(is_used).collect();
-    let mut requests = page.counter("sprat_rpc_requests_total", "Calls that ended, by gRPC status code.");
+    let mut requests = page.counter(
+        "sprat_rpc_requests_total",
+        "Calls that ended, by gRPC status code.",
+    );
     for method in &used {
-        for (code, count) in CODES.iter().zip(&method.ended).filter(|(code, count)| **code == "ok" || count.get() > 0) {
+        for (code, count) in CODES
+            .iter()
+            .zip(&method.ended)
+            .filter(|(code, count)| **code == "ok" || count.get() > 0)
+        {
             requests.with(&[("method", method.name), ("code", code)], count.get());
         }
     }
-    let mut durations = page.histogram("sprat_rpc_duration_seconds", "From the call to the end of its answer.");
-    used.iter().for_each(|method| durations.spread(&[("method", method.name)], &method.durations, 1e6));
+    let mut durations = page.histogram(
+        "sprat_rpc_duration_seconds",
+        "From the call to the end of its answer.",
+    );
+    used.iter()
+        .for_each(|method| durations.spread(&[("method", method.name)], &method.durations, 1e6));
     let mut in_flight = page.gauge("sprat_rpc_in_flight", "Calls being answered.");
-    used.iter().for_each(|m| in_flight.with(&[("method", m.name)], m.in_flight.0.load(Ordering::Relaxed)));
-    let mut bytes = page.counter("sprat_rpc_bytes_total", "Bytes of requests (received) and of answers (sent).");
+    used.iter()
+        .for_each(|m| in_flight.with(&[("method", m.name)], m.in_flight.0.load(Ordering::Relaxed)));
+    let mut bytes = page.counter(
+        "sprat_rpc_bytes_total",
+        "Bytes of requests (received) and of answers (sent).",
+    );
     for method in &used {
-        bytes.with(&[("method", method.name), ("direction", "received")], method.received.get());
-        bytes.with(&[("method", method.name), ("direction", "sent")], method.sent.get());
+        bytes.with(
+            &[("method", method.name), ("direction", "received")],
+            method.received.get(),
+        );
+        bytes.with(
+            &[("method", method.name), ("direction", "sent")],
+            method.sent.get(),
+        );
     }
 }
 
@@ -155,10 +198,21 @@ mod tests {
 
     #[test]
     fn every_method_of_ours_is_known_and_no_other_makes_a_series() {
-        for name in ["sprat.v1.ChunkService/GetChunks", "sprat.v1.AdminService/Revoke", STANDARD[0]] {
+        for name in [
+            "sprat.v1.ChunkService/GetChunks",
+            "sprat.v1.AdminService/Revoke",
+            STANDARD[0],
+        ] {
             assert_eq!(Call::begin(&format!("/{name}")).method.name, name);
         }
-        for path in ["/x/y", "", "/", "/other", "sprat.v1.ChunkService/GetChunks", "/sprat.v1.ChunkService/getchunks"] {
+        for path in [
+            "/x/y",
+            "",
+            "/",
+            "/other",
+            "sprat.v1.ChunkService/GetChunks",
+            "/sprat.v1.ChunkService/getchunks",
+        ] {
             assert_eq!(Call::begin(path).method.name, OTHER, "{path}");
         }
     }

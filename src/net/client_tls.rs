@@ -46,7 +46,10 @@ impl Clock {
     }
 
     fn add(&self, since: Instant) {
-        self.0.fetch_add(u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.0.fetch_add(
+            u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            Ordering::Relaxed,
+        );
     }
 }
 
@@ -135,13 +138,19 @@ impl<I> ClientTls<I> {
 
     /// One step of the session. Plaintext of one record goes to `to`, and what that has no room for into `plain`.
     fn step(&mut self, to: &mut ReadBuf<'_>, say: Say<'_>) -> io::Result<Step> {
-        let status = self.session.process_tls_records(&mut self.received[self.begin..self.end]);
+        let status = self
+            .session
+            .process_tls_records(&mut self.received[self.begin..self.end]);
         let mut discard = status.discard;
         let step = match status.state {
             Ok(ConnectionState::ReadTraffic(mut traffic)) => {
                 while let Some(record) = traffic.next_record() {
                     let record = record.map_err(failed)?;
-                    let at_once = if self.plain.is_empty() { record.payload.len().min(to.remaining()) } else { 0 };
+                    let at_once = if self.plain.is_empty() {
+                        record.payload.len().min(to.remaining())
+                    } else {
+                        0
+                    };
                     let (now, later) = record.payload.split_at(at_once);
                     to.put_slice(now);
                     self.plain.extend_from_slice(later);
@@ -150,7 +159,9 @@ impl<I> ClientTls<I> {
                 Ok(Step::Done)
             }
             Ok(ConnectionState::EncodeTlsData(mut data)) => {
-                append(&mut self.unsent, ROOM, |room| data.encode(room).map_err(|e| needed_to_encode(&e)))?;
+                append(&mut self.unsent, ROOM, |room| {
+                    data.encode(room).map_err(|e| needed_to_encode(&e))
+                })?;
                 Ok(Step::Done)
             }
             Ok(ConnectionState::TransmitTlsData(data)) => {
@@ -160,11 +171,14 @@ impl<I> ClientTls<I> {
             Ok(ConnectionState::WriteTraffic(mut traffic)) => match say {
                 Say::Nothing => Ok(Step::Blocked),
                 Say::Bytes(bytes) => {
-                    let encrypt = |room: &mut [u8]| traffic.encrypt(bytes, room).map_err(|e| needed(&e));
-                    append(&mut self.unsent, bytes.len() + ROOM, encrypt).map(|()| Ok(Step::Said))?
+                    let encrypt =
+                        |room: &mut [u8]| traffic.encrypt(bytes, room).map_err(|e| needed(&e));
+                    append(&mut self.unsent, bytes.len() + ROOM, encrypt)
+                        .map(|()| Ok(Step::Said))?
                 }
                 Say::Farewell => {
-                    let close = |room: &mut [u8]| traffic.queue_close_notify(room).map_err(|e| needed(&e));
+                    let close =
+                        |room: &mut [u8]| traffic.queue_close_notify(room).map_err(|e| needed(&e));
                     append(&mut self.unsent, ROOM, close).map(|()| Ok(Step::Said))?
                 }
             },
@@ -176,8 +190,12 @@ impl<I> ClientTls<I> {
         self.begin += discard;
         self.is_over |= matches!(step, Ok(Step::Over));
         step.map_err(|error| {
-            if let Ok(ConnectionState::EncodeTlsData(mut alert)) = self.session.process_tls_records(&mut []).state {
-                let _ = append(&mut self.unsent, ROOM, |room| alert.encode(room).map_err(|e| needed_to_encode(&e)));
+            if let Ok(ConnectionState::EncodeTlsData(mut alert)) =
+                self.session.process_tls_records(&mut []).state
+            {
+                let _ = append(&mut self.unsent, ROOM, |room| {
+                    alert.encode(room).map_err(|e| needed_to_encode(&e))
+                });
             }
             failed(error)
         })
@@ -282,12 +300,19 @@ impl<I: AsyncRead + AsyncWrite + Unpin> ClientTls<I> {
 }
 
 impl<I: AsyncRead + AsyncWrite + Unpin> AsyncRead for ClientTls<I> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, to: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        to: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let (this, before) = (&mut *self, to.filled().len());
         this.give(to);
         loop {
             let start = Instant::now();
-            while to.remaining() > 0 && !this.is_over && matches!(this.step(to, Say::Nothing)?, Step::Done) {}
+            while to.remaining() > 0
+                && !this.is_over
+                && matches!(this.step(to, Say::Nothing)?, Step::Done)
+            {}
             let is_given = to.filled().len() > before;
             if is_given {
                 this.clock.add(start);
@@ -312,7 +337,11 @@ impl<I: AsyncRead + AsyncWrite + Unpin> AsyncRead for ClientTls<I> {
 }
 
 impl<I: AsyncRead + AsyncWrite + Unpin> AsyncWrite for ClientTls<I> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let bytes = &bytes[..bytes.len().min(TAKEN)];
         ready!(self.poll_say(cx, Say::Bytes(bytes)))?;
         Poll::Ready(Ok(bytes.len()))
@@ -359,9 +388,16 @@ mod tests {
         let mut roots = RootCertStore::empty();
         roots.add(certificate.clone()).unwrap();
         let versions = &[&rustls::version::TLS13];
-        let client = ClientConfig::builder_with_provider(provider()).with_protocol_versions(versions).unwrap();
-        let server = ServerConfig::builder_with_provider(provider()).with_protocol_versions(versions).unwrap();
-        let mut server = server.with_no_client_auth().with_single_cert(vec![certificate], key).unwrap();
+        let client = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(versions)
+            .unwrap();
+        let server = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(versions)
+            .unwrap();
+        let mut server = server
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)
+            .unwrap();
         server.send_tls13_tickets = 0;
         Ends {
             server: Arc::new(server).into(),
@@ -381,7 +417,9 @@ mod tests {
 
     #[tokio::test]
     async fn bytes_pass_both_ways_over_lines_of_any_length() {
-        let sent: Vec<u8> = (0..300_000_u32).map(|i| (i % 251).to_le_bytes()[0]).collect();
+        let sent: Vec<u8> = (0..300_000_u32)
+            .map(|i| (i % 251).to_le_bytes()[0])
+            .collect();
         for line in [64, 1000, 20_000, 1 << 20] {
             let (near, far) = connected(line).await;
             let (mut far_in, mut far_out) = tokio::io::split(far);
@@ -419,7 +457,10 @@ mod tests {
         drop(far.into_inner().0);
         let mut got = vec![];
         let error = near.read_to_end(&mut got).await.unwrap_err();
-        assert_eq!((error.kind(), &got[..]), (io::ErrorKind::UnexpectedEof, &b"half of"[..]));
+        assert_eq!(
+            (error.kind(), &got[..]),
+            (io::ErrorKind::UnexpectedEof, &b"half of"[..])
+        );
     }
 
     #[tokio::test]
@@ -429,16 +470,27 @@ mod tests {
         let near = ClientTls::connect(near, ends.client, name, Clock::default());
         let (near, far) = tokio::join!(near, stranger.server.accept(far));
         let error = near.err().unwrap();
-        let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
-        assert!(matches!(inner, Some(rustls::Error::InvalidCertificate(_))), "{error}");
-        assert!(far.unwrap_err().to_string().contains("received fatal alert"));
+        let inner = error
+            .get_ref()
+            .and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        assert!(
+            matches!(inner, Some(rustls::Error::InvalidCertificate(_))),
+            "{error}"
+        );
+        assert!(
+            far.unwrap_err()
+                .to_string()
+                .contains("received fatal alert")
+        );
     }
 
     #[tokio::test]
     async fn noise_is_no_session() {
         let (near, mut far) = duplex(1 << 16);
         let name = ServerName::try_from("it").unwrap();
-        far.write_all(b"SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3\r\n").await.unwrap();
+        far.write_all(b"SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3\r\n")
+            .await
+            .unwrap();
         let near = ClientTls::connect(near, ends().client, name, Clock::default());
         assert_eq!(near.await.err().unwrap().kind(), io::ErrorKind::InvalidData);
     }

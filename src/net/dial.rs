@@ -75,7 +75,9 @@ pub struct Connection {
 
 impl fmt::Debug for Connection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Connection").field("remote", &self.remote).finish_non_exhaustive()
+        f.debug_struct("Connection")
+            .field("remote", &self.remote)
+            .finish_non_exhaustive()
     }
 }
 
@@ -114,10 +116,18 @@ impl Connection {
     /// certificate only after our side of the handshake is done, so its refusal shows here, after the first call.
     pub async fn why_ended(&self) -> Option<String> {
         let mut ended = self.ended.clone();
-        timeout(WHY, ended.wait_for(Option::is_some)).await.ok()?.ok()?.clone()
+        timeout(WHY, ended.wait_for(Option::is_some))
+            .await
+            .ok()?
+            .ok()?
+            .clone()
     }
 
-    async fn over<I>(stream: I, http2: Http2, remote: Option<SocketAddr>) -> Result<Self, hyper::Error>
+    async fn over<I>(
+        stream: I,
+        http2: Http2,
+        remote: Option<SocketAddr>,
+    ) -> Result<Self, hyper::Error>
     where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -224,27 +234,38 @@ async fn dial_one(
     let unreachable = |error| DialError::Unreachable(target.to_owned(), error);
     let refused = |reason: String| DialError::Refused(target.to_owned(), reason);
     let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no answer within 5 s");
-    let (stream, round_trip) =
-        timeout(CONNECT, connect(target)).await.map_err(late).and_then(|c| c).map_err(unreachable)?;
+    let (stream, round_trip) = timeout(CONNECT, connect(target))
+        .await
+        .map_err(late)
+        .and_then(|c| c)
+        .map_err(unreachable)?;
     let remote = stream.peer_addr().ok();
     stream.set_nodelay(true).map_err(unreachable)?;
     let clock = Clock::default();
     let stream = Tuned::new(stream, Line::default());
     let name = ServerName::try_from(name).map_err(|e| refused(e.to_string()))?;
     let shaking = Instant::now();
-    let tls = timeout(CONNECT, ClientTls::connect(stream, config, name, clock.clone()))
-        .await
-        .map_err(late)
-        .and_then(|tls| tls)
-        .map_err(|error| refused(explain(&error)))?;
+    let tls = timeout(
+        CONNECT,
+        ClientTls::connect(stream, config, name, clock.clone()),
+    )
+    .await
+    .map_err(late)
+    .and_then(|tls| tls)
+    .map_err(|error| refused(explain(&error)))?;
     if tls.protocol() != Some(b"h2") {
         return Err(refused("it does not speak HTTP/2: not a sprat".into()));
     }
     // A TLS 1.3 handshake takes one round trip, too, and a busy machine seldom delays both.
     let round_trip = round_trip.min(shaking.elapsed());
     let connection = Connection::over(tls, http2, remote).await;
-    let connection = connection.map_err(|error| refused(format!("the connection broke: {error}")))?;
-    Ok(Connection { round_trip, clock, ..connection })
+    let connection =
+        connection.map_err(|error| refused(format!("the connection broke: {error}")))?;
+    Ok(Connection {
+        round_trip,
+        clock,
+        ..connection
+    })
 }
 
 async fn connect(target: &str) -> io::Result<(TcpStream, Duration)> {
@@ -301,13 +322,23 @@ fn explain(error: &io::Error) -> String {
 
 fn date(time: UnixTime) -> String {
     let seconds = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
-    let Ok(time) = OffsetDateTime::from_unix_timestamp(seconds) else { return "a time out of all bounds".into() };
-    format!("{} {:02}:{:02} UTC", time.date(), time.hour(), time.minute())
+    let Ok(time) = OffsetDateTime::from_unix_timestamp(seconds) else {
+        return "a time out of all bounds".into();
+    };
+    format!(
+        "{} {:02}:{:02} UTC",
+        time.date(),
+        time.hour(),
+        time.minute()
+    )
 }
 
 /// By its text: HTTP/2 passes on no more of what TLS said.
 fn explain_alert(text: &str) -> String {
-    match text.rsplit_once("received fatal alert: ").map(|(_, alert)| alert) {
+    match text
+        .rsplit_once("received fatal alert: ")
+        .map(|(_, alert)| alert)
+    {
         Some("CertificateRequired" | "AccessDenied" | "CertificateRevoked") => {
             "it does not accept our certificate: not a member any more?".into()
         }
@@ -315,7 +346,9 @@ fn explain_alert(text: &str) -> String {
             let now = date(UnixTime::now());
             format!("by its clock our certificate is out of date; this machine's clock says {now}")
         }
-        Some("UnknownCA" | "DecryptError") => "it belongs to another network (it does not know our authority)".into(),
+        Some("UnknownCA" | "DecryptError") => {
+            "it belongs to another network (it does not know our authority)".into()
+        }
         _ => format!("TLS failed: {text}"),
     }
 }
@@ -326,18 +359,30 @@ fn explain_alert(text: &str) -> String {
 /// As the system answers.
 pub async fn dial_unix(folder: &Path, name: &str, http2: Http2) -> io::Result<Connection> {
     let stream = connect_unix(folder, name).await?;
-    Connection::over(stream, http2, None).await.map_err(io::Error::other)
+    Connection::over(stream, http2, None)
+        .await
+        .map_err(io::Error::other)
 }
 
 /// A connection inside this process: `routes` answer at its other end until it is dropped or cancelled.
 ///
 /// # Errors
 /// If the HTTP/2 handshake fails.
-pub async fn pipe(routes: Routes, http2: Http2, cancel: CancellationToken) -> io::Result<Connection> {
+pub async fn pipe(
+    routes: Routes,
+    http2: Http2,
+    cancel: CancellationToken,
+) -> io::Result<Connection> {
     let (near, far) = tokio::io::duplex(64 << 10);
-    let caller = Caller { subject: None, remote: None, line: Line::default() };
+    let caller = Caller {
+        subject: None,
+        remote: None,
+        line: Line::default(),
+    };
     tokio::spawn(async move {
         let _ = serve_h2(far, routes, caller, http2, cancel).await;
     });
-    Connection::over(near, http2, None).await.map_err(io::Error::other)
+    Connection::over(near, http2, None)
+        .await
+        .map_err(io::Error::other)
 }

@@ -47,8 +47,14 @@ const EVERYWHERE: [(HeaderName, &str); 7] = [
     (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
     (header::X_FRAME_OPTIONS, "DENY"),
     (header::REFERRER_POLICY, "no-referrer"),
-    (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
-    (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
+    (
+        HeaderName::from_static("cross-origin-resource-policy"),
+        "same-origin",
+    ),
+    (
+        HeaderName::from_static("cross-origin-opener-policy"),
+        "same-origin",
+    ),
     (header::CACHE_CONTROL, "no-store"),
 ];
 
@@ -57,19 +63,32 @@ const EVERYWHERE: [(HeaderName, &str); 7] = [
 /// # Errors
 /// [`Exit::Usage`] for an address that is not loopback; a port in use.
 pub fn bind_http(address: Option<SocketAddr>, usual: u16) -> Result<Option<TcpListener>, Failed> {
-    let Some(address) = address else { return Ok(None) };
+    let Some(address) = address else {
+        return Ok(None);
+    };
     if !address.ip().to_canonical().is_loopback() {
-        let text = format!("--operator {address} is no loopback address: the operator page is for this machine alone");
+        let text = format!(
+            "--operator {address} is no loopback address: the operator page is for this machine alone"
+        );
         return Err(Failed::new(Exit::Usage, text));
     }
     let spread = if address.port() == usual { SPREAD } else { 0 };
     let bound = super::bind_near(address, spread, "--operator");
-    bound.map(Some).map_err(|error| Failed::new(Exit::Failure, error.to_string()))
+    bound
+        .map(Some)
+        .map_err(|error| Failed::new(Exit::Failure, error.to_string()))
 }
 
 /// Serves `router` on what [`bind_http`] gave until cancelled.
-pub async fn serve_http(listener: TcpListener, router: Router, cancel: CancellationToken, tasks: TaskTracker) {
-    let Ok(here) = listener.local_addr() else { return };
+pub async fn serve_http(
+    listener: TcpListener,
+    router: Router,
+    cancel: CancellationToken,
+    tasks: TaskTracker,
+) {
+    let Ok(here) = listener.local_addr() else {
+        return;
+    };
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let accepted = tokio::select! {
@@ -130,22 +149,42 @@ async fn answer(
         None => router.call(request).await?,
     };
     for (name, value) in EVERYWHERE {
-        response.headers_mut().insert(name, HeaderValue::from_static(value));
+        response
+            .headers_mut()
+            .insert(name, HeaderValue::from_static(value));
     }
     Ok(response)
 }
 
 fn refusal<B>(here: SocketAddr, request: &Request<B>) -> Option<Response<Body>> {
     let mut hosts = request.headers().get_all(header::HOST).iter();
-    let host = hosts.next().and_then(|host| host.to_str().ok()).filter(|_| hosts.next().is_none());
-    let named = request.uri().authority().map(|authority| authority.as_str());
-    if !host.is_some_and(|host| is_here(here, host)) || !named.is_none_or(|named| is_here(here, named)) {
-        let text = format!("this page is only at http://localhost:{}/ and http://{here}/\n", here.port());
+    let host = hosts
+        .next()
+        .and_then(|host| host.to_str().ok())
+        .filter(|_| hosts.next().is_none());
+    let named = request
+        .uri()
+        .authority()
+        .map(|authority| authority.as_str());
+    if !host.is_some_and(|host| is_here(here, host))
+        || !named.is_none_or(|named| is_here(here, named))
+    {
+        let text = format!(
+            "this page is only at http://localhost:{}/ and http://{here}/\n",
+            here.port()
+        );
         return Some((StatusCode::FORBIDDEN, text).into_response());
     }
     if ![Method::GET, Method::HEAD].contains(request.method()) {
         let text = "only GET and HEAD: nothing can be changed here\n";
-        return Some((StatusCode::METHOD_NOT_ALLOWED, [(header::ALLOW, "GET, HEAD")], text).into_response());
+        return Some(
+            (
+                StatusCode::METHOD_NOT_ALLOWED,
+                [(header::ALLOW, "GET, HEAD")],
+                text,
+            )
+                .into_response(),
+        );
     }
     None
 }
@@ -158,7 +197,8 @@ fn is_here(here: SocketAddr, host: &str) -> bool {
         None => return false,
     };
     let bound = SocketAddr::new(here.ip(), 80).to_string();
-    name.eq_ignore_ascii_case("localhost") || ["127.0.0.1", "[::1]", bound.trim_end_matches(":80")].contains(&name)
+    name.eq_ignore_ascii_case("localhost")
+        || ["127.0.0.1", "[::1]", bound.trim_end_matches(":80")].contains(&name)
 }
 
 #[cfg(test)]
@@ -166,17 +206,35 @@ mod tests {
     use super::*;
 
     fn refused(here: &str, hosts: &[&str], method: &str, uri: &str) -> Option<u16> {
-        let request = hosts.iter().fold(Request::builder().method(method).uri(uri), |r, host| r.header("host", *host));
-        refusal(here.parse().unwrap(), &request.body(()).unwrap()).map(|response| response.status().as_u16())
+        let request = hosts
+            .iter()
+            .fold(Request::builder().method(method).uri(uri), |r, host| {
+                r.header("host", *host)
+            });
+        refusal(here.parse().unwrap(), &request.body(()).unwrap())
+            .map(|response| response.status().as_u16())
     }
 
     #[test]
     fn only_this_machine_is_named_and_only_reading_is_done() {
-        for host in ["localhost:7790", "127.0.0.1:7790", "[::1]:7790", "LocalHost:7790", "127.0.0.5:7790"] {
-            assert_eq!(refused("127.0.0.5:7790", &[host], "GET", "/"), None, "{host}");
+        for host in [
+            "localhost:7790",
+            "127.0.0.1:7790",
+            "[::1]:7790",
+            "LocalHost:7790",
+            "127.0.0.5:7790",
+        ] {
+            assert_eq!(
+                refused("127.0.0.5:7790", &[host], "GET", "/"),
+                None,
+                "{host}"
+            );
         }
         assert_eq!(refused("127.0.0.1:80", &["localhost"], "HEAD", "/"), None);
-        assert_eq!(refused("[::1]:7790", &["[::1]:7790"], "GET", "http://[::1]:7790/"), None);
+        assert_eq!(
+            refused("[::1]:7790", &["[::1]:7790"], "GET", "http://[::1]:7790/"),
+            None
+        );
         let foreign = [
             "evil.example:7790",
             "localhost",
@@ -189,13 +247,39 @@ mod tests {
             "",
         ];
         for host in foreign {
-            assert_eq!(refused("127.0.0.1:7790", &[host], "GET", "/"), Some(403), "{host}");
+            assert_eq!(
+                refused("127.0.0.1:7790", &[host], "GET", "/"),
+                Some(403),
+                "{host}"
+            );
         }
         assert_eq!(refused("127.0.0.1:7790", &[], "GET", "/"), Some(403));
-        assert_eq!(refused("127.0.0.1:7790", &["localhost:7790", "evil.example"], "GET", "/"), Some(403));
-        assert_eq!(refused("127.0.0.1:7790", &["localhost:7790"], "GET", "http://evil.example/"), Some(403));
-        for method in ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "BREW"] {
-            assert_eq!(refused("127.0.0.1:7790", &["localhost:7790"], method, "/"), Some(405), "{method}");
+        assert_eq!(
+            refused(
+                "127.0.0.1:7790",
+                &["localhost:7790", "evil.example"],
+                "GET",
+                "/"
+            ),
+            Some(403)
+        );
+        assert_eq!(
+            refused(
+                "127.0.0.1:7790",
+                &["localhost:7790"],
+                "GET",
+                "http://evil.example/"
+            ),
+            Some(403)
+        );
+        for method in [
+            "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "BREW",
+        ] {
+            assert_eq!(
+                refused("127.0.0.1:7790", &["localhost:7790"], method, "/"),
+                Some(405),
+                "{method}"
+            );
         }
     }
 
@@ -204,13 +288,19 @@ mod tests {
         let bind = |address: &str, usual| bind_http(Some(address.parse().unwrap()), usual);
         for address in ["0.0.0.0:0", "[::]:0", "192.0.2.1:0", "[::ffff:192.0.2.1]:0"] {
             let error = bind(address, 7790).unwrap_err();
-            assert!(error.exit == Exit::Usage && error.to_string().contains("--operator"), "{error}");
+            assert!(
+                error.exit == Exit::Usage && error.to_string().contains("--operator"),
+                "{error}"
+            );
         }
         assert!(bind_http(None, 7790).unwrap().is_none());
         let first = bind("127.0.0.1:0", 7790).unwrap().unwrap();
         let taken = first.local_addr().unwrap();
         let error = bind(&taken.to_string(), 7790).unwrap_err();
-        assert!(error.exit == Exit::Failure && error.to_string().contains("in use"), "{error}");
+        assert!(
+            error.exit == Exit::Failure && error.to_string().contains("in use"),
+            "{error}"
+        );
         if taken.port() < u16::MAX - SPREAD {
             let next = bind(&taken.to_string(), taken.port()).unwrap().unwrap();
             assert!(next.local_addr().unwrap().port() > taken.port());

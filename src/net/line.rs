@@ -55,7 +55,10 @@ impl Line {
     /// The round trip as measured by the other end; applies from the next byte sent.
     pub fn measured(&self, round_trip: Duration) {
         let micros = u32::try_from(round_trip.as_micros()).unwrap_or(u32::MAX);
-        self.0.store(if round_trip >= LONG { micros } else { IS_PLAIN }, Ordering::Relaxed);
+        self.0.store(
+            if round_trip >= LONG { micros } else { IS_PLAIN },
+            Ordering::Relaxed,
+        );
     }
 }
 
@@ -73,7 +76,14 @@ pub(super) struct Tuned {
 
 impl Tuned {
     pub(super) const fn new(stream: TcpStream, line: Line) -> Self {
-        Self { stream, line, applied: None, waits_since: None, waited: Duration::ZERO, taken: 0 }
+        Self {
+            stream,
+            line,
+            applied: None,
+            waits_since: None,
+            waited: Duration::ZERO,
+            taken: 0,
+        }
     }
 
     fn apply(&mut self, name: &'static str) {
@@ -98,7 +108,10 @@ impl Tuned {
         match &written {
             Poll::Pending => _ = self.waits_since.get_or_insert_with(Instant::now),
             Poll::Ready(Ok(n)) => {
-                self.waited += self.waits_since.take().map_or(Duration::ZERO, |since| since.elapsed());
+                self.waited += self
+                    .waits_since
+                    .take()
+                    .map_or(Duration::ZERO, |since| since.elapsed());
                 self.taken = self.taken.saturating_add(*n);
                 if self.waited >= round_trip * TRIAL {
                     if self.taken < NARROW * TRIAL as usize {
@@ -114,13 +127,21 @@ impl Tuned {
 }
 
 impl AsyncRead for Tuned {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for Tuned {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, buf);
         self.weigh(written)
     }
@@ -160,11 +181,19 @@ mod tests {
     #[tokio::test]
     async fn a_long_line_that_takes_little_gets_bbr_where_the_kernel_allows_it() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (near, far) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+        let (near, far) = tokio::join!(
+            TcpStream::connect(listener.local_addr().unwrap()),
+            listener.accept()
+        );
         let (line, mut far) = (Line::default(), far.unwrap().0);
         let before = tcp_congestion(near.as_ref().unwrap()).unwrap();
-        let allowed =
-            |name: &str| if set_tcp_congestion(&far, name).is_ok() { name.to_owned() } else { before.clone() };
+        let allowed = |name: &str| {
+            if set_tcp_congestion(&far, name).is_ok() {
+                name.to_owned()
+            } else {
+                before.clone()
+            }
+        };
         let (cubic, bbr) = (allowed("cubic"), allowed("bbr"));
         let mut near = Tuned::new(near.unwrap(), line.clone());
         let mut written = Vec::new();
@@ -181,7 +210,10 @@ mod tests {
             near.write_all(b"a").await.unwrap();
             written.push(b'a');
             let now = tcp_congestion(&near.stream).unwrap();
-            assert!(now == *expected || bbr == before || cubic == before, "{told:?} {waited:?} {taken}: {now}");
+            assert!(
+                now == *expected || bbr == before || cubic == before,
+                "{told:?} {waited:?} {taken}: {now}"
+            );
         }
         line.shared();
         near.write_all(b"b").await.unwrap();
@@ -189,6 +221,9 @@ mod tests {
         assert_eq!(tcp_congestion(&near.stream).unwrap(), cubic);
         let mut got = vec![0; written.len()];
         far.read_exact(&mut got).await.unwrap();
-        assert_eq!(got, written, "bytes flow whatever the kernel says to the wish");
+        assert_eq!(
+            got, written,
+            "bytes flow whatever the kernel says to the wish"
+        );
     }
 }

@@ -32,12 +32,19 @@ pub(super) async fn answer(
     mut routes: Routes,
     request: Request<Incoming>,
 ) -> Result<Response<tonic::body::Body>, io::Error> {
-    let id = request.headers().get(HEADER).and_then(|id| RequestId::read(id.as_bytes()));
+    let id = request
+        .headers()
+        .get(HEADER)
+        .and_then(|id| RequestId::read(id.as_bytes()));
     let id = id.unwrap_or_else(RequestId::random);
     let mut call = Call::begin(request.uri().path());
     // Of the highest level, so that a line of any level is told whose it is.
     let span = error_span!("rpc", request_id = %id, method = call.method.name, caller = tracing::field::Empty);
-    if let Some(subject) = request.extensions().get::<Caller>().and_then(|caller| caller.subject) {
+    if let Some(subject) = request
+        .extensions()
+        .get::<Caller>()
+        .and_then(|caller| caller.subject)
+    {
         span.record("caller", tracing::field::display(subject.id));
     }
     let deadline = match grpc_timeout(request.headers()) {
@@ -48,8 +55,13 @@ pub(super) async fn answer(
         }
     };
     let received = &call.method.received;
-    let request = request.map(|body| Received { body, bytes: received });
-    let answering = id.over(timeout(deadline, routes.call(request))).instrument(span.clone());
+    let request = request.map(|body| Received {
+        body,
+        bytes: received,
+    });
+    let answering = id
+        .over(timeout(deadline, routes.call(request)))
+        .instrument(span.clone());
     let response = match answering.await {
         Ok(response) => response.map_err(io::Error::other)?,
         Err(_) => Status::deadline_exceeded("the call took longer than its deadline").into_http(),
@@ -70,10 +82,14 @@ impl Body for Received {
     type Data = Bytes;
     type Error = hyper::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         if let Some(Ok(frame)) = &frame {
-            self.bytes.add(frame.data_ref().map_or(0, Buf::remaining) as u64);
+            self.bytes
+                .add(frame.data_ref().map_or(0, Buf::remaining) as u64);
         }
         Poll::Ready(frame)
     }
@@ -98,12 +114,21 @@ impl Body for Sent {
     type Data = Bytes;
     type Error = Status;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         match &frame {
             Some(Ok(frame)) => {
-                self.call.method.sent.add(frame.data_ref().map_or(0, Buf::remaining) as u64);
-                if let Some(status) = frame.trailers_ref().and_then(|trailers| trailers.get(Status::GRPC_STATUS)) {
+                self.call
+                    .method
+                    .sent
+                    .add(frame.data_ref().map_or(0, Buf::remaining) as u64);
+                if let Some(status) = frame
+                    .trailers_ref()
+                    .and_then(|trailers| trailers.get(Status::GRPC_STATUS))
+                {
                     self.call.end(status.as_bytes());
                 }
             }
@@ -128,16 +153,24 @@ impl Drop for Sent {
             self.call.end_well();
         }
         let _entered = self.span.enter();
-        tracing::debug!(code = self.call.code(), micros = self.call.micros(), "answered");
+        tracing::debug!(
+            code = self.call.code(),
+            micros = self.call.micros(),
+            "answered"
+        );
     }
 }
 
 /// The `grpc-timeout` header: at most eight digits and a unit (gRPC over HTTP/2, "Timeout").
 fn grpc_timeout(headers: &HeaderMap) -> Result<Option<Duration>, Status> {
-    let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };
+    let Some(value) = headers.get("grpc-timeout") else {
+        return Ok(None);
+    };
     let malformed = || Status::invalid_argument("malformed grpc-timeout");
     let text = value.to_str().map_err(|_| malformed())?;
-    let (digits, unit) = text.split_at_checked(text.len().wrapping_sub(1)).ok_or_else(malformed)?;
+    let (digits, unit) = text
+        .split_at_checked(text.len().wrapping_sub(1))
+        .ok_or_else(malformed)?;
     if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
         return Err(malformed());
     }
@@ -166,7 +199,10 @@ mod tests {
         };
         assert_eq!(read("5S").unwrap(), Some(Duration::from_secs(5)));
         assert_eq!(read("1n").unwrap(), Some(Duration::from_nanos(1)));
-        assert_eq!(read("99999999H").unwrap(), Some(Duration::from_secs(99_999_999 * 3600)));
+        assert_eq!(
+            read("99999999H").unwrap(),
+            Some(Duration::from_secs(99_999_999 * 3600))
+        );
         for bad in ["", "S", "5", "123456789S", "-1S", "5x", "1e3S"] {
             assert!(read(bad).is_err(), "{bad}");
         }

@@ -107,7 +107,10 @@ impl<K: Eq + Hash + Copy> Guest<K> {
             return None;
         }
         *count += 1;
-        Some(Self { key, counts: counts.clone() })
+        Some(Self {
+            key,
+            counts: counts.clone(),
+        })
     }
 }
 
@@ -150,17 +153,26 @@ impl Listener {
             match accepted {
                 Ok((stream, remote)) => {
                     pause = PAUSE.0;
-                    let guest = Guest::admit(&doors.strangers, remote.ip(), listener_limits.strangers_per_address);
-                    let (Some(guest), Ok(place)) = (guest, connections.clone().try_acquire_owned()) else {
+                    let guest = Guest::admit(
+                        &doors.strangers,
+                        remote.ip(),
+                        listener_limits.strangers_per_address,
+                    );
+                    let (Some(guest), Ok(place)) = (guest, connections.clone().try_acquire_owned())
+                    else {
                         metrics::CONNECTIONS_REFUSED.one();
                         tracing::debug!(%remote, "too many connections: refused");
                         continue;
                     };
-                    let (this, doors, handshakes) = (this.clone(), doors.clone(), handshakes.clone());
+                    let (this, doors, handshakes) =
+                        (this.clone(), doors.clone(), handshakes.clone());
                     let tasks = this.tasks.clone();
                     tasks.spawn(async move {
                         let (_place, _here) = (place, metrics::CONNECTIONS.enter());
-                        if let Err(error) = this.connection(stream, remote, guest, &doors, &handshakes).await {
+                        if let Err(error) = this
+                            .connection(stream, remote, guest, &doors, &handshakes)
+                            .await
+                        {
                             tracing::debug!(%remote, "connection ended: {error}");
                         }
                     });
@@ -169,7 +181,9 @@ impl Listener {
                     tracing::warn!("accepting connections: {error}; waiting {pause:?}");
                     // Out of descriptors: give up the reserved one to refuse the caller rather than let it hang.
                     drop(reserve.take());
-                    if let Ok(Ok((stream, _))) = timeout(Duration::from_millis(1), listener.accept()).await {
+                    if let Ok(Ok((stream, _))) =
+                        timeout(Duration::from_millis(1), listener.accept()).await
+                    {
                         drop(stream);
                     }
                     reserve = File::open("/dev/null").ok();
@@ -190,22 +204,34 @@ impl Listener {
     ) -> io::Result<()> {
         stream.set_nodelay(true)?;
         let line = Line::default();
-        let (tls, routes) = timeout(HANDSHAKE, self.handshake(Tuned::new(stream, line.clone()), handshakes))
-            .await
-            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no TLS handshake within 5 s"))
-            .and_then(|shaken| shaken)
-            .inspect_err(|_| metrics::HANDSHAKES_FAILED.one())?;
+        let (tls, routes) = timeout(
+            HANDSHAKE,
+            self.handshake(Tuned::new(stream, line.clone()), handshakes),
+        )
+        .await
+        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no TLS handshake within 5 s"))
+        .and_then(|shaken| shaken)
+        .inspect_err(|_| metrics::HANDSHAKES_FAILED.one())?;
         let session = tls.get_ref().1;
         if session.alpn_protocol() != Some(b"h2") {
             return Err(io::Error::other("the client does not speak HTTP/2"));
         }
         let shown = session.peer_certificates().and_then(|chain| chain.first());
-        let facts = shown.map(|cert| CertificateFacts::read(cert)).transpose().map_err(io::Error::other)?;
-        let subject = facts.as_ref().map(CertificateFacts::subject).transpose().map_err(io::Error::other)?;
+        let facts = shown
+            .map(|cert| CertificateFacts::read(cert))
+            .transpose()
+            .map_err(io::Error::other)?;
+        let subject = facts
+            .as_ref()
+            .map(CertificateFacts::subject)
+            .transpose()
+            .map_err(io::Error::other)?;
         let _member = match subject {
             Some(subject) => {
                 let member = Guest::admit(&doors.members, subject.id, self.limits.per_member);
-                Some(member.ok_or_else(|| io::Error::other(format!("{} has too many connections", subject.id)))?)
+                Some(member.ok_or_else(|| {
+                    io::Error::other(format!("{} has too many connections", subject.id))
+                })?)
             }
             None => None,
         };
@@ -216,7 +242,11 @@ impl Listener {
         } else {
             Some(guest)
         };
-        let caller = Caller { subject, remote: Some(remote), line };
+        let caller = Caller {
+            subject,
+            remote: Some(remote),
+            line,
+        };
         let served = serve_h2(tls, routes, caller, self.limits.http2, self.cancel.clone());
         let until = facts.map(|facts| until(facts.not_after));
         tokio::select! {
@@ -258,10 +288,14 @@ impl Listener {
     }
 
     async fn denied(&self, subject: Option<Subject>) {
-        let Some(subject) = subject else { return std::future::pending().await };
+        let Some(subject) = subject else {
+            return std::future::pending().await;
+        };
         let mut list = self.trust.follow();
         // Cannot fail: `self.trust` holds the sender.
-        let _ = list.wait_for(|list| list.denied.contains(&subject.id)).await;
+        let _ = list
+            .wait_for(|list| list.denied.contains(&subject.id))
+            .await;
     }
 }
 
@@ -271,7 +305,12 @@ fn until(not_after: i64) -> Duration {
 }
 
 /// Serves a Unix socket to the same user until cancelled.
-pub async fn serve_unix(listener: UnixListener, routes: Routes, cancel: CancellationToken, tasks: TaskTracker) {
+pub async fn serve_unix(
+    listener: UnixListener,
+    routes: Routes,
+    cancel: CancellationToken,
+    tasks: TaskTracker,
+) {
     let me = rustix::process::geteuid().as_raw();
     loop {
         let accepted = tokio::select! {
@@ -279,8 +318,16 @@ pub async fn serve_unix(listener: UnixListener, routes: Routes, cancel: Cancella
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((stream, _)) if stream.peer_cred().is_ok_and(|peer| peer.uid() == me || peer.uid() == 0) => {
-                let caller = Caller { subject: None, remote: None, line: Line::default() };
+            Ok((stream, _))
+                if stream
+                    .peer_cred()
+                    .is_ok_and(|peer| peer.uid() == me || peer.uid() == 0) =>
+            {
+                let caller = Caller {
+                    subject: None,
+                    remote: None,
+                    line: Line::default(),
+                };
                 let served = serve_h2(stream, routes.clone(), caller, CONTROL, cancel.clone());
                 tasks.spawn(async move {
                     if let Err(error) = served.await {
@@ -309,7 +356,10 @@ where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let spoke = Arc::new(AtomicBool::new(false));
-    let io = TokioIo::new(FirstByte { io: stream, spoke: spoke.clone() });
+    let io = TokioIo::new(FirstByte {
+        io: stream,
+        spoke: spoke.clone(),
+    });
     let service = service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(caller.clone());
         answer(routes.clone(), request)
@@ -341,7 +391,10 @@ where
         () = cancel.cancelled() => {}
     }
     connection.as_mut().graceful_shutdown();
-    timeout(DRAIN, connection).await.unwrap_or(Ok(())).map_err(io::Error::other)
+    timeout(DRAIN, connection)
+        .await
+        .unwrap_or(Ok(()))
+        .map_err(io::Error::other)
 }
 
 #[cfg(test)]

@@ -27,7 +27,8 @@ use crate::{
     backoff::Backoff,
     net,
     proto::{
-        Activity, HeartbeatRequest, RegisterHeader, RegisterRequest, heartbeat_response::State, register_request::Part,
+        Activity, HeartbeatRequest, RegisterHeader, RegisterRequest, heartbeat_response::State,
+        register_request::Part,
     },
 };
 
@@ -103,7 +104,11 @@ impl Rhythm {
     }
 
     fn busy(&mut self, busy_ms: u32) {
-        let told = if busy_ms > 0 { Duration::from_millis(busy_ms.into()) } else { self.quiet };
+        let told = if busy_ms > 0 {
+            Duration::from_millis(busy_ms.into())
+        } else {
+            self.quiet
+        };
         self.busy = told.clamp(SOONEST, self.quiet.max(SOONEST));
     }
 
@@ -123,7 +128,11 @@ impl Announcer {
     /// Announces until cancelled, then leaves.
     pub async fn run(mut self, cancel: CancellationToken) {
         let mut announced: Option<Announced> = None;
-        let mut rhythm = Rhythm { quiet: FIRST_INTERVAL, busy: SOONEST, is_busy: false };
+        let mut rhythm = Rhythm {
+            quiet: FIRST_INTERVAL,
+            busy: SOONEST,
+            is_busy: false,
+        };
         let mut backoff = Backoff::new(Duration::from_millis(500), FIRST_INTERVAL);
         let mut changed = self.library.changed();
         let (mut due, mut beat) = (Instant::now(), Instant::now());
@@ -141,10 +150,15 @@ impl Announcer {
                     Ok(()) = self.attached.changed(), if announced.is_some() => due.min(beat + rhythm.busy),
                 }
             };
-            let Some(next) = cancel.run_until_cancelled(wait).await else { break };
+            let Some(next) = cancel.run_until_cancelled(wait).await else {
+                break;
+            };
             due = next;
             let is_first = announced.is_none();
-            let Some(outcome) = cancel.run_until_cancelled(self.step(&mut announced, &mut rhythm, due)).await else {
+            let Some(outcome) = cancel
+                .run_until_cancelled(self.step(&mut announced, &mut rhythm, due))
+                .await
+            else {
                 break;
             };
             last = Instant::now();
@@ -170,8 +184,16 @@ impl Announcer {
             }
         }
         if let Some(announced) = announced {
-            let request = HeartbeatRequest { generation: announced.generation, leaving: true, ..Default::default() };
-            let patience = if self.is_short_lived { SHORT_GOODBYE } else { GOODBYE };
+            let request = HeartbeatRequest {
+                generation: announced.generation,
+                leaving: true,
+                ..Default::default()
+            };
+            let patience = if self.is_short_lived {
+                SHORT_GOODBYE
+            } else {
+                GOODBYE
+            };
             let _ = timeout(patience, self.tracker.heartbeat(request)).await;
         }
     }
@@ -181,14 +203,22 @@ impl Announcer {
         let began = Instant::now();
         loop {
             tokio::time::sleep(usual).await;
-            if !self.is_short_lived || began.elapsed() >= SHORT_LIVED_GATHER || self.library.has_partial() {
+            if !self.is_short_lived
+                || began.elapsed() >= SHORT_LIVED_GATHER
+                || self.library.has_partial()
+            {
                 return;
             }
         }
     }
 
     /// Brings the tracker up to date: a registration if there is news, and a heartbeat when one is due.
-    async fn step(&mut self, announced: &mut Option<Announced>, rhythm: &mut Rhythm, due: Instant) -> Result<()> {
+    async fn step(
+        &mut self,
+        announced: &mut Option<Announced>,
+        rhythm: &mut Rhythm,
+        due: Instant,
+    ) -> Result<()> {
         if let Some(known) = announced.as_ref()
             && Instant::now() >= due
         {
@@ -232,7 +262,9 @@ impl Announcer {
     }
 
     async fn register(&self, base: Option<&Announced>, rhythm: &mut Rhythm) -> Result<Announced> {
-        let changes = self.library.changes_since(base.map_or(0, |base| base.version));
+        let changes = self
+            .library
+            .changes_since(base.map_or(0, |base| base.version));
         let (base_generation, added, removed) = match (base, changes.update) {
             (Some(base), Update::Delta { added, removed }) => (base.generation, added, removed),
             (None, Update::Delta { .. }) => (0, self.library.files(), vec![]),
@@ -249,20 +281,39 @@ impl Announcer {
         let (n_added, n_removed) = (added.len(), removed.len());
         let added = added.iter().map(Into::into).collect();
         let removed = removed.iter().map(Into::into).collect();
-        let header = RegisterRequest { part: Some(Part::Header(header)) };
-        let parts = std::iter::once(header).chain(batches(added, removed)).collect::<Vec<_>>();
-        let answer = self.tracker.register(futures_util::stream::iter(parts)).await?;
+        let header = RegisterRequest {
+            part: Some(Part::Header(header)),
+        };
+        let parts = std::iter::once(header)
+            .chain(batches(added, removed))
+            .collect::<Vec<_>>();
+        let answer = self
+            .tracker
+            .register(futures_util::stream::iter(parts))
+            .await?;
         rhythm.quiet(answer.heartbeat_interval_ms);
         if let Some(list) = &answer.trust_list {
             self.membership.adopt(list)?;
         }
-        tracing::debug!(generation, base_generation, n_added, n_removed, "registered");
-        Ok(Announced { generation, version: changes.version })
+        tracing::debug!(
+            generation,
+            base_generation,
+            n_added,
+            n_removed,
+            "registered"
+        );
+        Ok(Announced {
+            generation,
+            version: changes.version,
+        })
     }
 }
 
 /// Above the last one, and above those of earlier lives of this peer: milliseconds since the epoch, or one more.
 fn next_generation(last: u64) -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_millis();
     u64::try_from(now).unwrap_or(u64::MAX - 1).max(last + 1)
 }

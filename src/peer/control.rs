@@ -111,10 +111,22 @@ struct Attached {
 impl Attached {
     fn begin(control: &Arc<Control>) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        let (id, progress) = (NEXT.fetch_add(1, Ordering::Relaxed), Arc::new(Progress::default()));
-        control.running.lock().expect("no panic while the lock is held").insert(id, progress.clone());
+        let (id, progress) = (
+            NEXT.fetch_add(1, Ordering::Relaxed),
+            Arc::new(Progress::default()),
+        );
+        control
+            .running
+            .lock()
+            .expect("no panic while the lock is held")
+            .insert(id, progress.clone());
         control.attached.send_modify(|n| *n += 1);
-        Self { control: control.clone(), id, progress, went_well: None }
+        Self {
+            control: control.clone(),
+            id,
+            progress,
+            went_well: None,
+        }
     }
 }
 
@@ -122,9 +134,15 @@ impl Drop for Attached {
     fn drop(&mut self) {
         {
             // Under the lock, so that what it fetched is counted in one of both, and never in none or both.
-            let mut running = self.control.running.lock().expect("no panic while the lock is held");
+            let mut running = self
+                .control
+                .running
+                .lock()
+                .expect("no panic while the lock is held");
             running.remove(&self.id);
-            self.control.downloaded.fetch_add(report::fetched(&self.progress), Ordering::Relaxed);
+            self.control
+                .downloaded
+                .fetch_add(report::fetched(&self.progress), Ordering::Relaxed);
         }
         let ended = match self.went_well {
             Some(true) => &metrics::TRANSFERS_DONE,
@@ -152,16 +170,25 @@ impl Control {
             return Ok((self.downloads.clone().ok_or_else(none)?, None));
         }
         let path = Path::new(output);
-        anyhow::ensure!(path.is_absolute(), Failed::new(Exit::Usage, format!("{output} is not an absolute path")));
+        anyhow::ensure!(
+            path.is_absolute(),
+            Failed::new(Exit::Usage, format!("{output} is not an absolute path"))
+        );
         if output.ends_with('/') {
             return Ok((path.to_owned(), None));
         }
         let (Some(parent), Some(file)) = (path.parent(), path.file_name()) else {
-            return Err(Failed::new(Exit::Usage, format!("{output} is not the name of a file")).into());
+            return Err(
+                Failed::new(Exit::Usage, format!("{output} is not the name of a file")).into(),
+            );
         };
         let name = SafeName::from_path(Path::new(file));
-        let name =
-            name.map_err(|e| Failed::new(Exit::Usage, format!("{output} cannot be the name of a download: {e}")))?;
+        let name = name.map_err(|e| {
+            Failed::new(
+                Exit::Usage,
+                format!("{output} cannot be the name of a download: {e}"),
+            )
+        })?;
         Ok((parent.to_owned(), Some(name)))
     }
 
@@ -169,14 +196,19 @@ impl Control {
         let unusable = |error: std::io::Error| {
             let hint = match &self.downloads {
                 Some(downloads) => {
-                    format!("choose another -o, or the running peer's downloads folder {}", downloads.display())
+                    format!(
+                        "choose another -o, or the running peer's downloads folder {}",
+                        downloads.display()
+                    )
                 }
                 None => "choose another -o".into(),
             };
             Failed::new(Exit::NoSpace, format!("cannot write to {error}; {hint}"))
         };
         Root::open_or_create(folder).map_err(unusable)?;
-        let folder = folder.canonicalize().with_context(|| folder.display().to_string())?;
+        let folder = folder
+            .canonicalize()
+            .with_context(|| folder.display().to_string())?;
         Ok(Root::open(&folder).map_err(unusable)?)
     }
 
@@ -186,12 +218,19 @@ impl Control {
         let wants = request.wanted.iter().map(|wanted| {
             let name = name(&wanted.name)?;
             let target = file.clone().unwrap_or_else(|| name.clone());
-            Ok(Want { target, name, size: wanted.size, id: content_id(&wanted.content_id)? })
+            Ok(Want {
+                target,
+                name,
+                size: wanted.size,
+                id: content_id(&wanted.content_id)?,
+            })
         });
         let wants = wants.collect::<Result<Vec<_>>>()?;
         let found = self.told(request, &wants)?;
         if file.is_some() && wants.len() != 1 {
-            return Err(Failed::new(Exit::Usage, "several files need a folder: end -o with /").into());
+            return Err(
+                Failed::new(Exit::Usage, "several files need a folder: end -o with /").into(),
+            );
         }
         let disk = Disk {
             root,
@@ -206,20 +245,45 @@ impl Control {
             get_request::Existing::Overwrite => Existing::Overwrite,
             get_request::Existing::Unspecified | get_request::Existing::Refuse => Existing::Refuse,
         };
-        let here = Here { addresses: self.reachable.addresses(), port: self.reachable.bound.port() };
+        let here = Here {
+            addresses: self.reachable.addresses(),
+            port: self.reachable.bound.port(),
+        };
         let (membership, tracker) = (self.membership.clone(), self.tracker.clone());
-        let (limit, tasks, ending) = (self.limits.download.clone(), self.tasks.clone(), self.ending.clone());
+        let (limit, tasks, ending) = (
+            self.limits.download.clone(),
+            self.tasks.clone(),
+            self.ending.clone(),
+        );
         let fixed = Fixed::default();
-        Ok(Get { membership, tracker, here, limit, fixed, disk, wants, found, existing, tasks, ending })
+        Ok(Get {
+            membership,
+            tracker,
+            here,
+            limit,
+            fixed,
+            disk,
+            wants,
+            found,
+            existing,
+            tasks,
+            ending,
+        })
     }
 
     /// Who holds what, as the caller says.
     fn told(&self, request: &GetRequest, wants: &[Want]) -> Result<Found> {
-        let sources = request.sources.iter().map(|source| SourceInfo::try_from(source.clone()));
+        let sources = request
+            .sources
+            .iter()
+            .map(|source| SourceInfo::try_from(source.clone()));
         let sources = sources.collect::<Result<Vec<_>, _>>()?;
         let mut found = Found::default();
         for (wanted, want) in request.wanted.iter().zip(wants) {
-            let holders = wanted.sources.iter().filter_map(|at| sources.get(*at as usize));
+            let holders = wanted
+                .sources
+                .iter()
+                .filter_map(|at| sources.get(*at as usize));
             for holder in holders.filter(|holder| holder.peer != self.membership.id()) {
                 found.told(holder, want.id);
             }
@@ -229,16 +293,31 @@ impl Control {
 
     /// Gets under way, and the bytes that came over the network so far.
     fn received(&self) -> (BTreeMap<u64, Arc<Progress>>, u64) {
-        let running = self.running.lock().expect("no panic while the lock is held");
-        let in_flight: u64 = running.values().map(|progress| report::fetched(progress)).sum();
-        (running.clone(), self.downloaded.load(Ordering::Relaxed) + in_flight)
+        let running = self
+            .running
+            .lock()
+            .expect("no panic while the lock is held");
+        let in_flight: u64 = running
+            .values()
+            .map(|progress| report::fetched(progress))
+            .sum();
+        (
+            running.clone(),
+            self.downloaded.load(Ordering::Relaxed) + in_flight,
+        )
     }
 
     /// What moves now, for the tracker; and whether anything does.
     pub fn activity(&self, meter: &mut Meter) -> (Activity, bool) {
         let (running, received) = self.received();
-        let activity = meter.activity(&running, self.served.bytes.load(Ordering::Relaxed), received);
-        let is_busy = !running.is_empty() || activity.send_rate > 0 || self.served.streams.load(Ordering::Relaxed) > 0;
+        let activity = meter.activity(
+            &running,
+            self.served.bytes.load(Ordering::Relaxed),
+            received,
+        );
+        let is_busy = !running.is_empty()
+            || activity.send_rate > 0
+            || self.served.streams.load(Ordering::Relaxed) > 0;
         (activity, is_busy)
     }
 
@@ -255,7 +334,11 @@ impl Control {
             tracker: self.tracker.address(),
             tracker_state: self.state.borrow().clone(),
             shares: self.shares.status().iter().map(report::share).collect(),
-            downloads: self.downloads.as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),
+            downloads: self
+                .downloads
+                .as_ref()
+                .map(|path| path.to_string_lossy().into_owned())
+                .unwrap_or_default(),
             files,
             bytes,
             files_to_hash: to_do.files_to_hash,
@@ -267,7 +350,10 @@ impl Control {
                 .iter()
                 .map(|(id, running)| DownloadStatus {
                     id: *id,
-                    progress: Some(report::running(running, running.rate.load(Ordering::Relaxed))),
+                    progress: Some(report::running(
+                        running,
+                        running.rate.load(Ordering::Relaxed),
+                    )),
                 })
                 .collect(),
             certificate_seconds_left: self.membership.seconds_left(),
@@ -280,13 +366,22 @@ impl Control {
 
 /// Changes the limit of one direction where something is said.
 fn change(limit: &Limit, total: Option<u64>, per_peer: Option<u64>) {
-    let said = |now: Option<u64>, said: Option<u64>| said.map_or(now, |rate| Some(rate).filter(|rate| *rate > 0));
+    let said = |now: Option<u64>, said: Option<u64>| {
+        said.map_or(now, |rate| Some(rate).filter(|rate| *rate > 0))
+    };
     let now = limit.rates();
-    limit.set(Rates { total: said(now.total, total), per_peer: said(now.per_peer, per_peer) });
+    limit.set(Rates {
+        total: said(now.total, total),
+        per_peer: said(now.per_peer, per_peer),
+    });
 }
 
 /// Runs one Get and tells its story to `events`.
-async fn tell(mut attached: Attached, request: GetRequest, events: mpsc::Sender<Result<GetEvent, Status>>) {
+async fn tell(
+    mut attached: Attached,
+    request: GetRequest,
+    events: mpsc::Sender<Result<GetEvent, Status>>,
+) {
     let began = Instant::now();
     let progress = attached.progress.clone();
     let send = |event: get_event::Event| events.send(Ok(GetEvent { event: Some(event) }));
@@ -338,7 +433,11 @@ impl control_service_server::ControlService for ControlServer {
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<Self::GetStream>, Status> {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (attached, cancel) = (Attached::begin(&self.0), self.0.cancel.clone());
-        let telling = async move { cancel.run_until_cancelled(tell(attached, request.into_inner(), sender)).await };
+        let telling = async move {
+            cancel
+                .run_until_cancelled(tell(attached, request.into_inner(), sender))
+                .await
+        };
         self.0.tasks.spawn(carried(telling));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
@@ -347,42 +446,79 @@ impl control_service_server::ControlService for ControlServer {
         Ok(Response::new(self.0.status()))
     }
 
-    async fn limit(&self, request: Request<LimitRequest>) -> Result<Response<LimitResponse>, Status> {
+    async fn limit(
+        &self,
+        request: Request<LimitRequest>,
+    ) -> Result<Response<LimitResponse>, Status> {
         let wanted = request.into_inner();
-        let rates = [wanted.upload, wanted.download, wanted.upload_per_peer, wanted.download_per_peer];
-        if let Some(rate) = rates.iter().flatten().find(|rate| **rate != 0 && !RATES.contains(rate)) {
-            let text = format!("{rate} is no limit: from {} to {} bytes a second, or 0", RATES.start(), RATES.end());
+        let rates = [
+            wanted.upload,
+            wanted.download,
+            wanted.upload_per_peer,
+            wanted.download_per_peer,
+        ];
+        if let Some(rate) = rates
+            .iter()
+            .flatten()
+            .find(|rate| **rate != 0 && !RATES.contains(rate))
+        {
+            let text = format!(
+                "{rate} is no limit: from {} to {} bytes a second, or 0",
+                RATES.start(),
+                RATES.end()
+            );
             return Err(Status::invalid_argument(text));
         }
         change(&self.0.limits.upload, wanted.upload, wanted.upload_per_peer);
-        change(&self.0.limits.download, wanted.download, wanted.download_per_peer);
-        Ok(Response::new(LimitResponse { limits: Some(report::limits(&self.0.limits)) }))
+        change(
+            &self.0.limits.download,
+            wanted.download,
+            wanted.download_per_peer,
+        );
+        Ok(Response::new(LimitResponse {
+            limits: Some(report::limits(&self.0.limits)),
+        }))
     }
 
-    async fn log_level(&self, request: Request<LogLevelRequest>) -> Result<Response<LogLevelResponse>, Status> {
-        let level =
-            telemetry::level(&request.into_inner().level).map_err(|e| Status::invalid_argument(e.to_string()))?;
+    async fn log_level(
+        &self,
+        request: Request<LogLevelRequest>,
+    ) -> Result<Response<LogLevelResponse>, Status> {
+        let level = telemetry::level(&request.into_inner().level)
+            .map_err(|e| Status::invalid_argument(e.to_string()))?;
         Ok(Response::new(LogLevelResponse { level }))
     }
 
-    async fn share(&self, request: Request<ShareRequest>) -> Result<Response<ShareResponse>, Status> {
+    async fn share(
+        &self,
+        request: Request<ShareRequest>,
+    ) -> Result<Response<ShareResponse>, Status> {
         let ShareRequest { path, name } = request.into_inner();
         let path = PathBuf::from(path);
         if !path.is_absolute() {
             return Err(Status::invalid_argument("an absolute path is wanted"));
         }
-        let spec = ShareSpec { name: (!name.is_empty()).then_some(name), path: path.clone() };
+        let spec = ShareSpec {
+            name: (!name.is_empty()).then_some(name),
+            path: path.clone(),
+        };
         let (shares, adding) = (self.0.shares.clone(), spec.clone());
         let added = tokio::task::spawn_blocking(move || shares.add(adding));
         added
             .await
             .map_err(|e| Status::internal(e.to_string()))?
             .map_err(|error| Status::invalid_argument(format!("{error:#}")))?;
-        super::remembered::add(&self.0.remember, &spec).map_err(|error| Status::internal(format!("{error:#}")))?;
+        super::remembered::add(&self.0.remember, &spec)
+            .map_err(|error| Status::internal(format!("{error:#}")))?;
         let path = path.canonicalize().unwrap_or(path);
         let deadline = Instant::now() + SCAN;
         loop {
-            let state = self.0.shares.status().into_iter().find(|state| state.path == path);
+            let state = self
+                .0
+                .shares
+                .status()
+                .into_iter()
+                .find(|state| state.path == path);
             match state {
                 Some(state) if state.scanned || Instant::now() > deadline => {
                     return Ok(Response::new(ShareResponse {

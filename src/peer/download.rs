@@ -132,10 +132,16 @@ impl Get {
     ///
     /// # Errors
     /// With an exit code; a source that fails is no error while another can take over.
-    pub async fn run(mut self, progress: Arc<Progress>, happenings: mpsc::Sender<Happening>) -> Result<()> {
+    pub async fn run(
+        mut self,
+        progress: Arc<Progress>,
+        happenings: mpsc::Sender<Happening>,
+    ) -> Result<()> {
         let total = self.wants.iter().map(|want| want.size).sum();
         progress.bytes_total.store(total, Ordering::Relaxed);
-        progress.files_total.store(self.wants.len() as u64, Ordering::Relaxed);
+        progress
+            .files_total
+            .store(self.wants.len() as u64, Ordering::Relaxed);
         let _ = timeout(ENDING, self.ending.wait()).await;
         let found = std::mem::take(&mut self.found);
         let mut run = Run {
@@ -152,7 +158,10 @@ impl Get {
         let mut batches: VecDeque<_> = batches(run.look().await?).into();
         let mut begun = HashSet::new();
         while let Some(batch) = batches.pop_front() {
-            let n_again = batch.iter().filter(|job| !begun.insert(job.want.id)).count();
+            let n_again = batch
+                .iter()
+                .filter(|job| !begun.insert(job.want.id))
+                .count();
             if n_again > 0 {
                 // They are copied from the names they have, so they must have them.
                 run.finish_rest().await?;
@@ -177,11 +186,17 @@ fn batches(jobs: Vec<Job>) -> Vec<Vec<Job>> {
             continue;
         }
         // As the listing says; the manifest will tell.
-        let n = Layout::new(job.want.size).map_or(MAX_PIECES, |layout| layout.n_pieces()).max(1);
+        let n = Layout::new(job.want.size)
+            .map_or(MAX_PIECES, |layout| layout.n_pieces())
+            .max(1);
         pieces += n;
         long += usize::from(n > 1);
         match batches.last_mut() {
-            Some(batch) if batch.len() < BATCH_FILES && long <= BATCH_LONG_FILES && pieces <= BATCH_PIECES => {
+            Some(batch)
+                if batch.len() < BATCH_FILES
+                    && long <= BATCH_LONG_FILES
+                    && pieces <= BATCH_PIECES =>
+            {
                 batch.push(job);
             }
             _ => {
@@ -221,7 +236,9 @@ impl Drop for Run {
     }
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     spawn_blocking(work).await?
 }
 
@@ -239,9 +256,11 @@ impl Run {
         let mut taken = HashSet::new();
         for (want, target) in self.get.wants.iter().cloned().zip(targets) {
             match target {
-                Target::Free(name) if taken.insert(name.clone()) => {
-                    jobs.push(Job { want, target: name, is_disputed: false })
-                }
+                Target::Free(name) if taken.insert(name.clone()) => jobs.push(Job {
+                    want,
+                    target: name,
+                    is_disputed: false,
+                }),
                 Target::Free(name) => {
                     let text = format!(
                         "two different files would become {}: get them one by one",
@@ -256,11 +275,17 @@ impl Run {
                     self.done(want, path, true).await;
                 }
                 Target::Skipped(path) => {
-                    self.progress.bytes_total.fetch_sub(want.size, Ordering::Relaxed);
+                    self.progress
+                        .bytes_total
+                        .fetch_sub(want.size, Ordering::Relaxed);
                     self.progress.files_total.fetch_sub(1, Ordering::Relaxed);
                     Progress::add(&self.progress.files_skipped, 1);
                     let path = crate::safe_path::escape(&path.display().to_string());
-                    self.tell(Happening::Note(None, format!("{path} exists and differs: left alone"))).await;
+                    self.tell(Happening::Note(
+                        None,
+                        format!("{path} exists and differs: left alone"),
+                    ))
+                    .await;
                 }
             }
         }
@@ -269,7 +294,12 @@ impl Run {
 
     async fn done(&self, want: Want, path: PathBuf, already_there: bool) {
         Progress::add(&self.progress.files_done, 1);
-        self.tell(Happening::FileDone { want, path, already_there }).await;
+        self.tell(Happening::FileDone {
+            want,
+            path,
+            already_there,
+        })
+        .await;
     }
 
     /// Gives names to complete contents, a group at a time: what came while one group is synced is the next.
@@ -283,10 +313,18 @@ impl Run {
         self.finishing.spawn_blocking(move || {
             let works = group.iter().map(|(swarm, at)| &swarm.work()[*at]);
             let files: Vec<_> = works
-                .map(|work| Finishing { storage: &work.storage, want: &work.want, target: &work.target })
+                .map(|work| Finishing {
+                    storage: &work.storage,
+                    want: &work.want,
+                    target: &work.target,
+                })
                 .collect();
             let (paths, hashes) = get.disk.finish(&files, get.existing);
-            let named = files.iter().zip(paths).map(|(file, path)| Ok((file.want.clone(), path?))).collect();
+            let named = files
+                .iter()
+                .zip(paths)
+                .map(|(file, path)| Ok((file.want.clone(), path?)))
+                .collect();
             (named, hashes)
         });
     }

@@ -68,7 +68,10 @@ impl Found {
     /// Takes over a row; returns whom it told something new about.
     fn learn(&mut self, row: Row, me: PeerId) -> Vec<PeerId> {
         let others = row.sources.iter().filter(|source| source.peer != me);
-        others.filter(|source| self.told(source, row.content_id)).map(|source| source.peer).collect()
+        others
+            .filter(|source| self.told(source, row.content_id))
+            .map(|source| source.peer)
+            .collect()
     }
 
     /// Takes over that a source holds a content; true if that is news.
@@ -86,7 +89,11 @@ impl Found {
 
     /// Is there somebody for each of these contents?
     pub fn covers<'a>(&self, mut contents: impl Iterator<Item = &'a ContentId>) -> bool {
-        contents.all(|id| self.sources.values().any(|known| known.complete.contains(id) || known.partial.contains(id)))
+        contents.all(|id| {
+            self.sources
+                .values()
+                .any(|known| known.complete.contains(id) || known.partial.contains(id))
+        })
     }
 
     /// Takes over what a source said of another peer; true if that is news.
@@ -124,7 +131,12 @@ pub struct Finder {
 impl Finder {
     /// Begins to follow, after a `pause`: what is done by then need not be followed.
     #[must_use]
-    pub fn start(tracker: Arc<TrackerClient>, me: PeerId, contents: Vec<ContentId>, pause: Duration) -> Self {
+    pub fn start(
+        tracker: Arc<TrackerClient>,
+        me: PeerId,
+        contents: Vec<ContentId>,
+        pause: Duration,
+    ) -> Self {
         let (sender, rows) = mpsc::channel(QUEUE);
         let follow = |contents: &[ContentId]| {
             let (tracker, contents, sender) = (tracker.clone(), contents.to_vec(), sender.clone());
@@ -142,7 +154,13 @@ impl Finder {
             })))
         };
         let tasks: Vec<_> = contents.chunks(MAX_CONTENTS).map(follow).collect();
-        Self { rows, n_behind: tasks.len(), me, news: BTreeSet::new(), _tasks: tasks }
+        Self {
+            rows,
+            n_behind: tasks.len(),
+            me,
+            news: BTreeSet::new(),
+            _tasks: tasks,
+        }
     }
 
     /// Learns the current sources. If the tracker does not answer, those known from before will do.
@@ -160,8 +178,17 @@ impl Finder {
                 }
             }
         };
-        let late = || Failed::new(Exit::Tracker, "the tracker does not tell who holds the files").into();
-        match timeout(CURRENT, learn).await.unwrap_or_else(|_| Err(late())) {
+        let late = || {
+            Failed::new(
+                Exit::Tracker,
+                "the tracker does not tell who holds the files",
+            )
+            .into()
+        };
+        match timeout(CURRENT, learn)
+            .await
+            .unwrap_or_else(|_| Err(late()))
+        {
             Err(error) if found.sources.is_empty() => Err(error),
             _ => Ok(()),
         }
@@ -242,27 +269,58 @@ pub async fn learn(
         while asked.len() < ASKED
             && let Some(peer) = waiting.pop()
         {
-            let Some(Candidate { addresses, complete, partial }) = found.of(peer) else { continue };
+            let Some(Candidate {
+                addresses,
+                complete,
+                partial,
+            }) = found.of(peer)
+            else {
+                continue;
+            };
             let held = |id: &&ContentId| complete.contains(*id) || partial.contains(*id);
-            let missing = contents.iter().filter(held).filter(|id| !learning.manifests.contains_key(*id));
+            let missing = contents
+                .iter()
+                .filter(held)
+                .filter(|id| !learning.manifests.contains_key(*id));
             let missing: Vec<_> = missing.take(MAX_CONTENTS).copied().collect();
             if !missing.is_empty() {
-                let connected = learning.connected.remove(&peer).filter(|source| !source.is_closed());
-                let opening = learning.opening.take_if(|opening| complete.contains(&opening.id));
-                asked.push(ask(membership, peer, addresses, connected, (missing, opening)));
+                let connected = learning
+                    .connected
+                    .remove(&peer)
+                    .filter(|source| !source.is_closed());
+                let opening = learning
+                    .opening
+                    .take_if(|opening| complete.contains(&opening.id));
+                asked.push(ask(
+                    membership,
+                    peer,
+                    addresses,
+                    connected,
+                    (missing, opening),
+                ));
             }
         }
-        let Some((peer, outcome)) = asked.next().await else { break };
+        let Some((peer, outcome)) = asked.next().await else {
+            break;
+        };
         match outcome {
             Ok((source, learnt, begun)) => {
                 learning.connected.insert(peer, source);
                 learning.begun = begun.or_else(|| learning.begun.take());
                 n_without += usize::from(learnt.iter().any(Option::is_none));
-                learning.manifests.extend(learnt.into_iter().flatten().map(|manifest| (manifest.id(), manifest)));
+                learning.manifests.extend(
+                    learnt
+                        .into_iter()
+                        .flatten()
+                        .map(|manifest| (manifest.id(), manifest)),
+                );
             }
             Err(error) => {
                 tracing::debug!(%peer, "asking for manifests: {error}");
-                let mut accounts = learning.accounts.lock().expect("no panic while the lock is held");
+                let mut accounts = learning
+                    .accounts
+                    .lock()
+                    .expect("no panic while the lock is held");
                 let account = accounts.entry(peer).or_default();
                 account.trouble = error.to_string();
                 if matches!(error, SourceError::Lied(_)) {
@@ -274,17 +332,38 @@ pub async fn learn(
             }
         }
     }
-    Err(nobody(contents.len() - learning.manifests.len(), &trouble, n_without, learning.liars.len()))
+    Err(nobody(
+        contents.len() - learning.manifests.len(),
+        &trouble,
+        n_without,
+        learning.liars.len(),
+    ))
 }
 
 /// Why: some are in trouble, some do not have it now, or all there are lied.
-fn nobody(n: usize, trouble: &[(PeerId, SourceError)], n_without: usize, lied: usize) -> anyhow::Error {
-    let files = if n == 1 { "the file".to_owned() } else { format!("{n} files") };
+fn nobody(
+    n: usize,
+    trouble: &[(PeerId, SourceError)],
+    n_without: usize,
+    lied: usize,
+) -> anyhow::Error {
+    let files = if n == 1 {
+        "the file".to_owned()
+    } else {
+        format!("{n} files")
+    };
     if lied > 0 && n_without == 0 && trouble.is_empty() {
-        return Failed::new(Exit::Integrity, format!("{files}: every source ({lied}) sent a wrong manifest")).into();
+        return Failed::new(
+            Exit::Integrity,
+            format!("{files}: every source ({lied}) sent a wrong manifest"),
+        )
+        .into();
     }
     let text = match trouble.first() {
-        Some((peer, error)) => format!("no source of {files} can be reached; source {}: {error}", peer.short()),
+        Some((peer, error)) => format!(
+            "no source of {files} can be reached; source {}: {error}",
+            peer.short()
+        ),
         None if n_without > 0 => format!("no source has {files} any more"),
         None => format!("no source of {files} can be reached"),
     };
@@ -297,7 +376,10 @@ async fn ask(
     addresses: &[String],
     connected: Option<Source>,
     (ids, opening): (Vec<ContentId>, Option<Opening>),
-) -> (PeerId, Result<(Source, Vec<Option<Manifest>>, Option<Begun>), SourceError>) {
+) -> (
+    PeerId,
+    Result<(Source, Vec<Option<Manifest>>, Option<Begun>), SourceError>,
+) {
     let answer = async {
         let source = match connected {
             Some(source) => source,

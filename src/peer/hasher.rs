@@ -102,19 +102,31 @@ pub fn hash_file(file: &File, cancel: &CancellationToken) -> Result<Hashed, Hash
     let stamp = Stamp::of(file)?;
     let hashed_at_ns = now_ns();
     let layout = Layout::new(stamp.size).map_err(|_| HashError::TooLarge)?;
-    let pieces = Pieces { file, layout, cancel, next: AtomicU32::new(0), stop: AtomicBool::new(false) };
+    let pieces = Pieces {
+        file,
+        layout,
+        cancel,
+        next: AtomicU32::new(0),
+        stop: AtomicBool::new(false),
+    };
     let hashes = pieces.hash_all()?;
     // Files of some virtual file systems are longer than they say.
     if file.read_at(&mut [0], stamp.size)? != 0 || Stamp::of(file)? != stamp {
         return Err(HashError::Changed);
     }
     let manifest = assemble(layout, hashes).expect("hash_all returns every piece in order");
-    Ok(Hashed { manifest, stamp, hashed_at_ns })
+    Ok(Hashed {
+        manifest,
+        stamp,
+        hashed_at_ns,
+    })
 }
 
 /// Nanoseconds since the epoch.
 fn now_ns() -> i128 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     i128::try_from(since.as_nanos()).unwrap_or(i128::MAX)
 }
 
@@ -140,11 +152,18 @@ impl Pieces<'_> {
         let mut hashes = thread::scope(|scope| {
             // A thread that cannot be started is one fewer: this one does the work as well.
             let helpers: Vec<_> = (0..n_helpers)
-                .map_while(|_| thread::Builder::new().name("hash".into()).spawn_scoped(scope, || self.work()).ok())
+                .map_while(|_| {
+                    thread::Builder::new()
+                        .name("hash".into())
+                        .spawn_scoped(scope, || self.work())
+                        .ok()
+                })
                 .collect();
             let mut all = self.work();
             for helper in helpers {
-                let part = helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                let part = helper
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
                 all = match (all, part) {
                     (Ok(mut all), Ok(part)) => {
                         all.extend(part);
@@ -168,7 +187,9 @@ impl Pieces<'_> {
             if self.stop.load(Relaxed) {
                 break;
             }
-            let hash = self.hash(piece, &mut buffer).inspect_err(|_| self.stop.store(true, Relaxed))?;
+            let hash = self
+                .hash(piece, &mut buffer)
+                .inspect_err(|_| self.stop.store(true, Relaxed))?;
             hashes.push((piece, hash));
         }
         Ok(hashes)
@@ -179,10 +200,12 @@ impl Pieces<'_> {
             return Err(HashError::Cancelled);
         }
         let bytes = &mut buffer[..self.layout.len_of(piece) as usize];
-        self.file.read_exact_at(bytes, self.layout.offset(piece)).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => HashError::Changed,
-            _ => HashError::Io(error),
-        })?;
+        self.file
+            .read_exact_at(bytes, self.layout.offset(piece))
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::UnexpectedEof => HashError::Changed,
+                _ => HashError::Io(error),
+            })?;
         Ok(hash_piece(self.layout, piece, bytes).expect("the buffer was cut to the piece"))
     }
 }
@@ -196,8 +219,8 @@ mod tests {
 
     /// 0; one byte; BLAKE3 chunk ±1; piece ±1; a few pieces without threads; with threads, exact and off by one.
     const SIZES: [u64; 15] = [
-        0, 1, 1023, 1024, 1025, 262_143, 262_144, 262_145, 786_432, 1_835_007, 2_097_151, 2_097_152, 2_097_153,
-        5_000_000, 9_437_185,
+        0, 1, 1023, 1024, 1025, 262_143, 262_144, 262_145, 786_432, 1_835_007, 2_097_151,
+        2_097_152, 2_097_153, 5_000_000, 9_437_185,
     ];
 
     fn file_of(bytes: &[u8]) -> File {
@@ -208,7 +231,10 @@ mod tests {
 
     fn noise(n: u64) -> Vec<u8> {
         let mut bytes = vec![0; usize::try_from(n).unwrap()];
-        blake3::Hasher::new().update(&n.to_le_bytes()).finalize_xof().fill(&mut bytes);
+        blake3::Hasher::new()
+            .update(&n.to_le_bytes())
+            .finalize_xof()
+            .fill(&mut bytes);
         bytes
     }
 
@@ -217,7 +243,11 @@ mod tests {
         for size in SIZES {
             let bytes = noise(size);
             let hashed = hash_file(&file_of(&bytes), &CancellationToken::new()).unwrap();
-            assert_eq!(hashed.manifest.id().as_bytes(), blake3::hash(&bytes).as_bytes(), "{size}");
+            assert_eq!(
+                hashed.manifest.id().as_bytes(),
+                blake3::hash(&bytes).as_bytes(),
+                "{size}"
+            );
             assert_eq!(hashed.manifest.layout().size(), size);
             assert_eq!(hashed.stamp.size, size);
             assert!(hashed.is_young());
@@ -241,36 +271,58 @@ mod tests {
         let file = file_of(&noise(9_000_000));
         let cancel = CancellationToken::new();
         let layout = Layout::new(10_000_000).unwrap();
-        let pieces =
-            Pieces { file: &file, layout, cancel: &cancel, next: AtomicU32::new(0), stop: AtomicBool::new(false) };
+        let pieces = Pieces {
+            file: &file,
+            layout,
+            cancel: &cancel,
+            next: AtomicU32::new(0),
+            stop: AtomicBool::new(false),
+        };
         assert!(matches!(pieces.hash_all(), Err(HashError::Changed)));
     }
 
     #[test]
     fn a_file_longer_than_it_says_is_changed() {
         let virtual_file = File::open("/proc/self/status").unwrap();
-        assert!(matches!(hash_file(&virtual_file, &CancellationToken::new()), Err(HashError::Changed)));
+        assert!(matches!(
+            hash_file(&virtual_file, &CancellationToken::new()),
+            Err(HashError::Changed)
+        ));
     }
 
     #[test]
     fn cancelled_and_too_large() {
         let cancel = CancellationToken::new();
         cancel.cancel();
-        assert!(matches!(hash_file(&file_of(&noise(5_000_000)), &cancel), Err(HashError::Cancelled)));
+        assert!(matches!(
+            hash_file(&file_of(&noise(5_000_000)), &cancel),
+            Err(HashError::Cancelled)
+        ));
         let sparse = tempfile::tempfile().unwrap();
         if sparse.set_len(MAX_SIZE + 1).is_ok() {
-            assert!(matches!(hash_file(&sparse, &CancellationToken::new()), Err(HashError::TooLarge)));
+            assert!(matches!(
+                hash_file(&sparse, &CancellationToken::new()),
+                Err(HashError::TooLarge)
+            ));
         }
     }
 
     #[test]
     fn young_is_within_two_seconds_on_either_side() {
         let mut hashed = hash_file(&file_of(b"x"), &CancellationToken::new()).unwrap();
-        for (age_ns, young) in [(0, true), (1_999_999_999, true), (2_000_000_000, false), (-1_999_999_999, true)] {
+        for (age_ns, young) in [
+            (0, true),
+            (1_999_999_999, true),
+            (2_000_000_000, false),
+            (-1_999_999_999, true),
+        ] {
             hashed.hashed_at_ns = hashed.stamp.mtime_ns + age_ns;
             assert_eq!(hashed.is_young(), young, "{age_ns}");
         }
         hashed.hashed_at_ns = hashed.stamp.mtime_ns - 86_400_000_000_000;
-        assert!(!hashed.is_young(), "a write now would move an mtime of tomorrow");
+        assert!(
+            !hashed.is_young(),
+            "a write now would move an mtime of tomorrow"
+        );
     }
 }

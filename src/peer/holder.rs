@@ -37,7 +37,10 @@ pub async fn attach(state_dir: &Path) -> Result<Option<Connection>> {
         match net::dial_unix(state_dir, SOCKET, net::CONTROL).await {
             Ok(connection) => return Ok(Some(connection)),
             Err(error) if Instant::now() > until => {
-                let text = format!("a peer runs in {}, but its control socket does not answer", state_dir.display());
+                let text = format!(
+                    "a peer runs in {}, but its control socket does not answer",
+                    state_dir.display()
+                );
                 return Err(anyhow::Error::from(error).context(text));
             }
             Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
@@ -49,11 +52,16 @@ pub async fn attach(state_dir: &Path) -> Result<Option<Connection>> {
 pub(super) async fn lock(state_dir: &Path) -> Result<File> {
     let until = Instant::now() + LOCK_WAIT;
     loop {
-        if let Some(lock) = safe_path::lock(&state_dir.join(LOCK)).map_err(|error| Failed::state_dir(&error))? {
+        if let Some(lock) =
+            safe_path::lock(&state_dir.join(LOCK)).map_err(|error| Failed::state_dir(&error))?
+        {
             return Ok(lock);
         }
         if Instant::now() > until {
-            let text = format!("a peer already runs in {}; use it, or another --state-dir", state_dir.display());
+            let text = format!(
+                "a peer already runs in {}; use it, or another --state-dir",
+                state_dir.display()
+            );
             return Err(Failed::new(Exit::Failure, text).into());
         }
         tokio::time::sleep(Duration::from_millis(50)).await;

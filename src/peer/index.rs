@@ -16,7 +16,8 @@ use std::{
 };
 
 use redb::{
-    Database, ReadableDatabase, ReadableTable, Table, TableDefinition, WriteTransaction, backends::FileBackend,
+    Database, ReadableDatabase, ReadableTable, Table, TableDefinition, WriteTransaction,
+    backends::FileBackend,
 };
 
 use crate::{
@@ -76,10 +77,17 @@ impl Index {
             }
             done => done?,
         };
-        Ok(Self { path: path.to_owned(), db: RwLock::new(Some(db)), queue: Mutex::default() })
+        Ok(Self {
+            path: path.to_owned(),
+            db: RwLock::new(Some(db)),
+            queue: Mutex::default(),
+        })
     }
 
-    fn with<T>(&self, work: impl FnOnce(&Database) -> Result<T, IndexError>) -> Result<T, IndexError> {
+    fn with<T>(
+        &self,
+        work: impl FnOnce(&Database) -> Result<T, IndexError>,
+    ) -> Result<T, IndexError> {
         let slot = self.db.read().expect(HELD);
         let outcome = slot.as_ref().map_or(Err(redb::Error::PreviousIo), work);
         drop(slot);
@@ -105,8 +113,13 @@ impl Index {
     fn read(&self, path: &Path, stamp: &Stamp) -> Result<Option<Hashed>, IndexError> {
         let known = self.with(|db| {
             let txn = db.begin_read()?;
-            let entry = txn.open_table(FILES)?.get(path_key(path))?.map(|e| Entry::from_bytes(e.value()));
-            let Some(entry) = entry.filter(|entry| entry.stamp == *stamp) else { return Ok(None) };
+            let entry = txn
+                .open_table(FILES)?
+                .get(path_key(path))?
+                .map(|e| Entry::from_bytes(e.value()));
+            let Some(entry) = entry.filter(|entry| entry.stamp == *stamp) else {
+                return Ok(None);
+            };
             let manifest = match is_short(&entry.stamp) {
                 true => Manifest::single(entry.id, entry.stamp.size).ok(),
                 false => {
@@ -116,12 +129,16 @@ impl Index {
             };
             Ok(manifest.map(|manifest| (entry, manifest)))
         })?;
-        let Some((entry, manifest)) = known else { return Ok(None) };
-        Ok(Some(manifest).filter(|m| m.id() == entry.id && m.layout().size() == stamp.size).map(|manifest| Hashed {
-            manifest,
-            stamp: entry.stamp,
-            hashed_at_ns: entry.hashed_at_ns,
-        }))
+        let Some((entry, manifest)) = known else {
+            return Ok(None);
+        };
+        Ok(Some(manifest)
+            .filter(|m| m.id() == entry.id && m.layout().size() == stamp.size)
+            .map(|manifest| Hashed {
+                manifest,
+                stamp: entry.stamp,
+                hashed_at_ns: entry.hashed_at_ns,
+            }))
     }
 
     /// Records files under their absolute paths, all in one commit; what was known about those paths is replaced.
@@ -131,7 +148,9 @@ impl Index {
         }
         self.write(|txn| {
             let mut tables = Tables::open(txn)?;
-            files.iter().try_for_each(|(path, hashed)| tables.insert(path, hashed))
+            files
+                .iter()
+                .try_for_each(|(path, hashed)| tables.insert(path, hashed))
         })
     }
 
@@ -165,7 +184,9 @@ impl Index {
         }
         self.write(|txn| {
             let mut tables = Tables::open(txn)?;
-            paths.iter().try_for_each(|path| tables.forget(path.as_ref()))
+            paths
+                .iter()
+                .try_for_each(|path| tables.forget(path.as_ref()))
         })
     }
 
@@ -186,7 +207,10 @@ impl Index {
     }
 
     /// One transaction, durable and in two phases when this returns `Ok`; without effect otherwise.
-    fn write(&self, change: impl FnOnce(&WriteTransaction) -> Result<(), IndexError>) -> Result<(), IndexError> {
+    fn write(
+        &self,
+        change: impl FnOnce(&WriteTransaction) -> Result<(), IndexError>,
+    ) -> Result<(), IndexError> {
         if self.db.read().expect(HELD).is_none() {
             let mut slot = self.db.write().expect(HELD);
             // Unless somebody else was faster: a file is opened once only.
@@ -210,7 +234,9 @@ fn try_open(path: &Path) -> Result<Database, IndexError> {
         let mut meta = txn.open_table(META)?;
         let format = meta.get("format")?.map_or(FORMAT, |format| format.value());
         if format != FORMAT {
-            return Err(redb::Error::Corrupted(format!("format {format}, this sprat knows {FORMAT}")));
+            return Err(redb::Error::Corrupted(format!(
+                "format {format}, this sprat knows {FORMAT}"
+            )));
         }
         meta.insert("format", FORMAT)?;
         Tables::open(txn).map(drop)
@@ -218,7 +244,10 @@ fn try_open(path: &Path) -> Result<Database, IndexError> {
     Ok(db)
 }
 
-fn write(db: &Database, change: impl FnOnce(&WriteTransaction) -> Result<(), IndexError>) -> Result<(), IndexError> {
+fn write(
+    db: &Database,
+    change: impl FnOnce(&WriteTransaction) -> Result<(), IndexError>,
+) -> Result<(), IndexError> {
     let mut txn = db.begin_write()?;
     txn.set_two_phase_commit(true);
     change(&txn)?;
@@ -229,7 +258,10 @@ fn write(db: &Database, change: impl FnOnce(&WriteTransaction) -> Result<(), Ind
 fn is_unusable(error: &IndexError) -> bool {
     use redb::Error as E;
     match error {
-        E::Io(error) => matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof),
+        E::Io(error) => matches!(
+            error.kind(),
+            io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof
+        ),
         E::Corrupted(_) | E::UpgradeRequired(_) | E::RepairAborted | E::TableIsMultimap(_) => true,
         E::TableTypeMismatch { .. } | E::TypeDefinitionChanged { .. } => true,
         _ => false,
@@ -258,27 +290,44 @@ struct Tables<'t> {
 
 impl<'t> Tables<'t> {
     fn open(txn: &'t WriteTransaction) -> Result<Self, IndexError> {
-        Ok(Self { files: txn.open_table(FILES)?, manifests: txn.open_table(MANIFESTS)?, uses: txn.open_table(USES)? })
+        Ok(Self {
+            files: txn.open_table(FILES)?,
+            manifests: txn.open_table(MANIFESTS)?,
+            uses: txn.open_table(USES)?,
+        })
     }
 
     fn insert(&mut self, path: &Path, hashed: &Hashed) -> Result<(), IndexError> {
         let id = hashed.manifest.id();
-        let entry = Entry { stamp: hashed.stamp, hashed_at_ns: hashed.hashed_at_ns, id };
-        let before = self.files.insert(path_key(path), &entry.to_bytes())?.map(|old| Entry::from_bytes(old.value()));
+        let entry = Entry {
+            stamp: hashed.stamp,
+            hashed_at_ns: hashed.hashed_at_ns,
+            id,
+        };
+        let before = self
+            .files
+            .insert(path_key(path), &entry.to_bytes())?
+            .map(|old| Entry::from_bytes(old.value()));
         let is_same = before.as_ref().is_some_and(|before| before.id == id);
         if !is_short(&entry.stamp) {
             // The same content under the same path is written again all the same: it heals a damaged manifest.
-            self.manifests.insert(id.as_bytes(), &*hashed.manifest.to_bytes())?;
+            self.manifests
+                .insert(id.as_bytes(), &*hashed.manifest.to_bytes())?;
             if !is_same {
                 let uses = self.uses.get(id.as_bytes())?.map_or(0, |uses| uses.value());
                 self.uses.insert(id.as_bytes(), uses + 1)?;
             }
         }
-        before.filter(|_| !is_same).map_or(Ok(()), |before| self.release(&before))
+        before
+            .filter(|_| !is_same)
+            .map_or(Ok(()), |before| self.release(&before))
     }
 
     fn forget(&mut self, path: &Path) -> Result<(), IndexError> {
-        let before = self.files.remove(path_key(path))?.map(|old| Entry::from_bytes(old.value()));
+        let before = self
+            .files
+            .remove(path_key(path))?
+            .map(|old| Entry::from_bytes(old.value()));
         before.map_or(Ok(()), |before| self.release(&before))
     }
 
@@ -310,12 +359,24 @@ struct Entry {
 
 impl Entry {
     fn to_bytes(&self) -> [u8; ENTRY_LEN] {
-        let Stamp { dev, ino, size, mtime_ns, ctime_ns } = self.stamp;
+        let Stamp {
+            dev,
+            ino,
+            size,
+            mtime_ns,
+            ctime_ns,
+        } = self.stamp;
         let mut bytes = [0; ENTRY_LEN];
         let (words, rest) = bytes.split_at_mut(3 * 8);
         let (times, id) = rest.split_at_mut(3 * 16);
-        words.as_chunks_mut().0.copy_from_slice(&[dev, ino, size].map(u64::to_le_bytes));
-        times.as_chunks_mut().0.copy_from_slice(&[mtime_ns, ctime_ns, self.hashed_at_ns].map(i128::to_le_bytes));
+        words
+            .as_chunks_mut()
+            .0
+            .copy_from_slice(&[dev, ino, size].map(u64::to_le_bytes));
+        times
+            .as_chunks_mut()
+            .0
+            .copy_from_slice(&[mtime_ns, ctime_ns, self.hashed_at_ns].map(i128::to_le_bytes));
         id.copy_from_slice(self.id.as_bytes());
         bytes
     }
@@ -324,7 +385,13 @@ impl Entry {
         let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
         let time = |at: usize| i128::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
         Self {
-            stamp: Stamp { dev: word(0), ino: word(8), size: word(16), mtime_ns: time(24), ctime_ns: time(40) },
+            stamp: Stamp {
+                dev: word(0),
+                ino: word(8),
+                size: word(16),
+                mtime_ns: time(24),
+                ctime_ns: time(40),
+            },
             hashed_at_ns: time(56),
             id: ContentId::from_bytes(std::array::from_fn(|i| bytes[72 + i])),
         }
@@ -361,35 +428,71 @@ mod tests {
     }
 
     fn known(index: &Index, path: &str, hashed: &Hashed) -> Option<ContentId> {
-        index.lookup(Path::new(path), &hashed.stamp).map(|h| h.manifest.id())
+        index
+            .lookup(Path::new(path), &hashed.stamp)
+            .map(|h| h.manifest.id())
     }
 
     fn n_manifests(index: &Index) -> u64 {
-        index.db.read().unwrap().as_ref().unwrap().begin_read().unwrap().open_table(MANIFESTS).unwrap().len().unwrap()
+        index
+            .db
+            .read()
+            .unwrap()
+            .as_ref()
+            .unwrap()
+            .begin_read()
+            .unwrap()
+            .open_table(MANIFESTS)
+            .unwrap()
+            .len()
+            .unwrap()
     }
 
     #[test]
     fn a_restart_knows_everything_and_only_for_the_exact_stamp() {
         let (_dir, path) = place();
-        let files: Vec<_> = [&b""[..], b"one", &[7; 300_000]].iter().map(|bytes| hashed(bytes)).collect();
-        let batch: Vec<_> =
-            files.iter().enumerate().map(|(i, h)| (PathBuf::from(format!("/s/{i}")), h.clone())).collect();
+        let files: Vec<_> = [&b""[..], b"one", &[7; 300_000]]
+            .iter()
+            .map(|bytes| hashed(bytes))
+            .collect();
+        let batch: Vec<_> = files
+            .iter()
+            .enumerate()
+            .map(|(i, h)| (PathBuf::from(format!("/s/{i}")), h.clone()))
+            .collect();
         Index::open(&path).unwrap().insert_batch(&batch).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
 
         let index = Index::open(&path).unwrap();
         for (path, hashed) in &batch {
-            let again = index.lookup(path, &hashed.stamp).expect("a restart hashes nothing again");
+            let again = index
+                .lookup(path, &hashed.stamp)
+                .expect("a restart hashes nothing again");
             assert_eq!(again.manifest.to_bytes(), hashed.manifest.to_bytes());
             assert_eq!(again.hashed_at_ns, hashed.hashed_at_ns);
             assert!(again.is_young());
             let stamp = hashed.stamp;
             for other in [
-                Stamp { dev: stamp.dev + 1, ..stamp },
-                Stamp { ino: stamp.ino + 1, ..stamp },
-                Stamp { size: stamp.size + 1, ..stamp },
-                Stamp { mtime_ns: stamp.mtime_ns + 1, ..stamp },
-                Stamp { ctime_ns: -stamp.ctime_ns, ..stamp },
+                Stamp {
+                    dev: stamp.dev + 1,
+                    ..stamp
+                },
+                Stamp {
+                    ino: stamp.ino + 1,
+                    ..stamp
+                },
+                Stamp {
+                    size: stamp.size + 1,
+                    ..stamp
+                },
+                Stamp {
+                    mtime_ns: stamp.mtime_ns + 1,
+                    ..stamp
+                },
+                Stamp {
+                    ctime_ns: -stamp.ctime_ns,
+                    ..stamp
+                },
             ] {
                 assert!(index.lookup(path, &other).is_none());
             }
@@ -401,16 +504,30 @@ mod tests {
     fn files_of_many_callers_are_all_written() {
         let (_dir, path) = place();
         let index = Index::open(&path).unwrap();
-        let files: Vec<_> = (0..8u8).map(|i| (format!("/{i}"), hashed(&[i; 9]))).collect();
+        let files: Vec<_> = (0..8u8)
+            .map(|i| (format!("/{i}"), hashed(&[i; 9])))
+            .collect();
         std::thread::scope(|scope| {
             for (path, file) in &files {
-                scope.spawn(|| index.insert_soon(vec![(path.into(), file.clone())]).unwrap());
+                scope.spawn(|| {
+                    index
+                        .insert_soon(vec![(path.into(), file.clone())])
+                        .unwrap()
+                });
             }
         });
         for (path, file) in &files {
-            assert_eq!(known(&index, path, file), Some(file.manifest.id()), "{path}");
+            assert_eq!(
+                known(&index, path, file),
+                Some(file.manifest.id()),
+                "{path}"
+            );
         }
-        assert_eq!(n_manifests(&index), 0, "one piece says nothing that the entry does not");
+        assert_eq!(
+            n_manifests(&index),
+            0,
+            "one piece says nothing that the entry does not"
+        );
     }
 
     #[test]
@@ -419,7 +536,10 @@ mod tests {
         let one = hashed(b"one");
         let first = Index::open(&path).unwrap();
         first.insert_batch(&[("/a".into(), one.clone())]).unwrap();
-        assert!(matches!(Index::open(&path).err().unwrap(), IndexError::DatabaseAlreadyOpen));
+        assert!(matches!(
+            Index::open(&path).err().unwrap(),
+            IndexError::DatabaseAlreadyOpen
+        ));
         assert_eq!(known(&first, "/a", &one), Some(one.manifest.id()));
     }
 
@@ -439,7 +559,10 @@ mod tests {
         ];
         for damage in damages {
             let (_dir, path) = place();
-            Index::open(&path).unwrap().insert_batch(&[("/a".into(), one.clone())]).unwrap();
+            Index::open(&path)
+                .unwrap()
+                .insert_batch(&[("/a".into(), one.clone())])
+                .unwrap();
             damage(&File::options().write(true).open(&path).unwrap());
             let index = Index::open(&path).unwrap();
             assert_eq!(known(&index, "/a", &one), None);
@@ -472,7 +595,8 @@ mod tests {
         index.insert_batch(&batch).unwrap();
         index
             .write(|txn| {
-                txn.open_table(MANIFESTS)?.insert(one.manifest.id().as_bytes(), &b"rot"[..])?;
+                txn.open_table(MANIFESTS)?
+                    .insert(one.manifest.id().as_bytes(), &b"rot"[..])?;
                 Ok(())
             })
             .unwrap();

@@ -17,9 +17,13 @@ use super::membership::Membership;
 use crate::{
     backoff::Backoff,
     exit::{Exit, Failed},
-    identity::{CertificateFacts, Identity, JOIN_NAME, Key, PEER_FILES, PeerId, Role, base32, renew_message},
+    identity::{
+        CertificateFacts, Identity, JOIN_NAME, Key, PEER_FILES, PeerId, Role, base32, renew_message,
+    },
     net::{self, DialError},
-    proto::{JoinRequest, JoinResponse, RenewRequest, enrollment_service_client::EnrollmentServiceClient},
+    proto::{
+        JoinRequest, JoinResponse, RenewRequest, enrollment_service_client::EnrollmentServiceClient,
+    },
     safe_path, tls,
     token::{JoinToken, Pin},
     trust::Trust,
@@ -42,12 +46,17 @@ pub struct Joined {
 pub async fn join(token: &JoinToken, state_dir: &Path) -> Result<Joined> {
     let before = Membership::load(state_dir, None).ok();
     let another = || {
-        let text = format!("{} belongs to another network: choose another --state-dir", state_dir.display());
+        let text = format!(
+            "{} belongs to another network: choose another --state-dir",
+            state_dir.display()
+        );
         anyhow::Error::from(Failed::new(Exit::Exists, text))
     };
     if let Some(member) = &before {
         let known = match token.pin {
-            Pin::Authority(pin) if CertificateFacts::read(member.trust().authority())?.pin() != pin => {
+            Pin::Authority(pin)
+                if CertificateFacts::read(member.trust().authority())?.pin() != pin =>
+            {
                 return Err(another());
             }
             Pin::Authority(_) => true,
@@ -56,7 +65,10 @@ pub async fn join(token: &JoinToken, state_dir: &Path) -> Result<Joined> {
         if known && member.seconds_left() > 0 {
             let trackers = first(&token.address, member.trackers());
             Membership::save_trackers(state_dir, &trackers)?;
-            return Ok(Joined { peer_id: member.id(), trackers });
+            return Ok(Joined {
+                peer_id: member.id(),
+                trackers,
+            });
         }
     }
     safe_path::private_dir(state_dir).map_err(|error| Failed::state_dir(&error))?;
@@ -67,8 +79,16 @@ pub async fn join(token: &JoinToken, state_dir: &Path) -> Result<Joined> {
         return Err(another());
     }
     let trackers = first(&token.address, &answer.tracker_addresses);
-    Membership::save(state_dir, &identity, &trackers, &answer.trust_list.unwrap_or_default())?;
-    Ok(Joined { peer_id: identity.subject()?.id, trackers })
+    Membership::save(
+        state_dir,
+        &identity,
+        &trackers,
+        &answer.trust_list.unwrap_or_default(),
+    )?;
+    Ok(Joined {
+        peer_id: identity.subject()?.id,
+        trackers,
+    })
 }
 
 /// The address that was just named, before the others.
@@ -84,17 +104,35 @@ fn first(address: &str, others: &[String]) -> Vec<String> {
 pub async fn join_identity_only(token: &JoinToken, folder: &Path) -> Result<Joined> {
     let (identity, answer) = redeem(token, folder).await?;
     identity.save(folder, PEER_FILES)?;
-    Ok(Joined { peer_id: identity.subject()?.id, trackers: answer.tracker_addresses })
+    Ok(Joined {
+        peer_id: identity.subject()?.id,
+        trackers: answer.tracker_addresses,
+    })
 }
 
 async fn redeem(token: &JoinToken, folder: &Path) -> Result<(Identity, JoinResponse)> {
-    let key = Membership::key_for_join(folder).with_context(|| format!("making a key in {}", folder.display()))?;
+    let key = Membership::key_for_join(folder)
+        .with_context(|| format!("making a key in {}", folder.display()))?;
     let target = [token.address.clone()];
-    let connection = net::dial(&target, tls::join_client(token.pin)?, JOIN_NAME, net::CONTROL).await.map_err(failed)?;
+    let connection = net::dial(
+        &target,
+        tls::join_client(token.pin)?,
+        JOIN_NAME,
+        net::CONTROL,
+    )
+    .await
+    .map_err(failed)?;
     let mut client = EnrollmentServiceClient::with_origin(connection.clone(), connection.origin());
-    let request =
-        JoinRequest { token_id: base32(&token.id), secret: token.secret.reveal(), csr: key.request()?.into() };
-    let answer = client.join(request).await.map_err(|status| refused(&token.address, &status))?.into_inner();
+    let request = JoinRequest {
+        token_id: base32(&token.id),
+        secret: token.secret.reveal(),
+        csr: key.request()?.into(),
+    };
+    let answer = client
+        .join(request)
+        .await
+        .map_err(|status| refused(&token.address, &status))?
+        .into_inner();
     let identity = accept(&answer, key, Some(token.pin))?;
     Ok((identity, answer))
 }
@@ -109,8 +147,15 @@ fn accept(answer: &JoinResponse, key: Key, pin: Option<Pin>) -> Result<Identity>
             "the tracker sent another authority than the token names"
         );
     }
-    let identity = Identity { key, certificate, authority };
-    ensure!(identity.subject()?.role == Role::Peer, "the tracker sent a certificate of another kind");
+    let identity = Identity {
+        key,
+        certificate,
+        authority,
+    };
+    ensure!(
+        identity.subject()?.role == Role::Peer,
+        "the tracker sent a certificate of another kind"
+    );
     if let Some(list) = &answer.trust_list {
         let trust = Trust::new(identity.authority.clone())?;
         list.open(&trust)?;
@@ -122,9 +167,16 @@ fn accept(answer: &JoinResponse, key: Key, pin: Option<Pin>) -> Result<Identity>
 #[must_use]
 pub fn failed(error: DialError) -> anyhow::Error {
     let (exit, hint) = match &error {
-        DialError::Refused(_, reason) if reason.contains("clock") => (Exit::Auth, "is either clock wrong?"),
-        DialError::Refused(_, reason) if reason.contains("network") || reason.contains("certificate") => {
-            (Exit::Auth, "is this link or state directory of that tracker?")
+        DialError::Refused(_, reason) if reason.contains("clock") => {
+            (Exit::Auth, "is either clock wrong?")
+        }
+        DialError::Refused(_, reason)
+            if reason.contains("network") || reason.contains("certificate") =>
+        {
+            (
+                Exit::Auth,
+                "is this link or state directory of that tracker?",
+            )
         }
         DialError::Refused(..) => (Exit::Tracker, "is this the tracker's address and port?"),
         DialError::Unreachable(..) | DialError::NoAddress => {
@@ -152,16 +204,28 @@ fn refused(address: &str, status: &tonic::Status) -> anyhow::Error {
 /// As [`join`].
 pub async fn renew(membership: &Membership) -> Result<()> {
     let config = tls::renew_client(membership.trust())?;
-    let connection = net::dial(membership.trackers(), config, JOIN_NAME, net::CONTROL).await.map_err(failed)?;
+    let connection = net::dial(membership.trackers(), config, JOIN_NAME, net::CONTROL)
+        .await
+        .map_err(failed)?;
     let mut client = EnrollmentServiceClient::with_origin(connection.clone(), connection.origin());
     let csr = membership.key().request()?;
     let signed_at = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
     let signature = membership.key().sign(&renew_message(signed_at, &csr))?;
-    let request = RenewRequest { csr: csr.into(), signed_at, signature: signature.into() };
-    let answer =
-        client.renew(request).await.map_err(|status| refused(&membership.trackers()[0], &status))?.into_inner();
+    let request = RenewRequest {
+        csr: csr.into(),
+        signed_at,
+        signature: signature.into(),
+    };
+    let answer = client
+        .renew(request)
+        .await
+        .map_err(|status| refused(&membership.trackers()[0], &status))?
+        .into_inner();
     let identity = accept(&answer, Key::from_pem(&membership.key().to_pem())?, None)?;
-    ensure!(identity.authority == *membership.trust().authority(), "the tracker now has another authority: join again");
+    ensure!(
+        identity.authority == *membership.trust().authority(),
+        "the tracker now has another authority: join again"
+    );
     membership.renewed(&identity.certificate)?;
     if let Some(list) = &answer.trust_list {
         membership.adopt(list)?;
@@ -181,7 +245,11 @@ pub async fn keep_renewed(membership: Arc<Membership>, cancel: CancellationToken
         let wait = membership.seconds_left() - at;
         if wait > 0 {
             let nap = Duration::from_secs(u64::try_from(wait).unwrap_or(1)).min(NAP);
-            if cancel.run_until_cancelled(tokio::time::sleep(nap)).await.is_none() {
+            if cancel
+                .run_until_cancelled(tokio::time::sleep(nap))
+                .await
+                .is_none()
+            {
                 return;
             }
             continue;
@@ -195,11 +263,17 @@ pub async fn keep_renewed(membership: Arc<Membership>, cancel: CancellationToken
             }
             Err(error) => {
                 let left = membership.seconds_left();
-                let delay = backoff
-                    .delay(rand::random())
-                    .min(Duration::from_secs(u64::try_from(left / 10).unwrap_or(0).max(2)));
-                tracing::warn!("renewing the certificate ({left} s left): {error:#}; trying again in {delay:?}");
-                if cancel.run_until_cancelled(tokio::time::sleep(delay)).await.is_none() {
+                let delay = backoff.delay(rand::random()).min(Duration::from_secs(
+                    u64::try_from(left / 10).unwrap_or(0).max(2),
+                ));
+                tracing::warn!(
+                    "renewing the certificate ({left} s left): {error:#}; trying again in {delay:?}"
+                );
+                if cancel
+                    .run_until_cancelled(tokio::time::sleep(delay))
+                    .await
+                    .is_none()
+                {
                     return;
                 }
             }
@@ -207,7 +281,11 @@ pub async fn keep_renewed(membership: Arc<Membership>, cancel: CancellationToken
     }
 }
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "seconds of a certificate's life")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    reason = "seconds of a certificate's life"
+)]
 fn part(seconds: i64, share: f64) -> i64 {
     (seconds as f64 * share) as i64
 }

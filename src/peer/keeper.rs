@@ -67,7 +67,10 @@ pub struct Lanes {
 
 impl Default for Lanes {
     fn default() -> Self {
-        Self { small: Arc::new(Semaphore::new(1)), big: Arc::new(Semaphore::new(1)) }
+        Self {
+            small: Arc::new(Semaphore::new(1)),
+            big: Arc::new(Semaphore::new(1)),
+        }
     }
 }
 
@@ -142,8 +145,16 @@ impl Keeper {
     async fn step(&mut self) -> Option<()> {
         self.start_hashing()?;
         let now = Instant::now();
-        let due = [Some(self.next_rescan), Some(self.next_glance), self.debouncer.due(now)];
-        let due = due.into_iter().flatten().min().expect("the first two are given");
+        let due = [
+            Some(self.next_rescan),
+            Some(self.next_glance),
+            self.debouncer.due(now),
+        ];
+        let due = due
+            .into_iter()
+            .flatten()
+            .min()
+            .expect("the first two are given");
         let cancel = self.cancel.clone();
         let mut changes = vec![];
         tokio::select! {
@@ -167,7 +178,9 @@ impl Keeper {
         let now = Instant::now();
         for change in changes {
             match (&change, &self.big) {
-                (Change::Touched(path), Some((hashing, cancel))) if path == hashing => cancel.cancel(),
+                (Change::Touched(path), Some((hashing, cancel))) if path == hashing => {
+                    cancel.cancel()
+                }
                 (Change::Stopped, _) => {
                     self.changes = None;
                     self.share.as_mut().map(Share::lose_events);
@@ -211,12 +224,17 @@ impl Keeper {
             }
         }
         let took = began.elapsed();
-        let interval = if *self.share.as_ref()?.mode() == Mode::Events { self.rescan } else { POLL };
+        let interval = if *self.share.as_ref()?.mode() == Mode::Events {
+            self.rescan
+        } else {
+            POLL
+        };
         let now = Instant::now();
         self.rested = now + took * REST;
         self.next_rescan = self.rested.max(now + interval);
         self.next_glance = now + POLL;
-        self.state.send_if_modified(|state| !std::mem::replace(&mut state.scanned, true));
+        self.state
+            .send_if_modified(|state| !std::mem::replace(&mut state.scanned, true));
         self.tell_skipped();
         Some(())
     }
@@ -236,7 +254,9 @@ impl Keeper {
 
     /// Logs what is not shared, if that is news.
     fn tell_skipped(&mut self) {
-        let Some(skipped) = self.share.as_ref().map(Share::skipped) else { return };
+        let Some(skipped) = self.share.as_ref().map(Share::skipped) else {
+            return;
+        };
         if std::mem::replace(&mut self.told, skipped) != skipped && skipped.total() > 0 {
             tracing::warn!("{skipped}");
         }
@@ -247,7 +267,11 @@ impl Keeper {
         let Some(share) = &self.share else { return };
         let tally = share.tally();
         let (files_to_hash, bytes_to_hash) = (tally.files_to_hash, tally.bytes_to_hash);
-        let progress = Progress { files_to_hash, bytes_to_hash, skipped: share.skipped() };
+        let progress = Progress {
+            files_to_hash,
+            bytes_to_hash,
+            skipped: share.skipped(),
+        };
         let polls = *share.mode() != Mode::Events;
         self.state.send_if_modified(|state| {
             let same_mode = state.mode == *share.mode();
@@ -292,7 +316,12 @@ impl Keeper {
             && let Some((root, jobs)) = share.next_small()
         {
             self.small = true;
-            let hashed = hash_all(Arc::clone(&self.lanes.small), root, jobs, self.cancel.clone());
+            let hashed = hash_all(
+                Arc::clone(&self.lanes.small),
+                root,
+                jobs,
+                self.cancel.clone(),
+            );
             self.hashing.spawn(async { (Lane::Small, hashed.await) });
         }
         if self.big.is_none()
@@ -318,7 +347,12 @@ impl Keeper {
 }
 
 /// Hashes files one after the other, when it has the permit; ends soon after `cancel`.
-async fn hash_all(lane: Arc<Semaphore>, root: Root, jobs: Vec<Job>, cancel: CancellationToken) -> Outcomes {
+async fn hash_all(
+    lane: Arc<Semaphore>,
+    root: Root,
+    jobs: Vec<Job>,
+    cancel: CancellationToken,
+) -> Outcomes {
     let permit = cancel.run_until_cancelled(lane.acquire_owned()).await;
     let hash = move || {
         let _permit = permit;

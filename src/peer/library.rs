@@ -155,8 +155,10 @@ impl Library {
     fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.lock();
         let result = change(&mut state);
-        let changed =
-            self.0.changed.send_if_modified(|version| std::mem::replace(version, state.version) != state.version);
+        let changed = self
+            .0
+            .changed
+            .send_if_modified(|version| std::mem::replace(version, state.version) != state.version);
         drop(state);
         if changed {
             self.0.haves.send_modify(|n| *n += 1);
@@ -182,7 +184,10 @@ impl Library {
     /// Stops offering the file at this absolute path, or all files beneath it. Returns how many names went.
     pub fn withdraw(&self, path: &Path) -> usize {
         self.change(|state| {
-            let names: Vec<_> = state.under(path).flat_map(|(_, names)| names.iter().cloned()).collect();
+            let names: Vec<_> = state
+                .under(path)
+                .flat_map(|(_, names)| names.iter().cloned())
+                .collect();
             names.iter().for_each(|name| state.unlist(name));
             names.len()
         })
@@ -191,7 +196,10 @@ impl Library {
     /// Stops offering the complete file of this name; false if there is none.
     pub fn withdraw_name(&self, name: &SafeName) -> bool {
         self.change(|state| {
-            let found = state.names.get(name).is_some_and(|listed| listed.location.is_some());
+            let found = state
+                .names
+                .get(name)
+                .is_some_and(|listed| listed.location.is_some());
             if found {
                 state.unlist(name);
             }
@@ -201,22 +209,39 @@ impl Library {
 
     /// Offers what a download in progress holds, read from `file`, until the guard is dropped. It is listed as partial
     /// if its name is free. A content is served from one download at a time: of a second one nothing is offered.
-    pub fn start_partial(&self, manifest: Manifest, name: SafeName, file: Arc<File>, have: HaveMap) -> Partial {
+    pub fn start_partial(
+        &self,
+        manifest: Manifest,
+        name: SafeName,
+        file: Arc<File>,
+        have: HaveMap,
+    ) -> Partial {
         let id = manifest.id();
         let token = self.change(|state| state.start_part(manifest, &name, Arc::clone(&file), have));
-        Partial { library: self.clone(), id, name, token, _file: file }
+        Partial {
+            library: self.clone(),
+            id,
+            name,
+            token,
+            _file: file,
+        }
     }
 
     /// The manifest of a content that is here, complete or in part.
     pub fn manifest(&self, id: &ContentId) -> Option<Manifest> {
-        self.lock().contents.get(id).map(|entry| entry.manifest.clone())
+        self.lock()
+            .contents
+            .get(id)
+            .map(|entry| entry.manifest.clone())
     }
 
     /// The manifests of the complete contents of more than one piece, in no particular order.
     pub fn long_contents(&self) -> Vec<Manifest> {
         let state = self.lock();
-        let long =
-            state.contents.values().filter(|entry| !entry.files.is_empty() && !entry.manifest.hashes().is_empty());
+        let long = state
+            .contents
+            .values()
+            .filter(|entry| !entry.files.is_empty() && !entry.manifest.hashes().is_empty());
         long.map(|entry| entry.manifest.clone()).collect()
     }
 
@@ -233,7 +258,11 @@ impl Library {
     /// The absolute paths of the complete files with this content, sorted. What lies there must be verified.
     pub fn find(&self, id: &ContentId) -> Vec<PathBuf> {
         let state = self.lock();
-        let files = state.contents.get(id).into_iter().flat_map(|entry| entry.files.values());
+        let files = state
+            .contents
+            .get(id)
+            .into_iter()
+            .flat_map(|entry| entry.files.values());
         let mut paths: Vec<_> = files.map(|location| location.path()).collect();
         paths.sort_unstable();
         paths
@@ -242,8 +271,12 @@ impl Library {
     /// The complete files at or beneath a path, each with the version that is offered.
     pub fn known_under(&self, path: &Path) -> Vec<(PathBuf, Stamp)> {
         let state = self.lock();
-        let files = state.under(path).filter_map(|(path, names)| Some((path, state.location(names.first()?)?)));
-        files.map(|(path, location)| (path.to_owned(), location.stamp)).collect()
+        let files = state
+            .under(path)
+            .filter_map(|(path, names)| Some((path, state.location(names.first()?)?)));
+        files
+            .map(|(path, location)| (path.to_owned(), location.stamp))
+            .collect()
     }
 
     /// Is some download in progress on offer?
@@ -300,17 +333,29 @@ impl Library {
                         continue;
                     }
                 },
-                Some((manifest, Held::Part { file, token })) => (manifest, Source::Part { file, token }),
+                Some((manifest, Held::Part { file, token })) => {
+                    (manifest, Source::Part { file, token })
+                }
                 None => return Err(failure),
             };
-            return Ok(Reader { library: self.clone(), manifest, source });
+            return Ok(Reader {
+                library: self.clone(),
+                manifest,
+                source,
+            });
         }
     }
 
     /// The download in progress of a content of which there is no file; does not block.
     pub fn open_part(&self, id: &ContentId) -> Option<Reader> {
-        let (manifest, Held::Part { file, token }) = self.lock().held(id, &[])? else { return None };
-        Some(Reader { library: self.clone(), manifest, source: Source::Part { file, token } })
+        let (manifest, Held::Part { file, token }) = self.lock().held(id, &[])? else {
+            return None;
+        };
+        Some(Reader {
+            library: self.clone(),
+            manifest,
+            source: Source::Part { file, token },
+        })
     }
 
     fn open_file(&self, location: &Arc<Location>) -> Result<File, ServeError> {
@@ -319,9 +364,16 @@ impl Library {
             Ok(_) => ServeError::Changed,
             Err(error) => match fs::symlink_metadata(location.path()) {
                 // The file is as it was: too many open files, no permission, a failing disk.
-                Ok(metadata) if Stamp::from(&metadata) == location.stamp => return Err(error.into()),
+                Ok(metadata) if Stamp::from(&metadata) == location.stamp => {
+                    return Err(error.into());
+                }
                 Ok(_) => ServeError::Changed,
-                Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                    ) =>
+                {
                     ServeError::NotFound
                 }
                 Err(_) => return Err(error.into()),
@@ -334,7 +386,10 @@ impl Library {
     /// Withdraws a file that is no longer what was hashed, unless it was published anew meanwhile.
     fn suspect(&self, location: &Arc<Location>) {
         self.change(|state| {
-            if state.location(&location.name).is_some_and(|current| Arc::ptr_eq(current, location)) {
+            if state
+                .location(&location.name)
+                .is_some_and(|current| Arc::ptr_eq(current, location))
+            {
                 state.unlist(&location.name);
                 state.suspects.insert(location.path());
             }
@@ -372,7 +427,8 @@ impl Partial {
 
 impl Drop for Partial {
     fn drop(&mut self) {
-        self.library.change(|state| state.end_part(&self.id, self.token, &self.name));
+        self.library
+            .change(|state| state.end_part(&self.id, self.token, &self.name));
     }
 }
 
@@ -394,7 +450,9 @@ mod tests {
     fn manifest(bytes: &[u8]) -> Manifest {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(bytes).unwrap();
-        hash_file(&file, &CancellationToken::new()).unwrap().manifest
+        hash_file(&file, &CancellationToken::new())
+            .unwrap()
+            .manifest
     }
 
     fn piece(manifest: &Manifest, i: u32) -> PieceIndex {
@@ -411,7 +469,11 @@ mod tests {
     impl Shelf {
         fn new() -> Self {
             let dir = TempDir::new().unwrap();
-            Self { root: Root::open(dir.path()).unwrap(), dir, library: Library::new() }
+            Self {
+                root: Root::open(dir.path()).unwrap(),
+                dir,
+                library: Library::new(),
+            }
         }
 
         fn path(&self, name: &str) -> PathBuf {
@@ -423,10 +485,17 @@ mod tests {
             fs::write(self.path(text), bytes).unwrap();
             let file = File::open(self.path(text)).unwrap();
             let hashed = hash_file(&file, &CancellationToken::new()).unwrap();
-            let location =
-                Location { root: self.root.clone(), relative: text.into(), stamp: hashed.stamp, name: name(text) };
+            let location = Location {
+                root: self.root.clone(),
+                relative: text.into(),
+                stamp: hashed.stamp,
+                name: name(text),
+            };
             let id = hashed.manifest.id();
-            assert_eq!(self.library.publish(location, hashed.manifest), Published::New);
+            assert_eq!(
+                self.library.publish(location, hashed.manifest),
+                Published::New
+            );
             id
         }
 
@@ -442,7 +511,10 @@ mod tests {
         fn assert_withdrawn(&self, text: &str) {
             assert_eq!(self.library.files(), []);
             assert_eq!(self.library.totals(), (0, 0));
-            assert_eq!(self.library.take_suspects(), BTreeSet::from([self.path(text)]));
+            assert_eq!(
+                self.library.take_suspects(),
+                BTreeSet::from([self.path(text)])
+            );
             assert_eq!(self.library.take_suspects(), BTreeSet::new());
         }
     }
@@ -461,10 +533,16 @@ mod tests {
         assert_eq!(reader.read(262_100, 100).unwrap(), bytes[262_100..262_200]);
         assert_eq!(reader.read(700_000, 0).unwrap(), b""[..]);
         for (offset, len) in [(0, 700_001), (700_000, 1), (u64::MAX, 1)] {
-            assert!(matches!(reason(reader.read(offset, len)), ServeError::OutOfRange));
+            assert!(matches!(
+                reason(reader.read(offset, len)),
+                ServeError::OutOfRange
+            ));
         }
         let empty = shelf.put("empty", b"");
-        assert_eq!(shelf.library.open(&empty).unwrap().read(0, 0).unwrap(), b""[..]);
+        assert_eq!(
+            shelf.library.open(&empty).unwrap().read(0, 0).unwrap(),
+            b""[..]
+        );
         assert_eq!(shelf.library.totals(), (2, 700_000));
         assert_eq!(shelf.library.find(&id), [shelf.path("a")]);
         assert_eq!(shelf.library.have(&id), Some(Have::Complete));
@@ -479,7 +557,10 @@ mod tests {
         shelf.write("a", &[2], 500);
         assert!(matches!(reason(reader.read(0, 10)), ServeError::Changed));
         shelf.assert_withdrawn("a");
-        assert!(matches!(reason(shelf.library.open(&id)), ServeError::NotFound));
+        assert!(matches!(
+            reason(shelf.library.open(&id)),
+            ServeError::NotFound
+        ));
     }
 
     #[test]
@@ -487,7 +568,10 @@ mod tests {
         let shelf = Shelf::new();
         let id = shelf.put("a", &[1; 1000]);
         shelf.write("a", &[2], 0);
-        assert!(matches!(reason(shelf.library.open(&id)), ServeError::Changed));
+        assert!(matches!(
+            reason(shelf.library.open(&id)),
+            ServeError::Changed
+        ));
         shelf.assert_withdrawn("a");
     }
 
@@ -496,7 +580,12 @@ mod tests {
         let shelf = Shelf::new();
         let id = shelf.put("a", &[1; 1000]);
         let mut reader = shelf.library.open(&id).unwrap();
-        File::options().write(true).open(shelf.path("a")).unwrap().set_len(10).unwrap();
+        File::options()
+            .write(true)
+            .open(shelf.path("a"))
+            .unwrap()
+            .set_len(10)
+            .unwrap();
         assert!(matches!(reason(reader.read(5, 100)), ServeError::Changed));
         shelf.assert_withdrawn("a");
     }
@@ -521,7 +610,10 @@ mod tests {
         let id = shelf.put("a", &[1; 1000]);
         fs::write(shelf.path("new"), [2; 1000]).unwrap();
         fs::rename(shelf.path("new"), shelf.path("a")).unwrap();
-        assert!(matches!(reason(shelf.library.open(&id)), ServeError::Changed));
+        assert!(matches!(
+            reason(shelf.library.open(&id)),
+            ServeError::Changed
+        ));
         shelf.assert_withdrawn("a");
     }
 
@@ -547,7 +639,10 @@ mod tests {
             let id = shelf.put("a", &[1; 1000]);
             fs::remove_file(shelf.path("a")).unwrap();
             swap(&shelf);
-            assert!(matches!(reason(shelf.library.open(&id)), ServeError::NotFound | ServeError::Changed));
+            assert!(matches!(
+                reason(shelf.library.open(&id)),
+                ServeError::NotFound | ServeError::Changed
+            ));
             shelf.assert_withdrawn("a");
         }
     }
@@ -568,18 +663,33 @@ mod tests {
         let (shelf, other) = (Shelf::new(), Shelf::new());
         let id = shelf.put("a", b"one");
         fs::write(other.path("a"), b"two").unwrap();
-        let hashed = hash_file(&File::open(other.path("a")).unwrap(), &CancellationToken::new()).unwrap();
-        let location =
-            Location { root: other.root.clone(), relative: "a".into(), stamp: hashed.stamp, name: name("a") };
+        let hashed = hash_file(
+            &File::open(other.path("a")).unwrap(),
+            &CancellationToken::new(),
+        )
+        .unwrap();
+        let location = Location {
+            root: other.root.clone(),
+            relative: "a".into(),
+            stamp: hashed.stamp,
+            name: name("a"),
+        };
         let version = shelf.library.changes_since(0).version;
-        let publish = || shelf.library.publish(location.clone(), hashed.manifest.clone());
+        let publish = || {
+            shelf
+                .library
+                .publish(location.clone(), hashed.manifest.clone())
+        };
         assert_eq!(publish(), Published::Clash(shelf.path("a")));
         assert_eq!(shelf.library.files()[0].content_id, id);
         assert_eq!(shelf.library.changes_since(0).version, version);
         assert!(shelf.library.withdraw_name(&name("a")));
         assert_eq!(publish(), Published::New);
         assert_eq!(publish(), Published::Same);
-        assert_eq!(shelf.library.known_under(other.dir.path()), [(other.path("a"), hashed.stamp)]);
+        assert_eq!(
+            shelf.library.known_under(other.dir.path()),
+            [(other.path("a"), hashed.stamp)]
+        );
     }
 
     #[test]
@@ -592,7 +702,12 @@ mod tests {
         assert_eq!(shelf.library.known_under(&shelf.path("d")).len(), 2);
         assert_eq!(shelf.library.withdraw(&shelf.path("d")), 2);
         assert_eq!(shelf.library.withdraw(&shelf.path("d")), 0);
-        let left: Vec<_> = shelf.library.files().iter().map(|file| file.name.to_string()).collect();
+        let left: Vec<_> = shelf
+            .library
+            .files()
+            .iter()
+            .map(|file| file.name.to_string())
+            .collect();
         assert_eq!(left, ["d-1", "d.1", "e"]);
     }
 
@@ -605,31 +720,60 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&bytes).unwrap();
         let have = HaveMap::empty(manifest.layout().n_pieces());
-        let partial = shelf.library.start_partial(manifest.clone(), name("a"), Arc::new(file), have.clone());
+        let partial =
+            shelf
+                .library
+                .start_partial(manifest.clone(), name("a"), Arc::new(file), have.clone());
         let second = File::open("/dev/null").unwrap();
-        let second = shelf.library.start_partial(manifest.clone(), name("b"), Arc::new(second), have.clone());
+        let second = shelf.library.start_partial(
+            manifest.clone(),
+            name("b"),
+            Arc::new(second),
+            have.clone(),
+        );
         assert_eq!(shelf.library.have(&id), Some(Have::Partial(have)));
 
         let mut reader = shelf.library.open(&id).unwrap();
         assert!(matches!(reason(reader.read(0, 1)), ServeError::NotFound));
-        assert_eq!(shelf.library.open_part(&id).unwrap().read_at_once(0, 1), None);
+        assert_eq!(
+            shelf.library.open_part(&id).unwrap().read_at_once(0, 1),
+            None
+        );
         second.add_piece(piece(&manifest, 0));
         partial.add_piece(piece(&manifest, 1));
         let len = MIN_PIECE_LEN;
         assert_eq!(reader.read(len.into(), len).unwrap(), bytes[..len as usize]);
-        assert!(reader.read_at_once(len.into(), len).is_none_or(|read| read == bytes[..len as usize]));
+        assert!(
+            reader
+                .read_at_once(len.into(), len)
+                .is_none_or(|read| read == bytes[..len as usize])
+        );
         for (offset, len) in [(len - 1, 2), (2 * len - 1, 2), (2 * len, 1)] {
-            assert!(matches!(reason(reader.read(offset.into(), len)), ServeError::NotFound));
+            assert!(matches!(
+                reason(reader.read(offset.into(), len)),
+                ServeError::NotFound
+            ));
             assert_eq!(reader.read_at_once(offset.into(), len), None);
         }
-        let row = FileInfo { name: name("a"), size: bytes.len() as u64, content_id: id, partial: true };
+        let row = FileInfo {
+            name: name("a"),
+            size: bytes.len() as u64,
+            content_id: id,
+            partial: true,
+        };
         assert_eq!(shelf.library.files(), std::slice::from_ref(&row));
         assert_eq!(shelf.library.totals(), (0, 0));
 
         let version = shelf.library.changes_since(0).version;
         assert_eq!(shelf.put("a", &bytes), id);
         assert!(shelf.library.open_part(&id).is_none());
-        let update = Update::Delta { added: vec![FileInfo { partial: false, ..row }], removed: vec![] };
+        let update = Update::Delta {
+            added: vec![FileInfo {
+                partial: false,
+                ..row
+            }],
+            removed: vec![],
+        };
         assert_eq!(shelf.library.changes_since(version).update, update);
         drop((partial, second));
         assert_eq!(reader.read(0, 1).unwrap(), bytes[..1]);
@@ -641,7 +785,10 @@ mod tests {
         let shelf = Shelf::new();
         let manifest = manifest(&[7; 10]);
         let file = Arc::new(tempfile::tempfile().unwrap());
-        let partial = shelf.library.start_partial(manifest.clone(), name("a"), file, HaveMap::full(1));
+        let partial =
+            shelf
+                .library
+                .start_partial(manifest.clone(), name("a"), file, HaveMap::full(1));
         let mut reader = shelf.library.open(&manifest.id()).unwrap();
         drop(partial);
         assert!(matches!(reason(reader.read(0, 1)), ServeError::Changed));
@@ -659,7 +806,11 @@ mod tests {
         let known = |name| shelf.library.known_under(&shelf.path(name)).len();
         assert_eq!((known("a"), known("ab")), (2, 1));
         assert_eq!(shelf.library.withdraw(&shelf.path("a")), 2);
-        let left = shelf.library.files().into_iter().map(|file| file.name.to_string());
+        let left = shelf
+            .library
+            .files()
+            .into_iter()
+            .map(|file| file.name.to_string());
         assert_eq!(left.collect::<Vec<_>>(), ["a-b", "a.b", "ab"]);
     }
 
@@ -684,7 +835,15 @@ mod tests {
         for i in 0..n_rows {
             let text = i.to_string();
             let (relative, name) = (PathBuf::from(&text), name(&text));
-            shelf.library.publish(Location { root: shelf.root.clone(), relative, stamp, name }, manifest.clone());
+            shelf.library.publish(
+                Location {
+                    root: shelf.root.clone(),
+                    relative,
+                    stamp,
+                    name,
+                },
+                manifest.clone(),
+            );
         }
         let version = 1 + n_rows;
         assert_eq!(shelf.library.totals(), (n_rows, n_rows));
@@ -705,11 +864,21 @@ mod tests {
 
     #[derive(Clone, Debug)]
     enum Step {
-        Publish { folder: bool, name: usize, content: usize },
-        Withdraw { folder: bool, name: usize },
+        Publish {
+            folder: bool,
+            name: usize,
+            content: usize,
+        },
+        Withdraw {
+            folder: bool,
+            name: usize,
+        },
         WithdrawFolder(bool),
         WithdrawName(usize),
-        Start { name: usize, content: usize },
+        Start {
+            name: usize,
+            content: usize,
+        },
         End(usize),
         Follow,
     }
@@ -745,16 +914,29 @@ mod tests {
                 }
                 Update::Delta { added, removed } => {
                     for key in removed {
-                        assert!(self.rows.remove(&key).is_some(), "only rows that were there are removed");
+                        assert!(
+                            self.rows.remove(&key).is_some(),
+                            "only rows that were there are removed"
+                        );
                     }
                     added
                 }
             };
             for row in added {
-                let key = FileKey { name: row.name.clone(), content_id: row.content_id };
-                assert_ne!(self.rows.insert(key, row.clone()), Some(row), "only changes are told");
+                let key = FileKey {
+                    name: row.name.clone(),
+                    content_id: row.content_id,
+                };
+                assert_ne!(
+                    self.rows.insert(key, row.clone()),
+                    Some(row),
+                    "only changes are told"
+                );
             }
-            assert_eq!(self.rows.values().cloned().collect::<Vec<_>>(), library.files());
+            assert_eq!(
+                self.rows.values().cloned().collect::<Vec<_>>(),
+                library.files()
+            );
         }
     }
 

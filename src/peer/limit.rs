@@ -71,7 +71,11 @@ impl Limit {
     /// A limit that begins with these rates.
     #[must_use]
     pub fn new(rates: Rates) -> Self {
-        let shared = Shared { lowest: AtomicU64::new(NONE), queue: Mutex::default(), changed: Notify::new() };
+        let shared = Shared {
+            lowest: AtomicU64::new(NONE),
+            queue: Mutex::default(),
+            changed: Notify::new(),
+        };
         let limit = Self(Arc::new(shared));
         limit.set(rates);
         limit
@@ -85,7 +89,10 @@ impl Limit {
 
     /// Changes the rates, at once and for those who wait too.
     pub fn set(&self, rates: Rates) {
-        let lowest = rates.total.unwrap_or(NONE).min(rates.per_peer.unwrap_or(NONE));
+        let lowest = rates
+            .total
+            .unwrap_or(NONE)
+            .min(rates.per_peer.unwrap_or(NONE));
         self.0.lock().turns.set(rates, Instant::now().into_std());
         self.0.lowest.store(lowest, Ordering::Relaxed);
         self.0.changed.notify_one();
@@ -94,7 +101,10 @@ impl Limit {
     /// The way of bytes to or from a peer; all lanes of a peer share its rate and its turn. Cheap: one for each stream.
     #[must_use]
     pub fn lane(&self, peer: PeerId) -> Lane {
-        Lane { shared: self.0.clone(), peer }
+        Lane {
+            shared: self.0.clone(),
+            peer,
+        }
     }
 }
 
@@ -113,7 +123,9 @@ impl Lane {
             return Duration::ZERO;
         }
         let began = Instant::now();
-        let Some((mut place, granted)) = self.queue_up(bytes, began) else { return Duration::ZERO };
+        let Some((mut place, granted)) = self.queue_up(bytes, began) else {
+            return Duration::ZERO;
+        };
         // Cannot fail: the sender is dropped unused only with the place.
         let _ = granted.await;
         place.is_over = true;
@@ -123,7 +135,10 @@ impl Lane {
     /// `used` bytes went instead of the `taken` ones: the difference is given back, or makes the next ones wait.
     pub fn correct(&self, taken: u32, used: u32) {
         if taken != used && self.rate_hint().is_some() {
-            self.shared.lock().turns.correct(self.peer, taken, used, Instant::now().into_std());
+            self.shared
+                .lock()
+                .turns
+                .correct(self.peer, taken, used, Instant::now().into_std());
             self.shared.changed.notify_one();
         }
     }
@@ -137,7 +152,9 @@ impl Lane {
     /// As many of `n` things of `len` bytes as may be asked for at once: 100 ms worth, at least one.
     #[must_use]
     pub fn at_once(&self, n: u32, len: u32) -> u32 {
-        let Some(rate) = self.rate_hint() else { return n };
+        let Some(rate) = self.rate_hint() else {
+            return n;
+        };
         let most = rate / AT_ONCE / u64::from(len.max(1));
         n.min(u32::try_from(most).unwrap_or(u32::MAX).max(1))
     }
@@ -160,7 +177,15 @@ impl Lane {
             }
             _ => {}
         }
-        Some((Place { lane: self, bytes, ticket, is_over: false }, granted))
+        Some((
+            Place {
+                lane: self,
+                bytes,
+                ticket,
+                is_over: false,
+            },
+            granted,
+        ))
     }
 }
 
@@ -181,7 +206,9 @@ impl Drop for Place<'_> {
         let mut queue = shared.lock();
         queue.waiting.remove(&self.ticket);
         if !queue.turns.cancel(*peer, self.ticket) {
-            queue.turns.correct(*peer, self.bytes, 0, Instant::now().into_std());
+            queue
+                .turns
+                .correct(*peer, self.bytes, 0, Instant::now().into_std());
         }
         drop(queue);
         shared.changed.notify_one();
@@ -238,11 +265,20 @@ mod tests {
     }
 
     fn limit(total: impl Into<Option<u64>>, per_peer: impl Into<Option<u64>>) -> Limit {
-        Limit::new(Rates { total: total.into(), per_peer: per_peer.into() })
+        Limit::new(Rates {
+            total: total.into(),
+            per_peer: per_peer.into(),
+        })
     }
 
     /// Takes bytes on so many lanes of each peer until the time is over; gives what each peer got.
-    async fn greedy(limit: &Limit, peers: u8, lanes: usize, bytes: u32, time: Duration) -> Vec<u64> {
+    async fn greedy(
+        limit: &Limit,
+        peers: u8,
+        lanes: usize,
+        bytes: u32,
+        time: Duration,
+    ) -> Vec<u64> {
         let end = Instant::now() + time;
         let work = |n: u8| {
             let lanes = (0..lanes).map(move |_| {
@@ -262,7 +298,10 @@ mod tests {
 
     #[track_caller]
     fn assert_near(is: u64, wanted: u64) {
-        assert!(is.abs_diff(wanted) * 50 <= wanted, "{is} is not within 2 % of {wanted}");
+        assert!(
+            is.abs_diff(wanted) * 50 <= wanted,
+            "{is} is not within 2 % of {wanted}"
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -285,9 +324,22 @@ mod tests {
         for _ in 0..1000 {
             assert_eq!(lane.take(u32::MAX).now_or_never(), Some(Duration::ZERO));
         }
-        assert_eq!((lane.rate_hint(), lane.at_once(1024, 1 << 20)), (None, 1024));
-        limit.set(Rates { total: Some(10 << 20), per_peer: Some(5 << 20) });
-        assert_eq!((lane.rate_hint(), lane.at_once(1024, 1 << 18), lane.at_once(9, 1 << 24)), (Some(5 << 20), 2, 1));
+        assert_eq!(
+            (lane.rate_hint(), lane.at_once(1024, 1 << 20)),
+            (None, 1024)
+        );
+        limit.set(Rates {
+            total: Some(10 << 20),
+            per_peer: Some(5 << 20),
+        });
+        assert_eq!(
+            (
+                lane.rate_hint(),
+                lane.at_once(1024, 1 << 18),
+                lane.at_once(9, 1 << 24)
+            ),
+            (Some(5 << 20), 2, 1)
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -309,9 +361,16 @@ mod tests {
             async move { lane.take(1 << 20).await }
         });
         tokio::time::sleep(Duration::from_secs(5)).await;
-        limit.set(Rates { total: Some(1 << 30), per_peer: None });
+        limit.set(Rates {
+            total: Some(1 << 30),
+            per_peer: None,
+        });
         waiting.await.unwrap();
-        assert!(began.elapsed() < Duration::from_millis(6_100), "{:?}", began.elapsed());
+        assert!(
+            began.elapsed() < Duration::from_millis(6_100),
+            "{:?}",
+            began.elapsed()
+        );
         lane.take(1 << 30).await;
         lane.take(1 << 30).await;
         let waiting = tokio::spawn(async move { lane.take(1 << 20).await });
@@ -334,7 +393,11 @@ mod tests {
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert!(limit.0.lock().waiting.is_empty());
         drop(dropped);
-        assert_eq!(limit.lane(peer(2)).take(90_000).await, Duration::ZERO, "the bucket is full again");
+        assert_eq!(
+            limit.lane(peer(2)).take(90_000).await,
+            Duration::ZERO,
+            "the bucket is full again"
+        );
     }
 
     #[tokio::test(start_paused = true)]

@@ -68,22 +68,33 @@ impl Membership {
         let trackers = match tracker {
             Some(tracker) => vec![tracker],
             None => {
-                let text = std::fs::read(&network).with_context(|| format!("reading {}", network.display()))?;
+                let text = std::fs::read(&network)
+                    .with_context(|| format!("reading {}", network.display()))?;
                 serde_json::from_slice::<Network>(&text)
                     .with_context(|| format!("reading {}", network.display()))?
                     .trackers
             }
         };
         let subject = identity.subject().with_context(named)?;
-        let certificate =
-            LiveCertificate::new(vec![identity.certificate, identity.authority.clone()], identity.key.to_der())?;
+        let certificate = LiveCertificate::new(
+            vec![identity.certificate, identity.authority.clone()],
+            identity.key.to_der(),
+        )?;
         let trust = Trust::new(identity.authority)?;
-        let stored =
-            std::fs::read(state_dir.join(TRUST)).ok().and_then(|bytes| SignedTrustList::decode(&bytes[..]).ok());
+        let stored = std::fs::read(state_dir.join(TRUST))
+            .ok()
+            .and_then(|bytes| SignedTrustList::decode(&bytes[..]).ok());
         if let Some(list) = stored.and_then(|signed| signed.open(&trust).ok()) {
             trust.adopt(list);
         }
-        Ok(Arc::new(Self { state_dir: state_dir.to_owned(), subject, key: identity.key, certificate, trust, trackers }))
+        Ok(Arc::new(Self {
+            state_dir: state_dir.to_owned(),
+            subject,
+            key: identity.key,
+            certificate,
+            trust,
+            trackers,
+        }))
     }
 
     /// Has this machine joined a network from this directory?
@@ -96,7 +107,12 @@ impl Membership {
     ///
     /// # Errors
     /// As the file system answers.
-    pub fn save(state_dir: &Path, identity: &Identity, trackers: &[String], list: &SignedTrustList) -> Result<()> {
+    pub fn save(
+        state_dir: &Path,
+        identity: &Identity,
+        trackers: &[String],
+        list: &SignedTrustList,
+    ) -> Result<()> {
         safe_path::private_dir(state_dir)?;
         Self::save_trackers(state_dir, trackers)?;
         safe_path::write_private(&state_dir.join(TRUST), &list.encode_to_vec())?;
@@ -109,8 +125,13 @@ impl Membership {
     /// # Errors
     /// As the file system answers.
     pub fn save_trackers(state_dir: &Path, trackers: &[String]) -> Result<()> {
-        let network = Network { trackers: trackers.to_vec() };
-        Ok(safe_path::write_private(&state_dir.join(NETWORK), &serde_json::to_vec_pretty(&network)?)?)
+        let network = Network {
+            trackers: trackers.to_vec(),
+        };
+        Ok(safe_path::write_private(
+            &state_dir.join(NETWORK),
+            &serde_json::to_vec_pretty(&network)?,
+        )?)
     }
 
     /// The key that an earlier, unfinished join left, or a new one, written before it is used.
@@ -121,7 +142,9 @@ impl Membership {
         safe_path::private_dir(folder)?;
         let path = folder.join(PEER_FILES[2]);
         if path.exists() {
-            return Ok(Key::from_pem(&String::from_utf8_lossy(&safe_path::read_private(&path)?))?);
+            return Ok(Key::from_pem(&String::from_utf8_lossy(
+                &safe_path::read_private(&path)?,
+            ))?);
         }
         let key = Key::generate()?;
         safe_path::write_private(&path, key.to_pem().as_bytes())?;
@@ -191,8 +214,12 @@ impl Membership {
             CertificateFacts::read(certificate)?.subject()? == self.subject,
             "the renewed certificate is somebody else's"
         );
-        let key: PrivateKeyDer<'static> = PrivatePkcs8KeyDer::from(self.key.pair().serialize_der()).into();
-        self.certificate.replace(vec![certificate.clone(), self.trust.authority().clone()], key)?;
+        let key: PrivateKeyDer<'static> =
+            PrivatePkcs8KeyDer::from(self.key.pair().serialize_der()).into();
+        self.certificate.replace(
+            vec![certificate.clone(), self.trust.authority().clone()],
+            key,
+        )?;
         let path = self.state_dir.join(IDENTITY).join(PEER_FILES[1]);
         safe_path::write_private(&path, pem("CERTIFICATE", certificate).as_bytes())?;
         Ok(())

@@ -70,7 +70,10 @@ use crate::{
     identity::PeerId,
     net::{self, Connection, Front, Limits, Listener},
     operator,
-    proto::{self, chunk_service_server::ChunkServiceServer, control_service_server::ControlServiceServer},
+    proto::{
+        self, chunk_service_server::ChunkServiceServer,
+        control_service_server::ControlServiceServer,
+    },
     safe_path::Root,
     tls,
 };
@@ -81,7 +84,12 @@ pub const DEFAULT_PORT: u16 = 7701;
 const OPERATOR_PORT: u16 = 7791;
 const SPREAD: u16 = 32;
 /// Room for 32 far members behind one address that begin together, and for 32 downloads of one.
-const LIMITS: Limits = Limits { connections: 1024, strangers_per_address: 256, per_member: 256, http2: net::DATA };
+const LIMITS: Limits = Limits {
+    connections: 1024,
+    strangers_per_address: 256,
+    per_member: 256,
+    http2: net::DATA,
+};
 /// Longest request of this user's own commands, bytes: a Get of some hundred thousand files.
 const MAX_CONTROL_MESSAGE: usize = 64 << 20;
 
@@ -157,7 +165,9 @@ impl Node {
         let membership = tracker.membership().clone();
         let lock = lock(&options.state_dir).await?;
         if membership.seconds_left() <= 0 {
-            join::renew(&membership).await.context("the certificate has ended")?;
+            join::renew(&membership)
+                .await
+                .context("the certificate has ended")?;
         }
         net::raise_descriptor_limit();
         let ending = TaskTracker::new();
@@ -177,7 +187,10 @@ impl Node {
         let downloads = add_shares(&options, &shares, &remember)?;
         let listener = listen(options.listen)?;
         let operator = net::bind_http(options.operator, OPERATOR_PORT)?;
-        let reachable = Reachable { bound: listener.local_addr()?, advertise: options.advertise.clone() };
+        let reachable = Reachable {
+            bound: listener.local_addr()?,
+            advertise: options.advertise.clone(),
+        };
         let (state, state_shown) = watch::channel("connecting".to_owned());
         let control = Arc::new(Control {
             membership: membership.clone(),
@@ -202,20 +215,37 @@ impl Node {
             attached: watch::Sender::new(0),
             downloaded: AtomicU64::new(0),
         });
-        let service =
-            ControlServiceServer::new(ControlServer(control.clone())).max_decoding_message_size(MAX_CONTROL_MESSAGE);
+        let service = ControlServiceServer::new(ControlServer(control.clone()))
+            .max_decoding_message_size(MAX_CONTROL_MESSAGE);
         let routes = Routes::new(service).prepare();
         let connection = net::pipe(routes.clone(), net::CONTROL, cancel.clone()).await?;
         let addresses = control.reachable.addresses();
         let page = operator.as_ref().map(TcpListener::local_addr).transpose()?;
         let (cancel, tasks) = (cancel.clone(), tasks.clone());
-        let node = Self { control, connection, addresses, operator: page, cancel, tasks, lock };
-        let socket = net::bind_unix(&options.state_dir, SOCKET).context("binding the control socket")?;
-        node.tasks.spawn(net::serve_unix(socket, routes, node.cancel.clone(), node.tasks.clone()));
+        let node = Self {
+            control,
+            connection,
+            addresses,
+            operator: page,
+            cancel,
+            tasks,
+            lock,
+        };
+        let socket =
+            net::bind_unix(&options.state_dir, SOCKET).context("binding the control socket")?;
+        node.tasks.spawn(net::serve_unix(
+            socket,
+            routes,
+            node.cancel.clone(),
+            node.tasks.clone(),
+        ));
         node.serve(listener, &membership).await?;
-        operator.into_iter().for_each(|listener| node.serve_operator(listener));
+        operator
+            .into_iter()
+            .for_each(|listener| node.serve_operator(listener));
         node.announce(state, options.listen.is_none());
-        node.tasks.spawn(join::keep_renewed(membership, node.cancel.clone()));
+        node.tasks
+            .spawn(join::keep_renewed(membership, node.cancel.clone()));
         Ok(node)
     }
 
@@ -225,11 +255,17 @@ impl Node {
             self.control.served.clone(),
             self.control.limits.upload.clone(),
         );
-        let chunks = ChunkServiceServer::new(chunks).max_decoding_message_size(proto::MAX_CHUNK_MESSAGE);
+        let chunks =
+            ChunkServiceServer::new(chunks).max_decoding_message_size(proto::MAX_CHUNK_MESSAGE);
         let chunks = Uncopied(chunks);
         let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_serving::<ChunkServiceServer<ChunkServer>>().await;
-        let routes = proto::with_reflection(Routes::new(chunks).add_service(health_service), "sprat.v1.ChunkService")?;
+        health
+            .set_serving::<ChunkServiceServer<ChunkServer>>()
+            .await;
+        let routes = proto::with_reflection(
+            Routes::new(chunks).add_service(health_service),
+            "sprat.v1.ChunkService",
+        )?;
         let routes = operator::beside(routes, self.control.clone()).prepare();
         let certificate = membership.certificate().clone();
         let tls = tls::member_server(membership.trust(), certificate.clone(), certificate)?;
@@ -247,7 +283,12 @@ impl Node {
 
     fn serve_operator(&self, listener: TcpListener) {
         let router = operator::router(self.control.clone());
-        self.tasks.spawn(net::serve_http(listener, router, self.cancel.clone(), self.tasks.clone()));
+        self.tasks.spawn(net::serve_http(
+            listener,
+            router,
+            self.cancel.clone(),
+            self.tasks.clone(),
+        ));
     }
 
     /// Where the operator page is.
@@ -321,45 +362,78 @@ impl Node {
 
 /// Shares what was asked for and what was remembered, and the downloads folder; gives the latter's real path.
 async fn open_index(path: PathBuf) -> Result<Arc<Index>> {
-    let opening = spawn_blocking(move || Index::open(&path).with_context(|| format!("opening {}", path.display())));
+    let opening = spawn_blocking(move || {
+        Index::open(&path).with_context(|| format!("opening {}", path.display()))
+    });
     Ok(Arc::new(opening.await??))
 }
 
 fn add_shares(options: &NodeOptions, shares: &Shares, remember: &Path) -> Result<Option<PathBuf>> {
     for spec in &options.shares {
-        shares.add(spec.clone()).map_err(|error| Failed::new(Exit::Usage, format!("{error:#}")))?;
+        shares
+            .add(spec.clone())
+            .map_err(|error| Failed::new(Exit::Usage, format!("{error:#}")))?;
     }
-    let shared = |path: &Path| shares.status().iter().any(|share| path.starts_with(&share.path));
+    let shared = |path: &Path| {
+        shares
+            .status()
+            .iter()
+            .any(|share| path.starts_with(&share.path))
+    };
     // A folder that went away since it was remembered must not keep a peer from starting.
-    for spec in if options.listen.is_some() { remembered::load(remember)? } else { vec![] } {
+    for spec in if options.listen.is_some() {
+        remembered::load(remember)?
+    } else {
+        vec![]
+    } {
         if !spec.path.canonicalize().is_ok_and(|path| shared(&path))
             && let Err(error) = shares.add(spec)
         {
             tracing::warn!("{error:#}");
         }
     }
-    let Some(downloads) = &options.downloads else { return Ok(None) };
-    let unusable = |error: std::io::Error| Failed::new(Exit::NoSpace, format!("downloads folder: {error}"));
+    let Some(downloads) = &options.downloads else {
+        return Ok(None);
+    };
+    let unusable =
+        |error: std::io::Error| Failed::new(Exit::NoSpace, format!("downloads folder: {error}"));
     Root::open_or_create(downloads).map_err(unusable)?;
-    let downloads = downloads.canonicalize().with_context(|| downloads.display().to_string())?;
+    let downloads = downloads
+        .canonicalize()
+        .with_context(|| downloads.display().to_string())?;
     writable(&downloads)?;
     if options.listen.is_some() && !shared(&downloads) {
-        shares.add(ShareSpec { name: None, path: downloads.clone() })?;
+        shares.add(ShareSpec {
+            name: None,
+            path: downloads.clone(),
+        })?;
     }
     Ok(Some(downloads))
 }
 
 fn writable(folder: &Path) -> Result<()> {
     let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
-    rustix::fs::accessat(rustix::fs::CWD, folder, access, rustix::fs::AtFlags::EACCESS).map_err(|error| {
-        let text =
-            format!("downloads folder {}: cannot be written ({error}); choose another --downloads", folder.display());
+    rustix::fs::accessat(
+        rustix::fs::CWD,
+        folder,
+        access,
+        rustix::fs::AtFlags::EACCESS,
+    )
+    .map_err(|error| {
+        let text = format!(
+            "downloads folder {}: cannot be written ({error}); choose another --downloads",
+            folder.display()
+        );
         Failed::new(Exit::NoSpace, text).into()
     })
 }
 
 fn listen(address: Option<SocketAddr>) -> Result<TcpListener> {
     let address = address.unwrap_or_else(|| SocketAddr::from(([0_u16; 8], 0)));
-    let spread = if address.port() == DEFAULT_PORT { SPREAD } else { 0 };
+    let spread = if address.port() == DEFAULT_PORT {
+        SPREAD
+    } else {
+        0
+    };
     net::bind(address, spread).map_err(|error| Failed::new(Exit::Failure, error.to_string()).into())
 }

@@ -95,7 +95,12 @@ enum Trial {
     /// Settled; a longer one is tried after so many samples more.
     Rest { samples: u32, next_rest: u32 },
     /// Doubled; `before` is the goodput of the shorter one, the rest is what the longer one has shown.
-    Running { before: f64, samples: u32, sum: f64, next_rest: u32 },
+    Running {
+        before: f64,
+        samples: u32,
+        sum: f64,
+        next_rest: u32,
+    },
 }
 
 /// One request under way.
@@ -136,18 +141,27 @@ impl Pace {
             claim_bytes: FIRST_CLAIM_BYTES,
             chunk_len: FIRST_CHUNK_LEN,
             is_mixed: false,
-            trial: Trial::Rest { samples: TRIAL_SAMPLES, next_rest: FIRST_REST },
+            trial: Trial::Rest {
+                samples: TRIAL_SAMPLES,
+                next_rest: FIRST_REST,
+            },
         }
     }
 
     /// As [`Self::new`], with some sizes fixed.
     pub fn fixed(piece_len: u32, fixed: Fixed) -> Self {
-        Self { fixed, ..Self::new(piece_len) }
+        Self {
+            fixed,
+            ..Self::new(piece_len)
+        }
     }
 
     /// That of another connection to the same source, of which nothing is known.
     pub fn fresh(&self) -> Self {
-        Self { line: self.line.clone(), ..Self::fixed(self.piece_len, self.fixed) }
+        Self {
+            line: self.line.clone(),
+            ..Self::fixed(self.piece_len, self.fixed)
+        }
     }
 
     /// A request goes out. Give what it returns to [`Self::on_chunk`], and in the end, however it ends, to [`Self::end`].
@@ -157,8 +171,20 @@ impl Pace {
         self.n_flights += 1;
         self.counted_to = Some(now);
         let chunk_len = self.chunk_len;
-        let stretch = Stretch { since: now, bytes: 0, line: self.line_bytes() };
-        Flight { since: now, chunk_len, alone, answered: false, bytes: 0, stretch, last_bytes: now }
+        let stretch = Stretch {
+            since: now,
+            bytes: 0,
+            line: self.line_bytes(),
+        };
+        Flight {
+            since: now,
+            chunk_len,
+            alone,
+            answered: false,
+            bytes: 0,
+            stretch,
+            last_bytes: now,
+        }
     }
 
     /// Bytes of a piece came. Empty chunks are no progress.
@@ -173,7 +199,9 @@ impl Pace {
         flight.bytes += bytes;
         flight.last_bytes = now;
         self.line().on_chunk(bytes, now);
-        if now.saturating_duration_since(flight.stretch.since) >= PROGRESS_LIMIT && !flight.is_too_slow(now) {
+        if now.saturating_duration_since(flight.stretch.since) >= PROGRESS_LIMIT
+            && !flight.is_too_slow(now)
+        {
             flight.begin_stretch(self.line_bytes(), now);
         }
         self.is_mixed |= flight.chunk_len != self.chunk_len;
@@ -196,7 +224,10 @@ impl Pace {
             self.sample();
         }
         if self.goodput.is_some() && flight.bytes > 0 {
-            let grown = flight.bytes.max(FIRST_CLAIM_BYTES).saturating_mul(MAX_CLAIM_GROWTH);
+            let grown = flight
+                .bytes
+                .max(FIRST_CLAIM_BYTES)
+                .saturating_mul(MAX_CLAIM_GROWTH);
             self.claim_bytes = self.claim_bytes.max(grown).min(self.wanted_claim());
         }
     }
@@ -204,23 +235,35 @@ impl Pace {
     /// Whether to give the request up: nothing for 10 s at its start or 20 s later on, or less than 16 KiB in 20 s, and no
     /// more from the source's other requests. While those have the line, this one waits for its turn.
     pub fn stalled(&self, flight: &mut Flight, now: Instant) -> bool {
-        let limit = if flight.answered { PROGRESS_LIMIT } else { FIRST_BYTE_LIMIT };
+        let limit = if flight.answered {
+            PROGRESS_LIMIT
+        } else {
+            FIRST_BYTE_LIMIT
+        };
         let line = self.line();
-        let last_bytes = line.last_bytes.map_or(flight.last_bytes, |at| at.max(flight.last_bytes));
+        let last_bytes = line
+            .last_bytes
+            .map_or(flight.last_bytes, |at| at.max(flight.last_bytes));
         if now.saturating_duration_since(last_bytes) >= limit {
             return true;
         }
         if !flight.is_too_slow(now) {
             return false;
         }
-        let (own, all) = (flight.bytes - flight.stretch.bytes, line.bytes - flight.stretch.line);
+        let (own, all) = (
+            flight.bytes - flight.stretch.bytes,
+            line.bytes - flight.stretch.line,
+        );
         flight.begin_stretch(line.bytes, now);
         all.saturating_sub(own) < FLOOR_BYTES
     }
 
     /// Bytes a chunk shall have: a power of two.
     pub fn chunk_length(&self) -> u32 {
-        self.fixed.chunk_len.unwrap_or(self.chunk_len).clamp(MIN_CHUNK_LEN, MAX_CHUNK_LEN)
+        self.fixed
+            .chunk_len
+            .unwrap_or(self.chunk_len)
+            .clamp(MIN_CHUNK_LEN, MAX_CHUNK_LEN)
     }
 
     /// Bytes the next claim should be about.
@@ -232,7 +275,9 @@ impl Pace {
     pub fn claim_pieces(&self) -> u32 {
         let bytes = self.fixed.claim_bytes.unwrap_or(self.claim_bytes);
         let pieces = bytes.min(MAX_CLAIM_BYTES) / u64::from(self.piece_len);
-        u32::try_from(pieces).unwrap_or(u32::MAX).clamp(1, MAX_CLAIM_PIECES)
+        u32::try_from(pieces)
+            .unwrap_or(u32::MAX)
+            .clamp(1, MAX_CLAIM_PIECES)
     }
 
     /// Make the next claim when fewer bytes than this are still to come, so that the source never idles: twice what is on
@@ -288,7 +333,11 @@ impl Pace {
         // Behind another request's bytes it may only have taken longer, so then only a shorter time is news.
         let known = self.round_trip.unwrap_or(took);
         if took <= known || alone {
-            self.round_trip = Some(if took <= known { took } else { (known * 7 + took) / 8 });
+            self.round_trip = Some(if took <= known {
+                took
+            } else {
+                (known * 7 + took) / 8
+            });
         } else if self.round_trip.is_none() {
             self.round_trip = Some(took);
         }
@@ -299,7 +348,10 @@ impl Pace {
         let seconds = self.active.as_secs_f64().max(1e-6);
         let rate = self.active_bytes as f64 / seconds;
         let weight = seconds / (seconds + FADE.as_secs_f64());
-        self.goodput = Some(self.goodput.map_or(rate, |known| known + weight * (rate - known)));
+        self.goodput = Some(
+            self.goodput
+                .map_or(rate, |known| known + weight * (rate - known)),
+        );
         (self.active, self.active_bytes) = (Duration::ZERO, 0);
         self.claim_bytes = self.claim_bytes.min(self.wanted_claim());
         self.judge_chunk_length(rate);
@@ -311,40 +363,85 @@ impl Pace {
         let longest = chunk_len_within(self.bytes_in(MAX_CHUNK_TIME));
         if self.chunk_len < shortest || self.chunk_len > longest {
             self.chunk_len = shortest.max(self.chunk_len / 2);
-            self.trial = Trial::Rest { samples: TRIAL_SAMPLES, next_rest: FIRST_REST };
+            self.trial = Trial::Rest {
+                samples: TRIAL_SAMPLES,
+                next_rest: FIRST_REST,
+            };
             return;
         }
         self.trial = match self.trial {
-            Trial::Rest { samples: 0, next_rest } => {
+            Trial::Rest {
+                samples: 0,
+                next_rest,
+            } => {
                 if self.chunk_len * 2 > longest {
                     return;
                 }
                 self.chunk_len *= 2;
-                Trial::Running { before: self.goodput.unwrap_or(rate), samples: 0, sum: 0.0, next_rest }
+                Trial::Running {
+                    before: self.goodput.unwrap_or(rate),
+                    samples: 0,
+                    sum: 0.0,
+                    next_rest,
+                }
             }
-            Trial::Rest { samples, next_rest } => Trial::Rest { samples: samples - 1, next_rest },
-            Trial::Running { samples: 0, sum, next_rest, .. } if self.is_mixed => {
-                Trial::Running { before: self.goodput.unwrap_or(rate), samples: 0, sum, next_rest }
-            }
+            Trial::Rest { samples, next_rest } => Trial::Rest {
+                samples: samples - 1,
+                next_rest,
+            },
+            Trial::Running {
+                samples: 0,
+                sum,
+                next_rest,
+                ..
+            } if self.is_mixed => Trial::Running {
+                before: self.goodput.unwrap_or(rate),
+                samples: 0,
+                sum,
+                next_rest,
+            },
             running @ Trial::Running { .. } if self.is_mixed => running,
-            Trial::Running { before, samples, sum, next_rest } if samples + 1 < TRIAL_SAMPLES => {
+            Trial::Running {
+                before,
+                samples,
+                sum,
+                next_rest,
+            } if samples + 1 < TRIAL_SAMPLES => {
                 // The first holds the wait for the first byte, which longer chunks are not to blame for.
                 let sum = if samples == 0 { 0.0 } else { sum + rate };
-                Trial::Running { before, samples: samples + 1, sum, next_rest }
+                Trial::Running {
+                    before,
+                    samples: samples + 1,
+                    sum,
+                    next_rest,
+                }
             }
-            Trial::Running { before, sum, next_rest, .. } => {
+            Trial::Running {
+                before,
+                sum,
+                next_rest,
+                ..
+            } => {
                 if (sum + rate) / f64::from(TRIAL_SAMPLES - 1) >= before * TRIAL_FLOOR {
-                    Trial::Rest { samples: 0, next_rest: FIRST_REST }
+                    Trial::Rest {
+                        samples: 0,
+                        next_rest: FIRST_REST,
+                    }
                 } else {
                     self.chunk_len /= 2;
-                    Trial::Rest { samples: next_rest, next_rest: (next_rest * 2).min(LONGEST_REST) }
+                    Trial::Rest {
+                        samples: next_rest,
+                        next_rest: (next_rest * 2).min(LONGEST_REST),
+                    }
                 }
             }
         };
     }
 
     fn wanted_claim(&self) -> u64 {
-        let work = self.bytes_in(CLAIM_WORK).max(2 * self.bytes_in(self.round_trip()));
+        let work = self
+            .bytes_in(CLAIM_WORK)
+            .max(2 * self.bytes_in(self.round_trip()));
         work.clamp(u64::from(MIN_CHUNK_LEN), MAX_CLAIM_BYTES)
     }
 
@@ -360,17 +457,27 @@ impl Flight {
     }
 
     fn begin_stretch(&mut self, line: u64, now: Instant) {
-        self.stretch = Stretch { since: now, bytes: self.bytes, line };
+        self.stretch = Stretch {
+            since: now,
+            bytes: self.bytes,
+            line,
+        };
     }
 }
 
 /// The longest chunk length that is not longer than `bytes`, within the bounds.
 fn chunk_len_within(bytes: u64) -> u32 {
-    let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).clamp(MIN_CHUNK_LEN, MAX_CHUNK_LEN);
+    let bytes = u32::try_from(bytes)
+        .unwrap_or(u32::MAX)
+        .clamp(MIN_CHUNK_LEN, MAX_CHUNK_LEN);
     1 << bytes.ilog2()
 }
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "`as` stops at the bounds of the type")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "`as` stops at the bounds of the type"
+)]
 fn whole(number: f64) -> u64 {
     number as u64
 }
@@ -415,22 +522,40 @@ mod tests {
     }
 
     fn assert_near(is: u64, wanted: f64) {
-        assert!((is as f64 / wanted - 1.0).abs() < 0.15, "{is} is not near {wanted}");
+        assert!(
+            (is as f64 / wanted - 1.0).abs() < 0.15,
+            "{is} is not near {wanted}"
+        );
     }
 
     #[test]
     fn a_fast_link_gets_long_chunks_and_claims_within_two_seconds() {
         let mut pace = Pace::new(PIECE_LEN);
         assert!(pace.claim_bytes() <= 1 << 20, "unknown sources start small");
-        fetch(&mut pace, |_| 600.0 * MB, millis(1), millis(2000), Instant::now());
-        assert_eq!((pace.chunk_length(), pace.claim_bytes()), (MAX_CHUNK_LEN, MAX_CLAIM_BYTES));
+        fetch(
+            &mut pace,
+            |_| 600.0 * MB,
+            millis(1),
+            millis(2000),
+            Instant::now(),
+        );
+        assert_eq!(
+            (pace.chunk_length(), pace.claim_bytes()),
+            (MAX_CHUNK_LEN, MAX_CLAIM_BYTES)
+        );
         assert_near(pace.goodput().unwrap_or(0), 600.0 * MB);
     }
 
     #[test]
     fn a_slow_start_is_made_up_for_at_once() {
         let mut pace = Pace::new(PIECE_LEN);
-        let now = fetch(&mut pace, |_| 10.0 * MB, millis(20), millis(100), Instant::now());
+        let now = fetch(
+            &mut pace,
+            |_| 10.0 * MB,
+            millis(20),
+            millis(100),
+            Instant::now(),
+        );
         assert!(pace.chunk_length() <= 64 << 10);
         fetch(&mut pace, |_| 600.0 * MB, millis(1), millis(250), now);
         assert!(pace.chunk_length() >= 512 << 10, "{}", pace.chunk_length());
@@ -438,24 +563,55 @@ mod tests {
 
     #[test]
     fn fixed_sizes_follow_nothing() {
-        let fixed = Fixed { chunk_len: Some(32 << 10), claim_bytes: Some(4 << 20) };
+        let fixed = Fixed {
+            chunk_len: Some(32 << 10),
+            claim_bytes: Some(4 << 20),
+        };
         let mut pace = Pace::fixed(PIECE_LEN, fixed);
-        fetch(&mut pace, |_| 600.0 * MB, millis(1), millis(2000), Instant::now());
-        assert_eq!((pace.chunk_length(), pace.claim_bytes()), (32 << 10, 4 << 20));
+        fetch(
+            &mut pace,
+            |_| 600.0 * MB,
+            millis(1),
+            millis(2000),
+            Instant::now(),
+        );
+        assert_eq!(
+            (pace.chunk_length(), pace.claim_bytes()),
+            (32 << 10, 4 << 20)
+        );
     }
 
     #[test]
     fn a_slow_link_gets_single_pieces_in_short_chunks() {
         let mut pace = Pace::new(PIECE_LEN);
-        fetch(&mut pace, |_| 50.0 * KB, millis(100), millis(60_000), Instant::now());
-        assert_eq!((pace.chunk_length(), pace.claim_pieces()), (MIN_CHUNK_LEN, 1));
-        assert!(pace.expected(1) > millis(4500) && pace.expected(1) < millis(6500), "{:?}", pace.expected(1));
+        fetch(
+            &mut pace,
+            |_| 50.0 * KB,
+            millis(100),
+            millis(60_000),
+            Instant::now(),
+        );
+        assert_eq!(
+            (pace.chunk_length(), pace.claim_pieces()),
+            (MIN_CHUNK_LEN, 1)
+        );
+        assert!(
+            pace.expected(1) > millis(4500) && pace.expected(1) < millis(6500),
+            "{:?}",
+            pace.expected(1)
+        );
     }
 
     #[test]
     fn a_long_link_is_kept_full() {
         let mut pace = Pace::new(PIECE_LEN);
-        fetch(&mut pace, |_| 125.0 * MB, millis(50), millis(5000), Instant::now());
+        fetch(
+            &mut pace,
+            |_| 125.0 * MB,
+            millis(50),
+            millis(5000),
+            Instant::now(),
+        );
         assert!(pace.round_trip() >= millis(50) && pace.round_trip() < millis(55));
         assert!(pace.lead_bytes() as f64 > 2.0 * 0.05 * 100.0 * MB);
         assert!(pace.claim_bytes() as f64 > 100.0 * MB);
@@ -464,7 +620,13 @@ mod tests {
     #[test]
     fn sizes_follow_a_link_that_changes() {
         let mut pace = Pace::new(PIECE_LEN);
-        let now = fetch(&mut pace, |_| 100.0 * MB, millis(5), millis(3000), Instant::now());
+        let now = fetch(
+            &mut pace,
+            |_| 100.0 * MB,
+            millis(5),
+            millis(3000),
+            Instant::now(),
+        );
         assert_near(pace.claim_bytes(), 100.0 * MB);
         let now = fetch(&mut pace, |_| 2.0 * MB, millis(5), millis(3000), now);
         assert_near(pace.claim_bytes(), 2.0 * MB);
@@ -476,8 +638,20 @@ mod tests {
     #[test]
     fn longer_chunks_that_hurt_are_given_up() {
         let mut pace = Pace::new(PIECE_LEN);
-        let best_at_128k = |chunk_len: u32| if chunk_len <= 128 << 10 { 30.0 * MB } else { 15.0 * MB };
-        let mut now = fetch(&mut pace, best_at_128k, millis(1), millis(10_000), Instant::now());
+        let best_at_128k = |chunk_len: u32| {
+            if chunk_len <= 128 << 10 {
+                30.0 * MB
+            } else {
+                15.0 * MB
+            }
+        };
+        let mut now = fetch(
+            &mut pace,
+            best_at_128k,
+            millis(1),
+            millis(10_000),
+            Instant::now(),
+        );
         let mut n_too_long = 0;
         for _ in 0..100 {
             now = fetch(&mut pace, best_at_128k, millis(1), millis(500), now);
@@ -515,7 +689,10 @@ mod tests {
         assert!(!pace.stalled(&mut flight, start + millis(9_999)));
         assert!(pace.stalled(&mut flight, start + millis(10_000)));
         pace.on_chunk(&mut flight, 0, start + millis(9_000));
-        assert!(pace.stalled(&mut flight, start + millis(10_000)), "an empty chunk is no answer");
+        assert!(
+            pace.stalled(&mut flight, start + millis(10_000)),
+            "an empty chunk is no answer"
+        );
         pace.on_chunk(&mut flight, 100_000, start + millis(9_000));
         assert!(!pace.stalled(&mut flight, start + millis(28_999)));
         assert!(pace.stalled(&mut flight, start + millis(29_000)));
@@ -542,7 +719,10 @@ mod tests {
         }
         assert_eq!((pace.bytes(), pace.line_bytes()), (0, 59 * 2_000));
         let end = start + millis(59_000);
-        assert!(!pace.is_line_busy(end + millis(5_000)), "nothing comes any more");
+        assert!(
+            !pace.is_line_busy(end + millis(5_000)),
+            "nothing comes any more"
+        );
         assert!(!pace.stalled(&mut starved, end + millis(9_999)));
         assert!(pace.stalled(&mut starved, end + FIRST_BYTE_LIMIT));
         assert!(beside.stalled(&mut fed, end + PROGRESS_LIMIT));

@@ -127,7 +127,12 @@ struct Offences {
 impl Picker {
     /// All of 0..`n_pieces` free, no source. Equal seeds and calls give equal answers.
     pub fn new(n_pieces: u32, seed: u64) -> Self {
-        Self { board: Board::new(n_pieces), sources: BTreeMap::new(), offences: BTreeMap::new(), random: seed }
+        Self {
+            board: Board::new(n_pieces),
+            sources: BTreeMap::new(),
+            offences: BTreeMap::new(),
+            random: seed,
+        }
     }
 
     /// A piece that is on this disk already.
@@ -145,7 +150,9 @@ impl Picker {
         };
         self.set_counted(key, false);
         let have = match self.sources.get(&key) {
-            Some(Source { is_receiver: true, .. }) => Have::Some(PieceSet::of(map, self.board.n_pieces())),
+            Some(Source {
+                is_receiver: true, ..
+            }) => Have::Some(PieceSet::of(map, self.board.n_pieces())),
             _ => Have::new(map, self.board.n_pieces()),
         };
         for piece in self.board.claims().of(key) {
@@ -165,7 +172,9 @@ impl Picker {
 
     /// The source has one piece more. Pieces that are none and unknown sources are ignored.
     pub fn add_have(&mut self, key: SourceKey, piece: u32) {
-        let Some(source) = self.sources.get_mut(&key) else { return };
+        let Some(source) = self.sources.get_mut(&key) else {
+            return;
+        };
         if let Have::Some(pieces) = &mut source.have
             && piece < self.board.n_pieces()
             && pieces.insert(piece)
@@ -180,7 +189,9 @@ impl Picker {
     /// The source does not have this piece (any more); its claim on it ends.
     pub fn remove_have(&mut self, key: SourceKey, piece: u32) {
         self.board.disown(key, piece);
-        let Some(source) = self.sources.get_mut(&key) else { return };
+        let Some(source) = self.sources.get_mut(&key) else {
+            return;
+        };
         if matches!(source.have, Have::All) {
             let partial = Have::Some(PieceSet::full(self.board.n_pieces()));
             if source.counted {
@@ -230,7 +241,13 @@ impl Picker {
 
     /// Work for a source that can take some: at most `max_pieces`, which at its pace would last `expected`. May be asked
     /// while earlier claims of the source are under way. An unknown source waits.
-    pub fn next(&mut self, key: SourceKey, max_pieces: u32, expected: Duration, now: Instant) -> Next {
+    pub fn next(
+        &mut self,
+        key: SourceKey,
+        max_pieces: u32,
+        expected: Duration,
+        now: Instant,
+    ) -> Next {
         if self.is_done() {
             return Next::Done;
         }
@@ -249,7 +266,9 @@ impl Picker {
             self.set_counted(key, true);
         }
         let start = self.random_piece();
-        let Some(source) = self.sources.get_mut(&key) else { return Next::Wait(None) };
+        let Some(source) = self.sources.get_mut(&key) else {
+            return Next::Wait(None);
+        };
         source.piece_time = piece_time;
         if source.idle_since != Some(self.board.n_freed())
             && let Some(next) = self.free_for(key, max_pieces, start, now)
@@ -262,7 +281,11 @@ impl Picker {
             return Next::Steal(stolen);
         }
         let have = &self.sources[&key].have;
-        Next::Wait(self.board.claims().next_late(now, |piece| self.is_others(key, have, piece)))
+        Next::Wait(
+            self.board
+                .claims()
+                .next_late(now, |piece| self.is_others(key, have, piece)),
+        )
     }
 
     /// A piece came from the source, verified and written. It counts, whoever was asked for it.
@@ -270,7 +293,11 @@ impl Picker {
         if let Some(offences) = self.offences.get_mut(&key) {
             offences.on_probation = false;
         }
-        if self.board.settle(piece) { Received::New } else { Received::Duplicate }
+        if self.board.settle(piece) {
+            Received::New
+        } else {
+            Received::Duplicate
+        }
     }
 
     /// The source will not send these after all: its stream ended, stalled or said so. What it does not own is ignored.
@@ -291,14 +318,26 @@ impl Picker {
         self.drop_claims(key);
         self.set_counted(key, false);
         let n = self.offences.get(&key).map_or(0, |offences| offences.n);
-        let banned_until = now + FIRST_BAN.saturating_mul(2u32.saturating_pow(n)).min(LONGEST_BAN);
-        self.offences.insert(key, Offences { n: n.saturating_add(1), banned_until, on_probation: true });
+        let banned_until = now
+            + FIRST_BAN
+                .saturating_mul(2u32.saturating_pow(n))
+                .min(LONGEST_BAN);
+        self.offences.insert(
+            key,
+            Offences {
+                n: n.saturating_add(1),
+                banned_until,
+                on_probation: true,
+            },
+        );
         banned_until
     }
 
     /// The end of the source's last ban, which may be over; none if it never sent wrong bytes.
     pub fn banned_until(&self, key: SourceKey) -> Option<Instant> {
-        self.offences.get(&key).map(|offences| offences.banned_until)
+        self.offences
+            .get(&key)
+            .map(|offences| offences.banned_until)
     }
 
     /// True if every piece is done.
@@ -339,14 +378,19 @@ impl Picker {
     }
 
     fn set_counted(&mut self, key: SourceKey, counted: bool) {
-        if let Some(source) = self.sources.get_mut(&key).filter(|source| source.counted != counted) {
+        if let Some(source) = self
+            .sources
+            .get_mut(&key)
+            .filter(|source| source.counted != counted)
+        {
             source.counted = counted;
             self.board.count(&source.have, counted);
         }
     }
 
     fn random_piece(&mut self) -> u32 {
-        let scaled = ((splitmix64(&mut self.random) >> 32) * u64::from(self.board.n_pieces())) >> 32;
+        let scaled =
+            ((splitmix64(&mut self.random) >> 32) * u64::from(self.board.n_pieces())) >> 32;
         u32::try_from(scaled).expect("a fraction of n_pieces is below n_pieces")
     }
 }
@@ -371,18 +415,24 @@ impl Source {
     /// faster since.
     fn free_at(&self, n_claimed: u32, now: Instant) -> Instant {
         let at_most = now + self.piece_time * n_claimed;
-        self.busy_until.filter(|until| n_claimed > 0 && *until > now).unwrap_or(now).min(at_most)
+        self.busy_until
+            .filter(|until| n_claimed > 0 && *until > now)
+            .unwrap_or(now)
+            .min(at_most)
     }
 
     /// Whether all it was asked for should have come a while ago.
     fn is_behind(&self, now: Instant) -> bool {
-        self.busy_until.is_some_and(|until| until + LATE_SLACK < now)
+        self.busy_until
+            .is_some_and(|until| until + LATE_SLACK < now)
     }
 
     /// At least one.
     fn pieces_per_hour(&self) -> u64 {
         let per_hour = Duration::from_secs(3600).as_nanos() / self.piece_time.as_nanos().max(1);
-        u64::try_from(per_hour).unwrap_or(u64::MAX).clamp(1, u64::from(u32::MAX))
+        u64::try_from(per_hour)
+            .unwrap_or(u64::MAX)
+            .clamp(1, u64::from(u32::MAX))
     }
 }
 
@@ -430,7 +480,10 @@ mod tests {
     }
 
     fn n_runs(pieces: &[u32]) -> usize {
-        1 + pieces.windows(2).filter(|pair| pair[1] != pair[0] + 1).count()
+        1 + pieces
+            .windows(2)
+            .filter(|pair| pair[1] != pair[0] + 1)
+            .count()
     }
 
     pub(super) struct Dice(pub(super) u64);
@@ -458,15 +511,28 @@ mod tests {
         picker.mark_done(9);
         assert!(!picker.adopt((A, A), &[8, 9], SECOND, now), "one is done");
         assert!(!picker.adopt((A, A), &[9, 10], SECOND, now), "one is none");
-        assert!(!picker.adopt((B, B), &[0, 1], SECOND, now), "one it has not");
+        assert!(
+            !picker.adopt((B, B), &[0, 1], SECOND, now),
+            "one it has not"
+        );
         assert!(!picker.adopt((C, C), &[0], SECOND, now), "nobody knows it");
         assert!(picker.adopt((A, A), &[0, 1], SECOND, now));
         assert!(!picker.adopt((B, B), &[0], SECOND, now), "somebody else's");
-        assert!(!picker.adopt((B, SourceKey(9)), &[2], SECOND, now), "the source has it not, nor have its connections");
-        assert!(picker.adopt((A, SourceKey(9)), &[4], SECOND, now), "another connection of it");
+        assert!(
+            !picker.adopt((B, SourceKey(9)), &[2], SECOND, now),
+            "the source has it not, nor have its connections"
+        );
+        assert!(
+            picker.adopt((A, SourceKey(9)), &[4], SECOND, now),
+            "another connection of it"
+        );
         picker.release(SourceKey(9), &[4]);
         picker.board.check();
-        assert_eq!(claim(&mut picker, A, 2, now), [2, 3], "it goes on from there");
+        assert_eq!(
+            claim(&mut picker, A, 2, now),
+            [2, 3],
+            "it goes on from there"
+        );
         picker.release(A, &[0]);
         assert_eq!(claim(&mut picker, B, 1, now), [0]);
     }
@@ -479,10 +545,20 @@ mod tests {
         assert_eq!(beside(&mut picker, now), Next::Wait(None), "of nobody");
         picker.set_have(A, &HaveMap::full(8));
         let first = claim(&mut picker, A, 4, now);
-        let Next::Claim(second) = beside(&mut picker, now) else { panic!("there are four more") };
-        assert_eq!(first.iter().chain(&second).collect::<BTreeSet<_>>().len(), 8);
-        second.iter().for_each(|piece| _ = picker.received(B, *piece));
-        assert!(matches!(beside(&mut picker, now), Next::Wait(_)), "they share a line: no race for little");
+        let Next::Claim(second) = beside(&mut picker, now) else {
+            panic!("there are four more")
+        };
+        assert_eq!(
+            first.iter().chain(&second).collect::<BTreeSet<_>>().len(),
+            8
+        );
+        second
+            .iter()
+            .for_each(|piece| _ = picker.received(B, *piece));
+        assert!(
+            matches!(beside(&mut picker, now), Next::Wait(_)),
+            "they share a line: no race for little"
+        );
         now += 10 * SECOND;
         picker.set_line_busy(A, true);
         assert!(
@@ -490,20 +566,33 @@ mod tests {
             "while the line is busy, they only win from one another"
         );
         let far_ahead = picker.next_beside(A, B, (4, SECOND / 100 * 4), now);
-        let Next::Steal(pieces) = far_ahead else { panic!("unless one is far behind: {far_ahead:?}") };
+        let Next::Steal(pieces) = far_ahead else {
+            panic!("unless one is far behind: {far_ahead:?}")
+        };
         picker.release(B, &pieces);
         picker.set_have(C, &HaveMap::full(8));
-        assert!(matches!(next(&mut picker, C, 1, now), Next::Steal(_)), "another source may win");
+        assert!(
+            matches!(next(&mut picker, C, 1, now), Next::Steal(_)),
+            "another source may win"
+        );
         picker.remove_source(C);
         picker.set_line_busy(A, false);
         assert!(matches!(beside(&mut picker, now), Next::Steal(_)));
         picker.board.check();
         picker.release(B, &first);
         let until = picker.bad_piece(A, now);
-        assert_eq!(beside(&mut picker, now), Next::Wait(None), "a ban is the source's");
+        assert_eq!(
+            beside(&mut picker, now),
+            Next::Wait(None),
+            "a ban is the source's"
+        );
         now = until;
         assert!(matches!(next(&mut picker, A, 4, now), Next::Claim(_)));
-        assert_eq!(beside(&mut picker, now), Next::Wait(None), "and so is its probation");
+        assert_eq!(
+            beside(&mut picker, now),
+            Next::Wait(None),
+            "and so is its probation"
+        );
         picker.remove_source(A);
         assert_eq!(beside(&mut picker, now), Next::Wait(None));
     }
@@ -515,15 +604,29 @@ mod tests {
         for key in [A, B] {
             picker.set_have(key, &HaveMap::full(14));
         }
-        let Next::Claim(slow) = picker.next(A, 10, 10 * SECOND, now) else { panic!("all are free") };
+        let Next::Claim(slow) = picker.next(A, 10, 10 * SECOND, now) else {
+            panic!("all are free")
+        };
         now += SECOND;
-        slow[..5].iter().for_each(|piece| _ = picker.received(A, *piece));
-        let Next::Claim(fast) = picker.next(A, 4, SECOND / 25, now) else { panic!("four are free") };
-        slow[5..].iter().for_each(|piece| _ = picker.received(A, *piece));
+        slow[..5]
+            .iter()
+            .for_each(|piece| _ = picker.received(A, *piece));
+        let Next::Claim(fast) = picker.next(A, 4, SECOND / 25, now) else {
+            panic!("four are free")
+        };
+        slow[5..]
+            .iter()
+            .for_each(|piece| _ = picker.received(A, *piece));
         assert_eq!((slow.len(), fast.len()), (10, 4));
-        assert!(matches!(picker.next(B, 4, SECOND / 25, now), Next::Wait(_)), "they are here in a moment");
+        assert!(
+            matches!(picker.next(B, 4, SECOND / 25, now), Next::Wait(_)),
+            "they are here in a moment"
+        );
         now += 10 * SECOND;
-        assert!(matches!(picker.next(B, 4, SECOND / 25, now), Next::Steal(_)), "and are not");
+        assert!(
+            matches!(picker.next(B, 4, SECOND / 25, now), Next::Steal(_)),
+            "and are not"
+        );
     }
 
     #[test]
@@ -537,7 +640,10 @@ mod tests {
             picker.set_have(C, &map(100, 0..80));
             let mut rarest = claim(&mut picker, A, 10, now);
             rarest.sort_unstable();
-            assert!(rarest.into_iter().eq(90..100), "only the complete source has these");
+            assert!(
+                rarest.into_iter().eq(90..100),
+                "only the complete source has these"
+            );
             let mut second = claim(&mut picker, A, 10, now);
             second.sort_unstable();
             assert!(second.into_iter().eq(80..90));
@@ -559,7 +665,11 @@ mod tests {
                 assert_eq!(picker.received(A, piece), Received::Duplicate);
             }
         }
-        assert_eq!(n_runs(&order), 2, "from anywhere to the end, then from the start");
+        assert_eq!(
+            n_runs(&order),
+            2,
+            "from anywhere to the end, then from the start"
+        );
         assert_eq!(next(&mut picker, A, 30, now), Next::Done);
     }
 
@@ -573,13 +683,21 @@ mod tests {
         picker.remove_have(A, 3);
         assert_eq!(next(&mut picker, B, 10, now), Next::Claim(vec![3]));
         picker.release(A, &[4, 3]);
-        assert_eq!(picker.owners(3).collect::<Vec<_>>(), [B], "only an owner can release");
+        assert_eq!(
+            picker.owners(3).collect::<Vec<_>>(),
+            [B],
+            "only an owner can release"
+        );
         assert_eq!(next(&mut picker, B, 10, now), Next::Claim(vec![4]));
         picker.set_have(A, &map(10, 0..9));
         assert_eq!((picker.unavailable(), picker.owners(9).count()), (1, 0));
         picker.remove_source(A);
         assert_eq!(picker.unavailable(), 5);
-        assert_eq!(next(&mut picker, A, 10, now), Next::Wait(None), "unknown by now");
+        assert_eq!(
+            next(&mut picker, A, 10, now),
+            Next::Wait(None),
+            "unknown by now"
+        );
         let mut rest = claim(&mut picker, B, 10, now);
         rest.sort_unstable();
         assert_eq!(rest, [0, 1, 2]);
@@ -606,12 +724,20 @@ mod tests {
             assert_eq!(picker.unavailable(), 100, "a liar offers nothing");
             picker.remove_source(A);
             picker.set_have(A, &HaveMap::full(100));
-            assert_eq!(next(&mut picker, A, 10, now), Next::Wait(Some(until)), "nor when it comes back");
+            assert_eq!(
+                next(&mut picker, A, 10, now),
+                Next::Wait(Some(until)),
+                "nor when it comes back"
+            );
             now = until;
         }
         let one = claim(&mut picker, A, 10, now);
         assert_eq!((one.len(), picker.unavailable()), (1, 0));
-        assert_eq!(next(&mut picker, A, 10, now), Next::Wait(None), "one at a time");
+        assert_eq!(
+            next(&mut picker, A, 10, now),
+            Next::Wait(None),
+            "one at a time"
+        );
         picker.received(A, one[0]);
         assert_eq!(claim(&mut picker, A, 10, now).len(), 10);
     }
@@ -624,17 +750,35 @@ mod tests {
             picker.set_have(key, &HaveMap::full(4));
         }
         assert_eq!(claim(&mut picker, A, 4, start).len(), 4);
-        let Next::Wait(Some(late)) = picker.next(B, 1, SECOND, start) else { panic!("too slow to race") };
+        let Next::Wait(Some(late)) = picker.next(B, 1, SECOND, start) else {
+            panic!("too slow to race")
+        };
         assert!(late > start + SECOND);
         picker.hurry(C, start);
-        assert!(matches!(picker.next(B, 1, SECOND, start), Next::Wait(_)), "that is nobody's");
+        assert!(
+            matches!(picker.next(B, 1, SECOND, start), Next::Wait(_)),
+            "that is nobody's"
+        );
         picker.hurry(A, start);
-        assert!(matches!(picker.next(B, 1, SECOND, start), Next::Steal(_)), "nothing comes from it");
+        assert!(
+            matches!(picker.next(B, 1, SECOND, start), Next::Steal(_)),
+            "nothing comes from it"
+        );
         assert!(matches!(next(&mut picker, B, 4, late), Next::Steal(_)));
-        assert!(matches!(next(&mut picker, C, 4, start + SECOND * 60), Next::Steal(_)));
-        assert!((0..4).any(|piece| !picker.owners(piece).any(|key| key == A)), "the latest gives way");
+        assert!(matches!(
+            next(&mut picker, C, 4, start + SECOND * 60),
+            Next::Steal(_)
+        ));
+        assert!(
+            (0..4).any(|piece| !picker.owners(piece).any(|key| key == A)),
+            "the latest gives way"
+        );
         for piece in 0..4 {
-            assert_eq!(picker.received(A, piece), Received::New, "but may still deliver");
+            assert_eq!(
+                picker.received(A, piece),
+                Received::New,
+                "but may still deliver"
+            );
         }
         assert!(picker.is_done());
     }
@@ -655,10 +799,16 @@ mod tests {
                 picker.received(B, piece);
             }
         }
-        let Next::Steal(mut pieces) = next(&mut picker, B, 8, now) else { panic!() };
+        let Next::Steal(mut pieces) = next(&mut picker, B, 8, now) else {
+            panic!()
+        };
         pieces.sort_unstable();
         assert_eq!(pieces, slow);
-        assert_eq!(next(&mut picker, B, 8, now), Next::Wait(None), "no third source, none twice");
+        assert_eq!(
+            next(&mut picker, B, 8, now),
+            Next::Wait(None),
+            "no third source, none twice"
+        );
     }
 
     // ---- cost ----
@@ -692,10 +842,16 @@ mod tests {
     fn each_of_many_pieces_costs_a_few_steps() {
         let n = 1 << 18;
         let (most, all) = most_steps_of_a_next(n, [(); 4].map(|()| HaveMap::full(n)));
-        assert!(most < 1000 && all < u64::from(n) * 6, "seeds: at most {most} in one call, {all} in all");
+        assert!(
+            most < 1000 && all < u64::from(n) * 6,
+            "seeds: at most {most} in one call, {all} in all"
+        );
         let half = |which: u32| map(n, (0..n).filter(|piece| piece % 2 == which));
         let (most, all) = most_steps_of_a_next(n, [half(0), half(1), half(0), half(1)]);
-        assert!(most < 3000 && all < u64::from(n) * 12, "halves: at most {most} in one call, {all} in all");
+        assert!(
+            most < 3000 && all < u64::from(n) * 12,
+            "halves: at most {most} in one call, {all} in all"
+        );
         // The worst: a source of which every last piece is done looks once at each word.
         let mut picker = Picker::new(n, 5);
         picker.set_have(A, &half(0));
@@ -713,25 +869,47 @@ mod tests {
         let mut picker = Picker::new(10, 1);
         assert_eq!(picker.unavailable(), 10);
         picker.claim_local(local, [0, 1, 2, 99]);
-        assert_eq!((picker.unavailable(), picker.owners(1).collect::<Vec<_>>()), (7, vec![local]), "available");
+        assert_eq!(
+            (picker.unavailable(), picker.owners(1).collect::<Vec<_>>()),
+            (7, vec![local]),
+            "available"
+        );
         picker.set_have(A, &HaveMap::full(10));
         picker.set_have(B, &map(10, 0..5));
         let mut claimed = claim(&mut picker, A, 9, now);
         claimed.sort_unstable();
-        assert!(claimed.into_iter().eq(3..10), "all the rest: local work is no rival");
+        assert!(
+            claimed.into_iter().eq(3..10),
+            "all the rest: local work is no rival"
+        );
         picker.claim_local(local, [3, 2]);
         assert_eq!(picker.owners(3).collect::<Vec<_>>(), [A], "too late");
-        assert!(matches!(picker.next(B, 1, SECOND / 1000, now), Next::Steal(_)), "the tail, but for local pieces");
+        assert!(
+            matches!(picker.next(B, 1, SECOND / 1000, now), Next::Steal(_)),
+            "the tail, but for local pieces"
+        );
         assert_eq!(next(&mut picker, C, 9, now), Next::Wait(None));
         assert_eq!(picker.received(local, 0), Received::New);
         picker.release(local, &[0, 1]);
-        assert_eq!(next(&mut picker, B, 9, now), Next::Claim(vec![1]), "0 is done, 2 still local");
+        assert_eq!(
+            next(&mut picker, B, 9, now),
+            Next::Claim(vec![1]),
+            "0 is done, 2 still local"
+        );
         for piece in [1, 3, 4, 5, 6, 7, 8, 9] {
             picker.received(A, piece);
         }
         let ages = now + SECOND * 1000;
-        assert_eq!((next(&mut picker, A, 9, ages), picker.remaining()), (Next::Wait(None), 1), "never late");
-        assert_eq!(picker.received(A, 2), Received::New, "should it come nevertheless");
+        assert_eq!(
+            (next(&mut picker, A, 9, ages), picker.remaining()),
+            (Next::Wait(None), 1),
+            "never late"
+        );
+        assert_eq!(
+            picker.received(A, 2),
+            Received::New,
+            "should it come nevertheless"
+        );
         assert_eq!(picker.received(local, 2), Received::Duplicate);
         picker.board.check();
     }
@@ -748,7 +926,11 @@ mod tests {
         picker.set_have(A, &map(4, 0..3));
         assert_eq!(next(&mut picker, A, 4, now), Next::Claim(vec![1]));
         picker.lose([1]);
-        assert_eq!(picker.owners(1).collect::<Vec<_>>(), [A], "under way, not done");
+        assert_eq!(
+            picker.owners(1).collect::<Vec<_>>(),
+            [A],
+            "under way, not done"
+        );
     }
 
     #[test]
@@ -764,13 +946,23 @@ mod tests {
         assert_eq!(first, [1, 5], "what is promised to nobody");
         let later = start + SECOND / 4;
         picker.promised([2, 4], later);
-        assert_eq!(next(&mut picker, A, 6, later), Next::Wait(Some(start + SECOND / 2)), "the first promise counts");
-        assert_eq!(next(&mut picker, B, 6, later), Next::Claim(vec![3]), "partial sources offer what they have");
+        assert_eq!(
+            next(&mut picker, A, 6, later),
+            Next::Wait(Some(start + SECOND / 2)),
+            "the first promise counts"
+        );
+        assert_eq!(
+            next(&mut picker, B, 6, later),
+            Next::Claim(vec![3]),
+            "partial sources offer what they have"
+        );
         picker.release(A, &[1]);
         assert_eq!(next(&mut picker, A, 6, later), Next::Claim(vec![1]));
         let mut second = BTreeSet::new();
         for _ in 0..2 {
-            let Next::Repeat(pieces) = next(&mut picker, A, 1, start + SECOND / 2) else { panic!() };
+            let Next::Repeat(pieces) = next(&mut picker, A, 1, start + SECOND / 2) else {
+                panic!()
+            };
             second.extend(pieces);
         }
         assert!(second.into_iter().eq([2, 4]));
@@ -778,12 +970,20 @@ mod tests {
             picker.received(A, piece);
         }
         picker.lose([2]);
-        assert_eq!(next(&mut picker, A, 6, later), Next::Claim(vec![2]), "done, so the promise was dropped");
+        assert_eq!(
+            next(&mut picker, A, 6, later),
+            Next::Claim(vec![2]),
+            "done, so the promise was dropped"
+        );
         picker.lose(0..6);
         picker.promised(0..6, later);
         assert!(matches!(next(&mut picker, A, 6, later), Next::Wait(_)));
         picker.remove_source(B);
-        assert_eq!(next(&mut picker, A, 6, later).pieces().len(), 5, "nobody is left whom they were promised to");
+        assert_eq!(
+            next(&mut picker, A, 6, later).pieces().len(),
+            5,
+            "nobody is left whom they were promised to"
+        );
     }
 
     #[test]
@@ -792,7 +992,11 @@ mod tests {
         let mut picker = Picker::new(1600, 1);
         picker.set_have(A, &HaveMap::full(1600));
         picker.set_have(B, &map(1600, 0..9));
-        assert_eq!(claim(&mut picker, A, 1000, now).len(), 1000, "one that holds a part is no receiver");
+        assert_eq!(
+            claim(&mut picker, A, 1000, now).len(),
+            1000,
+            "one that holds a part is no receiver"
+        );
         picker.remove_source(A);
         picker.set_have(A, &HaveMap::full(1600));
         picker.add_have(B, 10);
@@ -800,12 +1004,22 @@ mod tests {
         picker.set_have(SourceKey(3), &HaveMap::empty(1600));
         let few = claim(&mut picker, A, 1000, now);
         assert_eq!(few.len(), 1600 / 16 / 4);
-        assert_eq!(next(&mut picker, A, 1000, now), Next::Wait(None), "in all, not in each claim");
+        assert_eq!(
+            next(&mut picker, A, 1000, now),
+            Next::Wait(None),
+            "in all, not in each claim"
+        );
         few.iter().for_each(|piece| _ = picker.received(A, *piece));
-        assert_eq!(claim(&mut picker, A, 1000, now).len(), (1600 - few.len()) / 16 / 4);
+        assert_eq!(
+            claim(&mut picker, A, 1000, now).len(),
+            (1600 - few.len()) / 16 / 4
+        );
         picker.set_have(C, &HaveMap::full(1600));
         picker.promised(0..1600, now);
-        assert!(matches!(next(&mut picker, C, 9, now), Next::Claim(_)), "it was a receiver: nothing to hold back for");
+        assert!(
+            matches!(next(&mut picker, C, 9, now), Next::Claim(_)),
+            "it was a receiver: nothing to hold back for"
+        );
     }
 
     #[test]
@@ -829,15 +1043,17 @@ mod tests {
                     7 if dice.chance(20) => assert!(picker.bad_piece(key, now) > now),
                     8 => drop(picker.received(key, piece)),
                     9 => now += dice.millis(20_000),
-                    10 => picker.claim_local(SourceKey(4 + dice.below(2)), piece..piece + dice.below(9)),
+                    10 => picker
+                        .claim_local(SourceKey(4 + dice.below(2)), piece..piece + dice.below(9)),
                     11 => picker.release(SourceKey(4), &[piece]),
                     12 => picker.promised(piece..piece + dice.below(9), now),
                     13 if dice.chance(30) => picker.lose(piece..piece + dice.below(9)),
                     _ => drop(picker.next(key, dice.below(9), dice.millis(5000), now)),
                 }
                 picker.board.check();
-                let owners: Vec<_> =
-                    (0..n).flat_map(|piece| picker.owners(piece).map(move |key| (piece, key))).collect();
+                let owners: Vec<_> = (0..n)
+                    .flat_map(|piece| picker.owners(piece).map(move |key| (piece, key)))
+                    .collect();
                 for (piece, key) in owners.into_iter().filter(|(_, key)| key.0 < 4) {
                     let source = &picker.sources[&key];
                     assert!(source.counted && source.have.contains(piece), "seed {seed}");

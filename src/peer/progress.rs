@@ -80,6 +80,9 @@ impl Progress {
     /// The accounts as they are now.
     #[must_use]
     pub fn accounts(&self) -> HashMap<PeerId, Account> {
-        self.accounts.lock().expect("no panic while the lock is held").clone()
+        self.accounts
+            .lock()
+            .expect("no panic while the lock is held")
+            .clone()
     }
 }

@@ -26,7 +26,13 @@ pub fn load(file: &Path) -> Result<Vec<ShareSpec>> {
     };
     let remembered: Vec<Remembered> =
         serde_json::from_slice(&bytes).with_context(|| format!("reading {}", file.display()))?;
-    Ok(remembered.into_iter().map(|one| ShareSpec { name: one.name, path: one.path }).collect())
+    Ok(remembered
+        .into_iter()
+        .map(|one| ShareSpec {
+            name: one.name,
+            path: one.path,
+        })
+        .collect())
 }
 
 /// Remembers one more.
@@ -39,7 +45,13 @@ pub fn add(file: &Path, spec: &ShareSpec) -> Result<()> {
         return Ok(());
     }
     all.push(spec.clone());
-    let all: Vec<_> = all.into_iter().map(|one| Remembered { name: one.name, path: one.path }).collect();
+    let all: Vec<_> = all
+        .into_iter()
+        .map(|one| Remembered {
+            name: one.name,
+            path: one.path,
+        })
+        .collect();
     safe_path::write_private(file, &serde_json::to_vec_pretty(&all)?)?;
     Ok(())
 }
@@ -53,7 +65,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("shares.json");
         assert!(load(&file).unwrap().is_empty());
-        let spec = ShareSpec { name: Some("films".into()), path: "/srv/films".into() };
+        let spec = ShareSpec {
+            name: Some("films".into()),
+            path: "/srv/films".into(),
+        };
         add(&file, &spec).unwrap();
         add(&file, &spec).unwrap();
         assert_eq!(load(&file).unwrap(), vec![spec]);

@@ -37,9 +37,16 @@ impl Speed {
     )]
     fn at(&mut self, bytes: u64, now: Instant) -> u64 {
         if let Some((before, had)) = self.last {
-            let seconds = now.saturating_duration_since(before).as_secs_f64().max(0.001);
+            let seconds = now
+                .saturating_duration_since(before)
+                .as_secs_f64()
+                .max(0.001);
             let rate = bytes.saturating_sub(had) as f64 / seconds;
-            let weight = if self.rate == 0.0 { 1.0 } else { 1.0 - (-seconds / 2.0).exp() };
+            let weight = if self.rate == 0.0 {
+                1.0
+            } else {
+                1.0 - (-seconds / 2.0).exp()
+            };
             self.rate += (rate - self.rate) * weight;
         }
         self.last = Some((now, bytes));
@@ -56,13 +63,23 @@ pub struct Meter {
 
 impl Meter {
     /// What moves now, of these Gets and these totals.
-    pub fn activity(&mut self, running: &BTreeMap<u64, Arc<Progress>>, sent: u64, received: u64) -> proto::Activity {
+    pub fn activity(
+        &mut self,
+        running: &BTreeMap<u64, Arc<Progress>>,
+        sent: u64,
+        received: u64,
+    ) -> proto::Activity {
         let now = Instant::now();
         let mut sources = HashMap::new();
-        let mut transfers: Vec<_> =
-            running.iter().map(|(id, progress)| self.transfer(*id, progress, now, &mut sources)).collect();
+        let mut transfers: Vec<_> = running
+            .iter()
+            .map(|(id, progress)| self.transfer(*id, progress, now, &mut sources))
+            .collect();
         self.sources = sources;
-        let receive_rate = transfers.iter().map(|transfer| transfer.bytes_per_second).sum();
+        let receive_rate = transfers
+            .iter()
+            .map(|transfer| transfer.bytes_per_second)
+            .sum();
         transfers.sort_by_key(|transfer| Reverse(transfer.bytes_per_second));
         transfers.truncate(proto::MAX_TRANSFERS);
         let mut room = proto::MAX_TRANSFER_SOURCES;
@@ -71,12 +88,21 @@ impl Meter {
             room -= transfer.sources.len();
         }
         let send_rate = self.send_rate(sent, now);
-        proto::Activity { bytes_sent: sent, bytes_received: received, send_rate, receive_rate, transfers }
+        proto::Activity {
+            bytes_sent: sent,
+            bytes_received: received,
+            send_rate,
+            receive_rate,
+            transfers,
+        }
     }
 
     fn send_rate(&mut self, sent: u64, now: Instant) -> u64 {
-        let Some((before, had)) = self.sent.replace((now, sent)) else { return 0 };
-        let millis = u64::try_from(now.saturating_duration_since(before).as_millis()).unwrap_or(u64::MAX);
+        let Some((before, had)) = self.sent.replace((now, sent)) else {
+            return 0;
+        };
+        let millis =
+            u64::try_from(now.saturating_duration_since(before).as_millis()).unwrap_or(u64::MAX);
         sent.saturating_sub(had).saturating_mul(1000) / millis.max(1)
     }
 
@@ -94,14 +120,22 @@ impl Meter {
             let bytes_per_second = speed.at(account.bytes, now);
             kept.insert((id, peer), speed);
             if account.state == State::Active {
-                sources.push(proto::TransferSource { peer_id: peer.to_string(), bytes_per_second });
+                sources.push(proto::TransferSource {
+                    peer_id: peer.to_string(),
+                    bytes_per_second,
+                });
             }
         }
         sources.sort_by_key(|source| Reverse(source.bytes_per_second));
-        let in_work = progress.in_work.lock().expect("no panic while the lock is held");
+        let in_work = progress
+            .in_work
+            .lock()
+            .expect("no panic while the lock is held");
         let largest = in_work.iter().max_by_key(|(_, _, bytes)| *bytes);
         proto::Transfer {
-            content_id: largest.map(|(file, ..)| file.content_id.to_string()).unwrap_or_default(),
+            content_id: largest
+                .map(|(file, ..)| file.content_id.to_string())
+                .unwrap_or_default(),
             bytes_total: progress.bytes_total.load(Ordering::Relaxed),
             bytes_done: progress.bytes_done.load(Ordering::Relaxed),
             files_total: progress.files_total.load(Ordering::Relaxed),
@@ -126,16 +160,21 @@ pub fn limits(limits: &limit::Limits) -> proto::Limits {
 /// What happened, as an event.
 pub fn event(happening: Happening) -> Event {
     match happening {
-        Happening::FileDone { want, path, already_there } => Event::FileDone(FileDone {
+        Happening::FileDone {
+            want,
+            path,
+            already_there,
+        } => Event::FileDone(FileDone {
             name: want.name.to_string(),
             content_id: want.id.to_string(),
             size: want.size,
             path: path.to_string_lossy().into_owned(),
             already_there,
         }),
-        Happening::Note(peer, text) => {
-            Event::Note(Note { text, peer_id: peer.map(|peer| peer.to_string()).unwrap_or_default() })
-        }
+        Happening::Note(peer, text) => Event::Note(Note {
+            text,
+            peer_id: peer.map(|peer| peer.to_string()).unwrap_or_default(),
+        }),
     }
 }
 
@@ -159,15 +198,28 @@ fn source((peer, account): (&PeerId, &Account)) -> SourceProgress {
 }
 
 fn sources(progress: &Progress) -> Vec<SourceProgress> {
-    let accounts = progress.accounts.lock().expect("no panic while the lock is held");
+    let accounts = progress
+        .accounts
+        .lock()
+        .expect("no panic while the lock is held");
     let mut sources: Vec<_> = accounts.iter().map(source).collect();
-    sources.sort_by(|a, b| b.bytes.cmp(&a.bytes).then_with(|| a.peer_id.cmp(&b.peer_id)));
+    sources.sort_by(|a, b| {
+        b.bytes
+            .cmp(&a.bytes)
+            .then_with(|| a.peer_id.cmp(&b.peer_id))
+    });
     sources
 }
 
 /// Bytes of a Get that came over the network and were good.
 pub fn fetched(progress: &Progress) -> u64 {
-    progress.accounts.lock().expect("no panic while the lock is held").values().map(|account| account.bytes).sum()
+    progress
+        .accounts
+        .lock()
+        .expect("no panic while the lock is held")
+        .values()
+        .map(|account| account.bytes)
+        .sum()
 }
 
 /// Where a Get stands.
@@ -179,12 +231,17 @@ pub fn progress(progress: &Progress, speed: &mut Speed) -> proto::Progress {
 
 /// Where a Get stands, for somebody who looks once.
 pub fn running(progress: &Progress, bytes_per_second: u64) -> proto::Progress {
-    let files = progress.in_work.lock().expect("no panic while the lock is held");
-    let files = files.iter().map(|(file, bytes_done, bytes_total)| FileProgress {
-        name: file.name.to_string(),
-        bytes_done: *bytes_done,
-        bytes_total: *bytes_total,
-    });
+    let files = progress
+        .in_work
+        .lock()
+        .expect("no panic while the lock is held");
+    let files = files
+        .iter()
+        .map(|(file, bytes_done, bytes_total)| FileProgress {
+            name: file.name.to_string(),
+            bytes_done: *bytes_done,
+            bytes_total: *bytes_total,
+        });
     proto::Progress {
         bytes_done: progress.bytes_done.load(Ordering::Relaxed),
         bytes_total: progress.bytes_total.load(Ordering::Relaxed),
@@ -199,14 +256,29 @@ pub fn running(progress: &Progress, bytes_per_second: u64) -> proto::Progress {
 
 /// What holds a Get up, in one word; empty if nothing came over the network.
 fn bottleneck(progress: &Progress, wall: Duration) -> String {
-    let n_sources = progress.accounts().values().filter(|account| account.bytes > 0).count();
-    let found = progress.spent.bottleneck(wall, u32::try_from(n_sources).unwrap_or(u32::MAX));
-    found.filter(|_| n_sources > 0).map(|found| found.to_string()).unwrap_or_default()
+    let n_sources = progress
+        .accounts()
+        .values()
+        .filter(|account| account.bytes > 0)
+        .count();
+    let found = progress
+        .spent
+        .bottleneck(wall, u32::try_from(n_sources).unwrap_or(u32::MAX));
+    found
+        .filter(|_| n_sources > 0)
+        .map(|found| found.to_string())
+        .unwrap_or_default()
 }
 
 /// How a Get ended.
 pub fn summary(progress: &Progress, duration: Duration) -> proto::Done {
-    let wasted = progress.accounts.lock().expect("no panic while the lock is held").values().map(|a| a.wasted).sum();
+    let wasted = progress
+        .accounts
+        .lock()
+        .expect("no panic while the lock is held")
+        .values()
+        .map(|a| a.wasted)
+        .sum();
     proto::Done {
         bytes_total: progress.bytes_total.load(Ordering::Relaxed),
         bytes_fetched: fetched(progress),
@@ -226,7 +298,11 @@ pub fn failure(error: &anyhow::Error, so_far: proto::Done) -> proto::Failed {
         Some(failed) => (failed.exit, failed.message.clone()),
         None => (Exit::Failure, escape(&format!("{error:#}"))),
     };
-    proto::Failed { exit_code: exit as u32, message, so_far: Some(so_far) }
+    proto::Failed {
+        exit_code: exit as u32,
+        message,
+        so_far: Some(so_far),
+    }
 }
 
 /// A share, as `status` shows it.

@@ -69,8 +69,15 @@ impl LocalPiece {
         }
         let layout = storage.manifest().layout();
         let (offset, len) = (layout.offset(self.piece), layout.len_of(self.piece));
-        let older = || self.is_older.then(|| self.files.read_older(offset, len)).flatten();
-        let held = || self.held.and_then(|id| self.files.library.open(&id).ok()?.read(offset, len).ok());
+        let older = || {
+            self.is_older
+                .then(|| self.files.read_older(offset, len))
+                .flatten()
+        };
+        let held = || {
+            self.held
+                .and_then(|id| self.files.library.open(&id).ok()?.read(offset, len).ok())
+        };
         let verify = |bytes: Bytes| storage.manifest().verify(self.piece, bytes).ok();
         let found = held().and_then(verify).or_else(|| older().and_then(verify));
         found.map_or(Ok(false), |good| storage.write(&good).map(|()| true))
@@ -91,15 +98,24 @@ impl Places<'_> {
     #[must_use]
     pub fn find(&self, wanted: &[(&Storage, &SafeName)]) -> Vec<Vec<LocalPiece>> {
         let mut held: Vec<Vec<(u32, ContentId)>> = wanted.iter().map(|_| vec![]).collect();
-        let is_whole = |storage: &Storage| self.library.have(&storage.manifest().id()) == Some(Have::Complete);
-        let whole: Vec<bool> = wanted.iter().map(|(storage, _)| is_whole(storage)).collect();
+        let is_whole =
+            |storage: &Storage| self.library.have(&storage.manifest().id()) == Some(Have::Complete);
+        let whole: Vec<bool> = wanted
+            .iter()
+            .map(|(storage, _)| is_whole(storage))
+            .collect();
         let partial = || wanted.iter().enumerate().filter(|(file, _)| !whole[*file]);
         let keys = Keys::new(partial().map(|(file, (storage, _))| (file, storage.manifest())));
         if !keys.0.is_empty() {
-            self.library.long_contents().iter().for_each(|manifest| keys.search(manifest, &mut held));
+            self.library
+                .long_contents()
+                .iter()
+                .for_each(|manifest| keys.search(manifest, &mut held));
         }
         let found = wanted.iter().zip(whole).zip(held);
-        found.map(|(((storage, name), whole), held)| self.pieces(storage, name, whole, held)).collect()
+        found
+            .map(|(((storage, name), whole), held)| self.pieces(storage, name, whole, held))
+            .collect()
     }
 
     fn pieces(
@@ -121,20 +137,34 @@ impl Places<'_> {
         held.sort_unstable();
         held.dedup_by_key(|(piece, _)| *piece);
         let held_by = |piece: PieceIndex| {
-            let at = held.binary_search_by_key(&piece.get(), |(piece, _)| *piece).ok()?;
+            let at = held
+                .binary_search_by_key(&piece.get(), |(piece, _)| *piece)
+                .ok()?;
             Some(held[at].1)
         };
-        let files = Files { library: self.library.clone(), root: self.root.clone(), older: name.as_path().into() };
+        let files = Files {
+            library: self.library.clone(),
+            root: self.root.clone(),
+            older: name.as_path().into(),
+        };
         let files = Arc::new(files);
         let missing = layout.pieces().filter(|piece| !have.contains(piece.get()));
         let pieces = missing.map(|piece| LocalPiece {
             piece,
             is_own: own.contains(piece.get()),
-            is_older: older.as_ref().is_some_and(|older| older.contains(piece.get())),
-            held: if is_whole { Some(manifest.id()) } else { held_by(piece) },
+            is_older: older
+                .as_ref()
+                .is_some_and(|older| older.contains(piece.get())),
+            held: if is_whole {
+                Some(manifest.id())
+            } else {
+                held_by(piece)
+            },
             files: files.clone(),
         });
-        pieces.filter(|local| local.is_own || local.is_older || local.held.is_some()).collect()
+        pieces
+            .filter(|local| local.is_own || local.is_older || local.held.is_some())
+            .collect()
     }
 
     /// Pieces that the file under this name may have: all it is long enough for, or, if it was hashed, those that are equal.
@@ -145,13 +175,21 @@ impl Places<'_> {
         }
         let file = self.root.open_file(name.as_path()).ok()?;
         let stamp = Stamp::of(&file).ok()?;
-        let known = self.index.lookup(&self.root.path().join(name.as_path()), &stamp).map(|known| known.manifest);
+        let known = self
+            .index
+            .lookup(&self.root.path().join(name.as_path()), &stamp)
+            .map(|known| known.manifest);
         let known = known.filter(|known| known.layout().piece_len() == layout.piece_len());
-        let hashes = known.as_ref().map(|known| known.hashes()).filter(|hashes| !hashes.is_empty());
+        let hashes = known
+            .as_ref()
+            .map(|known| known.hashes())
+            .filter(|hashes| !hashes.is_empty());
         let mut map = HaveMap::empty(layout.n_pieces());
         for (piece, hash) in layout.pieces().zip(manifest.hashes()) {
             let is_within = layout.offset(piece) + u64::from(layout.len_of(piece)) <= stamp.size;
-            if is_within && hashes.is_none_or(|hashes| hashes.get(piece.get() as usize) == Some(hash)) {
+            if is_within
+                && hashes.is_none_or(|hashes| hashes.get(piece.get() as usize) == Some(hash))
+            {
                 map.insert(piece.get());
             }
         }
@@ -165,8 +203,11 @@ struct Keys(Vec<(u64, u32, usize)>);
 
 impl Keys {
     fn new<'a>(wanted: impl Iterator<Item = (usize, &'a Manifest)>) -> Self {
-        let keys =
-            wanted.flat_map(|(file, manifest)| (0..).zip(manifest.hashes()).map(move |(i, h)| (first(h), i, file)));
+        let keys = wanted.flat_map(|(file, manifest)| {
+            (0..)
+                .zip(manifest.hashes())
+                .map(move |(i, h)| (first(h), i, file))
+        });
         let mut keys: Vec<_> = keys.collect();
         keys.sort_unstable();
         Self(keys)
@@ -177,7 +218,9 @@ impl Keys {
         for (i, hash) in (0..).zip(manifest.hashes()) {
             let key = (first(hash), i, 0);
             let at = self.0.partition_point(|found| *found < key);
-            let equal = self.0[at..].iter().take_while(|found| (found.0, found.1) == (key.0, key.1));
+            let equal = self.0[at..]
+                .iter()
+                .take_while(|found| (found.0, found.1) == (key.0, key.1));
             equal.for_each(|found| held[found.2].push((i, manifest.id())));
         }
     }

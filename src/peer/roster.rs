@@ -129,7 +129,13 @@ impl Roster {
     /// Gives a file another state; returns what it was before, None if there is no such file.
     pub fn set(&mut self, relative: &Path, state: State) -> Option<Known> {
         let before = self.files.get(relative)?.clone();
-        self.put(relative.to_path_buf(), Known { state, ..before.clone() });
+        self.put(
+            relative.to_path_buf(),
+            Known {
+                state,
+                ..before.clone()
+            },
+        );
         Some(before)
     }
 
@@ -143,14 +149,18 @@ impl Roster {
     /// The files at and beneath a path. Paths are ordered by component, so these are one range.
     pub fn beneath(&self, start: &Path) -> impl Iterator<Item = (&PathBuf, &Known)> {
         let range = (Bound::Included(start), Bound::Unbounded);
-        self.files.range::<Path, _>(range).take_while(move |(relative, _)| relative.starts_with(start))
+        self.files
+            .range::<Path, _>(range)
+            .take_while(move |(relative, _)| relative.starts_with(start))
     }
 
     /// The small files whose turn it is to be hashed; none if nothing waits.
     pub fn next_small(&mut self) -> Vec<Job> {
         let (mut jobs, mut bytes) = (vec![], 0);
         while jobs.len() < BATCH_FILES && bytes < BATCH_BYTES {
-            let Some(relative) = self.small.pop_front() else { break };
+            let Some(relative) = self.small.pop_front() else {
+                break;
+            };
             if let Some(stamp) = self.waiting(&relative) {
                 bytes += stamp.size;
                 jobs.push(Job { relative, stamp });
@@ -170,18 +180,26 @@ impl Roster {
     }
 
     fn waiting(&self, relative: &Path) -> Option<Stamp> {
-        self.files.get(relative).filter(|known| known.state.is_queued()).map(|known| known.stamp)
+        self.files
+            .get(relative)
+            .filter(|known| known.state.is_queued())
+            .map(|known| known.stamp)
     }
 
     fn enqueue(&mut self, relative: &Path, known: &Known) {
         if known.state.is_queued() {
-            let queue = if known.stamp.size > BIG_BYTES { &mut self.big } else { &mut self.small };
+            let queue = if known.stamp.size > BIG_BYTES {
+                &mut self.big
+            } else {
+                &mut self.small
+            };
             queue.push_back(relative.to_path_buf());
         }
     }
 
     fn count(&mut self, known: &Known, up: bool) {
-        let add = |counter: &mut u64, n: u64| *counter = if up { *counter + n } else { *counter - n };
+        let add =
+            |counter: &mut u64, n: u64| *counter = if up { *counter + n } else { *counter - n };
         match known.state {
             State::Clash => add(&mut self.tally.clashes, 1),
             State::Unreadable => add(&mut self.tally.unreadable, 1),
@@ -203,20 +221,45 @@ mod tests {
 
     use super::*;
 
-    const STATES: [State; 7] =
-        [State::Unsettled, State::Queued, State::Young, State::Proving, State::Listed, State::Clash, State::Unreadable];
+    const STATES: [State; 7] = [
+        State::Unsettled,
+        State::Queued,
+        State::Young,
+        State::Proving,
+        State::Listed,
+        State::Clash,
+        State::Unreadable,
+    ];
 
     fn known(size: u64, state: State) -> Known {
-        let stamp = Stamp { dev: 1, ino: 1, size, mtime_ns: 0, ctime_ns: 0 };
-        Known { name: SafeName::parse("name").unwrap(), stamp, state, round: 0 }
+        let stamp = Stamp {
+            dev: 1,
+            ino: 1,
+            size,
+            mtime_ns: 0,
+            ctime_ns: 0,
+        };
+        Known {
+            name: SafeName::parse("name").unwrap(),
+            stamp,
+            state,
+            round: 0,
+        }
     }
 
     fn recount(roster: &Roster) -> Tally {
-        let count = |is: &dyn Fn(State) -> bool| roster.files.values().filter(|k| is(k.state)).count() as u64;
+        let count = |is: &dyn Fn(State) -> bool| {
+            roster.files.values().filter(|k| is(k.state)).count() as u64
+        };
         Tally {
             files: count(&State::is_listed),
             files_to_hash: count(&State::is_queued),
-            bytes_to_hash: roster.files.values().filter(|k| k.state.is_queued()).map(|k| k.stamp.size).sum(),
+            bytes_to_hash: roster
+                .files
+                .values()
+                .filter(|k| k.state.is_queued())
+                .map(|k| k.stamp.size)
+                .sum(),
             clashes: count(&|state| state == State::Clash),
             unreadable: count(&|state| state == State::Unreadable),
         }

@@ -42,7 +42,11 @@ impl DirectoryId {
     /// The directory at a path, itself no symbolic link.
     pub fn of(path: &Path) -> io::Result<Self> {
         let metadata = std::fs::symlink_metadata(path)?;
-        if metadata.is_dir() { Ok(Self::from(&metadata)) } else { Err(io::ErrorKind::NotADirectory.into()) }
+        if metadata.is_dir() {
+            Ok(Self::from(&metadata))
+        } else {
+            Err(io::ErrorKind::NotADirectory.into())
+        }
     }
 }
 
@@ -135,7 +139,12 @@ impl Skipped {
 
     /// All reasons together.
     pub fn total(&self) -> u64 {
-        self.symlinks + self.special + self.unreadable + self.bad_names + self.clashes + self.too_large
+        self.symlinks
+            + self.special
+            + self.unreadable
+            + self.bad_names
+            + self.clashes
+            + self.too_large
     }
 }
 
@@ -147,7 +156,11 @@ impl fmt::Display for Skipped {
             (self.special, "special file", "special files"),
             (self.unreadable, "unreadable", "unreadable"),
             (self.bad_names, "unusable name", "unusable names"),
-            (self.clashes, "name taken by another file", "names taken by other files"),
+            (
+                self.clashes,
+                "name taken by another file",
+                "names taken by other files",
+            ),
             (self.too_large, "larger than 1 TiB", "larger than 1 TiB"),
         ];
         let mut separator = ": ";
@@ -183,7 +196,10 @@ impl Walk {
         let mut directories = vec![start.to_path_buf()];
         while let Some(relative) = directories.pop() {
             if self.cancel.is_cancelled() {
-                return Err(io::Error::new(io::ErrorKind::Interrupted, "the scan was stopped"));
+                return Err(io::Error::new(
+                    io::ErrorKind::Interrupted,
+                    "the scan was stopped",
+                ));
             }
             let path = self.root.join(&relative);
             enter(&path);
@@ -200,7 +216,13 @@ impl Walk {
         Ok(scan)
     }
 
-    fn list(&self, relative: &Path, path: &Path, scan: &mut Scan, directories: &mut Vec<PathBuf>) -> io::Result<()> {
+    fn list(
+        &self,
+        relative: &Path,
+        path: &Path,
+        scan: &mut Scan,
+        directories: &mut Vec<PathBuf>,
+    ) -> io::Result<()> {
         for entry in std::fs::read_dir(path)? {
             let child = relative.join(entry?.file_name());
             match self.look(&child) {
@@ -259,14 +281,21 @@ impl Walk {
             return Err(Skip::TooLarge);
         }
         let name = self.name(relative).ok_or(Skip::BadName)?;
-        Ok(Found { relative: relative.to_path_buf(), name, stamp: Stamp::from(metadata) })
+        Ok(Found {
+            relative: relative.to_path_buf(),
+            name,
+            stamp: Stamp::from(metadata),
+        })
     }
 
     /// Whether a file that can be offered under this name lies where the name says.
     pub fn has(&self, name: &SafeName) -> bool {
-        let prefix =
-            self.prefix.as_ref().map_or(Some(name.as_path()), |prefix| name.as_path().strip_prefix(prefix).ok());
-        prefix.is_some_and(|relative| matches!(self.look(relative), Look::File(found) if found.name == *name))
+        let prefix = self.prefix.as_ref().map_or(Some(name.as_path()), |prefix| {
+            name.as_path().strip_prefix(prefix).ok()
+        });
+        prefix.is_some_and(
+            |relative| matches!(self.look(relative), Look::File(found) if found.name == *name),
+        )
     }
 
     /// The name that a file at this path beneath the root is offered under; None if the path is no name.
@@ -288,7 +317,9 @@ fn check_type(kind: FileType) -> Result<(), Skip> {
 }
 
 fn in_state_directory(relative: &Path) -> bool {
-    relative.parent().is_some_and(|parent| parent.components().any(|part| is_state(&part)))
+    relative
+        .parent()
+        .is_some_and(|parent| parent.components().any(|part| is_state(&part)))
 }
 
 fn is_state(part: &Component<'_>) -> bool {
@@ -297,7 +328,10 @@ fn is_state(part: &Component<'_>) -> bool {
 
 /// Whether an error says that nothing lies at a path any more.
 pub fn is_gone(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+    )
 }
 
 /// A path as it may be shown on a terminal or in a log.
@@ -319,7 +353,12 @@ mod tests {
     use super::*;
 
     fn walk(root: &Path) -> Walk {
-        Walk { root: root.to_path_buf(), prefix: None, hidden: Arc::new([]), cancel: CancellationToken::new() }
+        Walk {
+            root: root.to_path_buf(),
+            prefix: None,
+            hidden: Arc::new([]),
+            cancel: CancellationToken::new(),
+        }
     }
 
     fn names(scan: &Scan) -> Vec<&str> {
@@ -338,29 +377,63 @@ mod tests {
     fn finds_files_and_counts_the_rest() {
         let dir = TempDir::new().unwrap();
         let root = dir.path().join("share");
-        for file in ["a", "b/c", "b/d.part", "b/e.part/f", ".sprat/key", "b/.sprat/key", ".sprat.txt", "state/key"] {
+        for file in [
+            "a",
+            "b/c",
+            "b/d.part",
+            "b/e.part/f",
+            ".sprat/key",
+            "b/.sprat/key",
+            ".sprat.txt",
+            "state/key",
+        ] {
             put(&root, file);
         }
         put(dir.path(), "outside/secret");
         symlink(dir.path().join("outside"), root.join("out")).unwrap();
         symlink("..", root.join("b/up")).unwrap();
         symlink("self", root.join("self")).unwrap();
-        mknodat(CWD, root.join("fifo"), Kind::Fifo, Mode::from_raw_mode(0o644), 0).unwrap();
+        mknodat(
+            CWD,
+            root.join("fifo"),
+            Kind::Fifo,
+            Mode::from_raw_mode(0o644),
+            0,
+        )
+        .unwrap();
         let _socket = UnixListener::bind(root.join("socket")).unwrap();
         put(&root, OsStr::from_bytes(b"caf\xe9"));
         put(&root, "b/line\nbreak");
 
         let hidden = DirectoryId::of(&root.join("state")).unwrap();
-        let walk = Walk { hidden: Arc::new([hidden]), ..walk(&root) };
+        let walk = Walk {
+            hidden: Arc::new([hidden]),
+            ..walk(&root)
+        };
         let mut entered = vec![];
-        let scan = walk.scan(Path::new(""), &mut |path| entered.push(path.to_path_buf())).unwrap();
+        let scan = walk
+            .scan(Path::new(""), &mut |path| entered.push(path.to_path_buf()))
+            .unwrap();
         assert_eq!(names(&scan), [".sprat.txt", "a", "b/c", "b/e.part/f"]);
-        let expected = Skipped { symlinks: 3, special: 2, bad_names: 2, ..Skipped::default() };
+        let expected = Skipped {
+            symlinks: 3,
+            special: 2,
+            bad_names: 2,
+            ..Skipped::default()
+        };
         assert_eq!(scan.skipped, expected);
-        assert_eq!(expected.to_string(), "skipped 7: 3 symbolic links, 2 special files, 2 unusable names");
+        assert_eq!(
+            expected.to_string(),
+            "skipped 7: 3 symbolic links, 2 special files, 2 unusable names"
+        );
         assert_eq!((scan.directories, entered.len()), (3, 3));
 
-        let below = Walk { prefix: Some("pre/fix".into()), ..walk }.scan(Path::new("b"), &mut |_| {}).unwrap();
+        let below = Walk {
+            prefix: Some("pre/fix".into()),
+            ..walk
+        }
+        .scan(Path::new("b"), &mut |_| {})
+        .unwrap();
         assert_eq!(names(&below), ["pre/fix/b/c", "pre/fix/b/e.part/f"]);
     }
 
@@ -368,11 +441,19 @@ mod tests {
     fn looks_at_single_paths() {
         let dir = TempDir::new().unwrap();
         put(dir.path(), "a/b");
-        let walk = Walk { prefix: Some("pre".into()), ..walk(dir.path()) };
+        let walk = Walk {
+            prefix: Some("pre".into()),
+            ..walk(dir.path())
+        };
         assert!(matches!(walk.look(Path::new("a")), Look::Directory));
-        assert!(matches!(walk.look(Path::new("a/b")), Look::File(found) if found.name.as_str() == "pre/a/b"));
+        assert!(
+            matches!(walk.look(Path::new("a/b")), Look::File(found) if found.name.as_str() == "pre/a/b")
+        );
         for nothing in ["c", "a/b/c", ".sprat/x", "a/b.part"] {
-            assert!(matches!(walk.look(Path::new(nothing)), Look::Nothing), "{nothing}");
+            assert!(
+                matches!(walk.look(Path::new(nothing)), Look::Nothing),
+                "{nothing}"
+            );
         }
         assert!(walk.has(&SafeName::parse("pre/a/b").unwrap()));
         assert!(!walk.has(&SafeName::parse("a/b").unwrap()));
@@ -387,7 +468,13 @@ mod tests {
         put(dir.path(), deepest.join("d/too_deep"));
         let scan = walk(dir.path()).scan(Path::new(""), &mut |_| {}).unwrap();
         assert_eq!(scan.files.len(), 1);
-        assert_eq!(scan.skipped, Skipped { bad_names: 1, ..Skipped::default() });
+        assert_eq!(
+            scan.skipped,
+            Skipped {
+                bad_names: 1,
+                ..Skipped::default()
+            }
+        );
     }
 
     #[test]

@@ -43,8 +43,8 @@ use crate::{
     net::Caller,
     proto::{
         self, CHUNK_LENGTHS, ContentError, GetChunksRequest, GetChunksResponse, GetManifestRequest,
-        GetManifestResponse, HASHES_PER_MESSAGE, MAX_CONTENTS, ManifestHeader, Spent, WatchHaveRequest,
-        WatchHaveResponse, WireError, content_error, get_manifest_response,
+        GetManifestResponse, HASHES_PER_MESSAGE, MAX_CONTENTS, ManifestHeader, Spent,
+        WatchHaveRequest, WatchHaveResponse, WireError, content_error, get_manifest_response,
     },
     request::carried,
 };
@@ -83,8 +83,17 @@ impl ChunkServer {
     /// Serves from `library`, as fast as `upload` allows, and counts in `served`.
     #[must_use]
     pub fn new(library: Library, served: Arc<Served>, upload: Limit) -> Self {
-        let [streams, manifests, watches] = [STREAMS, STREAMS, WATCHES].map(|n| Arc::new(Semaphore::new(n)));
-        Self { library, served, upload, streams, manifests, watches, crowds: Crowds::default() }
+        let [streams, manifests, watches] =
+            [STREAMS, STREAMS, WATCHES].map(|n| Arc::new(Semaphore::new(n)));
+        Self {
+            library,
+            served,
+            upload,
+            streams,
+            manifests,
+            watches,
+            crowds: Crowds::default(),
+        }
     }
 
     fn admit(permits: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Status> {
@@ -98,8 +107,12 @@ type Reply<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 fn member<T>(request: &Request<T>) -> Result<(PeerId, &Caller), Status> {
     let caller = request.extensions().get::<Caller>();
     match caller.and_then(|caller| Some((caller.subject?, caller))) {
-        Some((subject, caller)) if matches!(subject.role, Role::Peer | Role::Operator) => Ok((subject.id, caller)),
-        _ => Err(Status::unauthenticated("a client certificate of this network is required")),
+        Some((subject, caller)) if matches!(subject.role, Role::Peer | Role::Operator) => {
+            Ok((subject.id, caller))
+        }
+        _ => Err(Status::unauthenticated(
+            "a client certificate of this network is required",
+        )),
     }
 }
 
@@ -123,8 +136,15 @@ fn content_error(error: &ServeError) -> ContentError {
         }
     };
     // What exactly failed on this disk is this peer's own business.
-    let message = if matches!(error, ServeError::Io(_)) { "the disk failed".into() } else { error.to_string() };
-    ContentError { code: code.into(), message }
+    let message = if matches!(error, ServeError::Io(_)) {
+        "the disk failed".into()
+    } else {
+        error.to_string()
+    };
+    ContentError {
+        code: code.into(),
+        message,
+    }
 }
 
 #[tonic::async_trait]
@@ -144,10 +164,13 @@ impl proto::chunk_service_server::ChunkService for ChunkServer {
             for (index, id) in (0..).zip(ids) {
                 let asked = library.clone();
                 let parts = blocking(move || manifest_parts(&asked, &id)).await;
-                for part in
-                    parts.unwrap_or_else(|error| vec![get_manifest_response::Part::Error(content_error(&error))])
-                {
-                    let message = GetManifestResponse { index, part: Some(part) };
+                for part in parts.unwrap_or_else(|error| {
+                    vec![get_manifest_response::Part::Error(content_error(&error))]
+                }) {
+                    let message = GetManifestResponse {
+                        index,
+                        part: Some(part),
+                    };
                     if sender.send_timeout(Ok(message), NO_PROGRESS).await.is_err() {
                         return;
                     }
@@ -159,19 +182,32 @@ impl proto::chunk_service_server::ChunkService for ChunkServer {
 
     type WatchHaveStream = Reply<WatchHaveResponse>;
 
-    async fn watch_have(&self, request: Request<WatchHaveRequest>) -> Result<Response<Self::WatchHaveStream>, Status> {
+    async fn watch_have(
+        &self,
+        request: Request<WatchHaveRequest>,
+    ) -> Result<Response<Self::WatchHaveStream>, Status> {
         let (peer, caller) = member(&request)?;
-        let WatchHaveRequest { content_ids, addresses, port } = request.get_ref();
+        let WatchHaveRequest {
+            content_ids,
+            addresses,
+            port,
+        } = request.get_ref();
         let contents = contents(content_ids)?;
         if addresses.len() > MAX_WATCHER_ADDRESSES {
             return Err(WireError::TooMany(MAX_WATCHER_ADDRESSES, "addresses").into());
         }
-        let port = u16::try_from(*port).map_err(|_| Status::invalid_argument("port is above 65,535"))?;
+        let port =
+            u16::try_from(*port).map_err(|_| Status::invalid_argument("port is above 65,535"))?;
         let announcement = proto::announcement(peer, addresses, port, caller);
         let permit = Self::admit(&self.watches)?;
         let (sender, receiver) = mpsc::channel(QUEUE);
         let watch = self.crowds.join(contents.clone(), announcement);
-        let watching = Watching { library: self.library.clone(), crowds: self.crowds.clone(), watch, sender };
+        let watching = Watching {
+            library: self.library.clone(),
+            crowds: self.crowds.clone(),
+            watch,
+            sender,
+        };
         tokio::spawn(carried(async move {
             let _permit = permit;
             watching.run(contents).await;
@@ -181,19 +217,29 @@ impl proto::chunk_service_server::ChunkService for ChunkServer {
 
     type GetChunksStream = Reply<GetChunksResponse>;
 
-    async fn get_chunks(&self, request: Request<GetChunksRequest>) -> Result<Response<Self::GetChunksStream>, Status> {
+    async fn get_chunks(
+        &self,
+        request: Request<GetChunksRequest>,
+    ) -> Result<Response<Self::GetChunksStream>, Status> {
         let (peer, caller) = member(&request)?;
         let ranges = ranges(&request.get_ref().ranges)?;
         if let Some(round_trip) = NonZeroU32::new(request.get_ref().round_trip_us) {
-            match self.crowds.has_others(ranges.iter().map(|span| span.id), peer) {
+            match self
+                .crowds
+                .has_others(ranges.iter().map(|span| span.id), peer)
+            {
                 // What it measured is mostly the wait behind the others; and of two kinds one takes from the other.
                 true => caller.line.shared(),
-                false => caller.line.measured(Duration::from_micros(round_trip.get().into())),
+                false => caller
+                    .line
+                    .measured(Duration::from_micros(round_trip.get().into())),
             }
         }
         let lane = self.upload.lane(peer);
         let request = request.into_inner();
-        let chunk_length = request.chunk_length.clamp(*CHUNK_LENGTHS.start(), *CHUNK_LENGTHS.end());
+        let chunk_length = request
+            .chunk_length
+            .clamp(*CHUNK_LENGTHS.start(), *CHUNK_LENGTHS.end());
         let permit = Self::admit(&self.streams)?;
         metrics::CHUNKS_SENT.observe(chunk_length.into());
         let (sender, receiver) = mpsc::channel(chunks::QUEUE);
@@ -215,13 +261,17 @@ impl proto::chunk_service_server::ChunkService for ChunkServer {
             sending.run(ranges).await;
             served.streams.fetch_sub(1, Ordering::Relaxed);
         }));
-        let mut answer = Response::new(Box::pin(futures_util::stream::empty()) as Self::GetChunksStream);
+        let mut answer =
+            Response::new(Box::pin(futures_util::stream::empty()) as Self::GetChunksStream);
         answer.extensions_mut().insert(Parts::new(receiver));
         Ok(answer)
     }
 }
 
-fn manifest_parts(library: &Library, id: &ContentId) -> Result<Vec<get_manifest_response::Part>, ServeError> {
+fn manifest_parts(
+    library: &Library,
+    id: &ContentId,
+) -> Result<Vec<get_manifest_response::Part>, ServeError> {
     let manifest = library.manifest(id).ok_or(ServeError::NotFound)?;
     let size = manifest.layout().size();
     let (last_chunk, right_edge) = if manifest.layout().n_pieces() == 1 {
@@ -231,12 +281,21 @@ fn manifest_parts(library: &Library, id: &ContentId) -> Result<Vec<get_manifest_
         let (last_chunk, right_edge) = prove_single(&bytes).ok_or(ServeError::Changed)?;
         (Bytes::copy_from_slice(last_chunk), right_edge)
     } else {
-        (Bytes::copy_from_slice(manifest.last_chunk()), manifest.right_edge().to_vec())
+        (
+            Bytes::copy_from_slice(manifest.last_chunk()),
+            manifest.right_edge().to_vec(),
+        )
     };
-    let header = ManifestHeader { size, last_chunk, right_edge: right_edge.concat().into() };
+    let header = ManifestHeader {
+        size,
+        last_chunk,
+        right_edge: right_edge.concat().into(),
+    };
     let hashes = manifest.hashes().chunks(HASHES_PER_MESSAGE);
     let hashes = hashes.map(|run| get_manifest_response::Part::PieceHashes(run.concat().into()));
-    Ok(std::iter::once(get_manifest_response::Part::Header(header)).chain(hashes).collect())
+    Ok(std::iter::once(get_manifest_response::Part::Header(header))
+        .chain(hashes)
+        .collect())
 }
 
 async fn blocking<T: Send + 'static>(

@@ -64,9 +64,25 @@ pub struct Looked {
 
 impl Share {
     /// A share of what `walk` finds beneath its root (canonical); nothing is looked at yet. `lookout` is for that root.
-    pub fn new(walk: Walk, earlier: Vec<Walk>, index: Arc<Index>, library: Library, lookout: Lookout) -> Self {
+    pub fn new(
+        walk: Walk,
+        earlier: Vec<Walk>,
+        index: Arc<Index>,
+        library: Library,
+        lookout: Lookout,
+    ) -> Self {
         let (roster, skipped) = (Roster::default(), Skipped::default());
-        Self { walk, earlier, index, library, lookout, root: None, roster, round: 0, skipped }
+        Self {
+            walk,
+            earlier,
+            index,
+            library,
+            lookout,
+            root: None,
+            roster,
+            round: 0,
+            skipped,
+        }
     }
 
     /// Where it is.
@@ -86,8 +102,16 @@ impl Share {
 
     /// What is there but not shared, as of the last rescan; names and permissions as of now.
     pub fn skipped(&self) -> Skipped {
-        let Tally { clashes, unreadable, .. } = self.tally();
-        Skipped { clashes, unreadable: self.skipped.unreadable + unreadable, ..self.skipped }
+        let Tally {
+            clashes,
+            unreadable,
+            ..
+        } = self.tally();
+        Skipped {
+            clashes,
+            unreadable: self.skipped.unreadable + unreadable,
+            ..self.skipped
+        }
     }
 
     /// How changes are learnt of.
@@ -111,7 +135,11 @@ impl Share {
             if error.kind() != io::ErrorKind::Interrupted {
                 self.root = None;
                 self.withdraw_all();
-                self.lookout.lose(if is_gone(error) { "the folder is not there".into() } else { error.to_string() });
+                self.lookout.lose(if is_gone(error) {
+                    "the folder is not there".into()
+                } else {
+                    error.to_string()
+                });
             }
         })
     }
@@ -123,13 +151,18 @@ impl Share {
             self.lookout.lose("the folder was replaced".into());
             self.root = Some((Root::open(self.path())?, id));
         }
-        let mut looked = Looked { changes: self.lookout.open(), ..Looked::default() };
+        let mut looked = Looked {
+            changes: self.lookout.open(),
+            ..Looked::default()
+        };
         let (skipped, directories) = self.walk_beneath(Path::new(""), &mut looked)?;
         self.lookout.settle(Some(directories));
         self.skipped = skipped;
         if self.round == 1 && !self.roster.is_empty() {
-            let keep =
-                |path: &Path| path.strip_prefix(self.path()).map_or(true, |path| self.roster.get(path).is_some());
+            let keep = |path: &Path| {
+                path.strip_prefix(self.path())
+                    .map_or(true, |path| self.roster.get(path).is_some())
+            };
             let _ = self.index.retain(keep).inspect_err(report);
         }
         Ok(looked)
@@ -137,9 +170,14 @@ impl Share {
 
     /// Looks at what has settled.
     pub fn look(&mut self, settled: &Settled) -> Looked {
-        let mut looked = Looked { rescan: settled.rescan, ..Looked::default() };
+        let mut looked = Looked {
+            rescan: settled.rescan,
+            ..Looked::default()
+        };
         for (from, to) in &settled.moves {
-            if let (Ok(from), Ok(to)) = (from.strip_prefix(self.path()), to.strip_prefix(self.path())) {
+            if let (Ok(from), Ok(to)) =
+                (from.strip_prefix(self.path()), to.strip_prefix(self.path()))
+            {
                 self.follow(from, to);
             }
         }
@@ -169,7 +207,11 @@ impl Share {
             }
             Look::Skipped(_) => self.withdraw_beneath(relative),
             Look::Nothing => {
-                gone.extend(self.roster.beneath(relative).map(|(relative, _)| self.path().join(relative)));
+                gone.extend(
+                    self.roster
+                        .beneath(relative)
+                        .map(|(relative, _)| self.path().join(relative)),
+                );
                 self.withdraw_beneath(relative);
             }
         }
@@ -177,7 +219,9 @@ impl Share {
 
     /// Looks at everything beneath `start`; returns what was skipped and how many directories there are.
     fn walk_beneath(&mut self, start: &Path, looked: &mut Looked) -> io::Result<(Skipped, u64)> {
-        let scan = self.walk.scan(start, &mut |directory| self.lookout.enter(directory))?;
+        let scan = self
+            .walk
+            .scan(start, &mut |directory| self.lookout.enter(directory))?;
         self.round += 1;
         for found in scan.files {
             if self.walk.cancel.is_cancelled() {
@@ -191,23 +235,39 @@ impl Share {
 
     /// Decides what to do about a file that is there. `settled`: its last event is long enough ago.
     fn consider(&mut self, found: Found, settled: bool, looked: &mut Looked) {
-        let Found { relative, name, stamp } = found;
+        let Found {
+            relative,
+            name,
+            stamp,
+        } = found;
         let settled = settled || age(stamp.ctime_ns) >= QUIET;
-        let before = self.roster.get(&relative).map(|known| (known.state, known.stamp == stamp));
+        let before = self
+            .roster
+            .get(&relative)
+            .map(|known| (known.state, known.stamp == stamp));
         if let Some((state, true)) = before {
             self.roster.see(&relative, self.round);
             match state {
                 State::Unsettled if settled && !self.offer(relative.clone(), looked) => {
                     self.set(&relative, State::Queued);
                 }
-                State::Young if age(stamp.mtime_ns) >= PROOF_AGE => self.set(&relative, State::Proving),
-                State::Young => looked.again.push((self.path().join(relative), until_proof(&stamp))),
+                State::Young if age(stamp.mtime_ns) >= PROOF_AGE => {
+                    self.set(&relative, State::Proving)
+                }
+                State::Young => looked
+                    .again
+                    .push((self.path().join(relative), until_proof(&stamp))),
                 State::Clash => drop(self.offer(relative, looked)),
                 _ => {}
             }
             return;
         }
-        let known = Known { name, stamp, state: State::Unsettled, round: self.round };
+        let known = Known {
+            name,
+            stamp,
+            state: State::Unsettled,
+            round: self.round,
+        };
         let before = self.roster.put(relative.clone(), known);
         if self.offer(relative.clone(), looked) {
             return;
@@ -225,20 +285,31 @@ impl Share {
 
     /// Lists a file if its manifest is in the index.
     fn offer(&mut self, relative: PathBuf, looked: &mut Looked) -> bool {
-        let Some(stamp) = self.roster.get(&relative).map(|known| known.stamp) else { return false };
-        let Some(hashed) = self.index.lookup(&self.path().join(&relative), &stamp) else { return false };
+        let Some(stamp) = self.roster.get(&relative).map(|known| known.stamp) else {
+            return false;
+        };
+        let Some(hashed) = self.index.lookup(&self.path().join(&relative), &stamp) else {
+            return false;
+        };
         self.list(&relative, hashed, looked);
         true
     }
 
     fn list(&mut self, relative: &Path, hashed: Hashed, looked: &mut Looked) {
-        let (Some((root, _)), Some(known)) = (&self.root, self.roster.get(relative)) else { return };
+        let (Some((root, _)), Some(known)) = (&self.root, self.roster.get(relative)) else {
+            return;
+        };
         let (stamp, is_young) = (hashed.stamp, hashed.is_young());
         let (root, name) = (root.clone(), known.name.clone());
         let state = if self.earlier.iter().any(|walk| walk.has(&name)) {
             State::Clash
         } else {
-            let location = Location { root, relative: relative.to_path_buf(), stamp, name };
+            let location = Location {
+                root,
+                relative: relative.to_path_buf(),
+                stamp,
+                name,
+            };
             match self.library.publish(location, hashed.manifest) {
                 Published::Clash(_) => State::Clash,
                 Published::New | Published::Same if is_young => State::Young,
@@ -246,7 +317,9 @@ impl Share {
             }
         };
         if state == State::Young {
-            looked.again.push((self.path().join(relative), until_proof(&stamp)));
+            looked
+                .again
+                .push((self.path().join(relative), until_proof(&stamp)));
         }
         self.set(relative, state);
     }
@@ -259,28 +332,70 @@ impl Share {
             Look::Skipped(_) | Look::Nothing => return,
         };
         let (mut old, mut new) = (vec![], vec![]);
-        for (path, known) in self.roster.beneath(from).filter(|(_, known)| known.state == State::Listed) {
+        for (path, known) in self
+            .roster
+            .beneath(from)
+            .filter(|(_, known)| known.state == State::Listed)
+        {
             let rest = path.strip_prefix(from).expect("lies at or beneath `from`");
-            let Look::File(found) = self.walk.look(&if is_file { to.to_path_buf() } else { to.join(rest) }) else {
+            let Look::File(found) = self.walk.look(&if is_file {
+                to.to_path_buf()
+            } else {
+                to.join(rest)
+            }) else {
                 continue;
             };
-            let ctime_ns = if is_file { found.stamp.ctime_ns } else { known.stamp.ctime_ns };
-            if found.stamp != (Stamp { ctime_ns, ..known.stamp }) {
+            let ctime_ns = if is_file {
+                found.stamp.ctime_ns
+            } else {
+                known.stamp.ctime_ns
+            };
+            if found.stamp
+                != (Stamp {
+                    ctime_ns,
+                    ..known.stamp
+                })
+            {
                 continue;
             }
             if let Some(hashed) = self.index.lookup(&self.path().join(path), &known.stamp) {
                 old.push(path.clone());
-                new.push((found.clone(), Hashed { stamp: found.stamp, ..hashed }));
+                new.push((
+                    found.clone(),
+                    Hashed {
+                        stamp: found.stamp,
+                        ..hashed
+                    },
+                ));
             }
         }
-        let new_paths: Vec<_> = new.iter().map(|(f, hashed)| (self.path().join(&f.relative), hashed.clone())).collect();
+        let new_paths: Vec<_> = new
+            .iter()
+            .map(|(f, hashed)| (self.path().join(&f.relative), hashed.clone()))
+            .collect();
         let old_paths: Vec<_> = old.iter().map(|path| self.path().join(path)).collect();
         let _ = self.index.insert_batch(&new_paths).inspect_err(report);
         let _ = self.index.forget(&old_paths).inspect_err(report);
-        for (old, (Found { relative, name, stamp }, hashed)) in old.iter().zip(new) {
+        for (
+            old,
+            (
+                Found {
+                    relative,
+                    name,
+                    stamp,
+                },
+                hashed,
+            ),
+        ) in old.iter().zip(new)
+        {
             self.withdraw(old);
             self.withdraw(&relative);
-            let known = Known { name, stamp, state: State::Unsettled, round: self.round };
+            let known = Known {
+                name,
+                stamp,
+                state: State::Unsettled,
+                round: self.round,
+            };
             self.roster.put(relative.clone(), known);
             self.list(&relative, hashed, &mut Looked::default());
         }
@@ -290,8 +405,14 @@ impl Share {
     pub fn doubt(&mut self, suspects: &BTreeSet<PathBuf>) -> Looked {
         let mut looked = Looked::default();
         for path in suspects {
-            let Ok(relative) = path.strip_prefix(self.path()) else { continue };
-            if self.roster.get(relative).is_some_and(|known| known.state.is_listed()) {
+            let Ok(relative) = path.strip_prefix(self.path()) else {
+                continue;
+            };
+            if self
+                .roster
+                .get(relative)
+                .is_some_and(|known| known.state.is_listed())
+            {
                 self.set(relative, State::Unsettled);
                 looked.again.push((path.clone(), QUIET));
             }
@@ -315,7 +436,11 @@ impl Share {
     pub fn accept(&mut self, done: Vec<(Job, Result<Hashed, HashError>)>) -> Looked {
         let (mut looked, mut hashes) = (Looked::default(), vec![]);
         for (Job { relative, stamp }, outcome) in done {
-            if !self.roster.get(&relative).is_some_and(|known| known.stamp == stamp && known.state.is_queued()) {
+            if !self
+                .roster
+                .get(&relative)
+                .is_some_and(|known| known.stamp == stamp && known.state.is_queued())
+            {
                 continue;
             }
             let again = match outcome {
@@ -336,7 +461,10 @@ impl Share {
         }
         let _ = self.index.insert_batch(&hashes).inspect_err(report);
         for (path, hashed) in hashes {
-            let relative = path.strip_prefix(self.path()).expect("joined to it above").to_path_buf();
+            let relative = path
+                .strip_prefix(self.path())
+                .expect("joined to it above")
+                .to_path_buf();
             self.list(&relative, hashed, &mut looked);
         }
         looked
@@ -353,15 +481,25 @@ impl Share {
     }
 
     fn withdraw(&mut self, relative: &Path) {
-        if let Some(known) = self.roster.remove(relative).filter(|known| known.state.is_listed()) {
+        if let Some(known) = self
+            .roster
+            .remove(relative)
+            .filter(|known| known.state.is_listed())
+        {
             self.library.withdraw_name(&known.name);
         }
     }
 
     /// Withdraws what lies at and beneath a path, but was not seen by the present round.
     fn withdraw_unseen(&mut self, start: &Path) {
-        let unseen = self.roster.beneath(start).filter(|(_, known)| known.round != self.round);
-        for relative in unseen.map(|(relative, _)| relative.clone()).collect::<Vec<_>>() {
+        let unseen = self
+            .roster
+            .beneath(start)
+            .filter(|(_, known)| known.round != self.round);
+        for relative in unseen
+            .map(|(relative, _)| relative.clone())
+            .collect::<Vec<_>>()
+        {
             self.withdraw(&relative);
         }
     }
@@ -380,7 +518,9 @@ impl Share {
 
 /// How long ago a time stamp is; zero if it lies ahead.
 fn age(time_ns: i128) -> Duration {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
     let then = u64::try_from(time_ns.max(0)).map_or(Duration::MAX, Duration::from_nanos);
     now.saturating_sub(then)
 }
@@ -417,7 +557,12 @@ mod tests {
             fs::create_dir(&root).unwrap();
             let index = Arc::new(Index::open(&dir.path().join("index")).unwrap());
             let lookout = Lookout::new(root.clone(), true);
-            let walk = Walk { root, prefix: None, hidden: Arc::new([]), cancel: CancellationToken::new() };
+            let walk = Walk {
+                root,
+                prefix: None,
+                hidden: Arc::new([]),
+                cancel: CancellationToken::new(),
+            };
             let mut share = Share::new(walk, vec![], index, Library::new(), lookout);
             share.rescan().unwrap();
             Self { dir, share }
@@ -437,31 +582,59 @@ mod tests {
 
         fn look(&mut self, paths: &[&str], moves: &[(&str, &str)]) -> Looked {
             let paths = paths.iter().map(|path| self.path(path)).collect();
-            let moves = moves.iter().map(|(from, to)| (self.path(from), self.path(to))).collect();
-            self.share.look(&Settled { paths, moves, rescan: false })
+            let moves = moves
+                .iter()
+                .map(|(from, to)| (self.path(from), self.path(to)))
+                .collect();
+            self.share.look(&Settled {
+                paths,
+                moves,
+                rescan: false,
+            })
         }
 
         /// Hashes what waits; returns how many files.
         fn hash(&mut self) -> usize {
-            let Some((root, jobs)) = self.share.next_small() else { return 0 };
+            let Some((root, jobs)) = self.share.next_small() else {
+                return 0;
+            };
             let n = jobs.len();
-            let hash = |job: &Job| hash_file(&root.open_file(&job.relative)?, &CancellationToken::new());
-            let done = jobs.into_iter().map(|job| (job.clone(), hash(&job))).collect();
+            let hash =
+                |job: &Job| hash_file(&root.open_file(&job.relative)?, &CancellationToken::new());
+            let done = jobs
+                .into_iter()
+                .map(|job| (job.clone(), hash(&job)))
+                .collect();
             self.share.accept(done);
             n
         }
 
         fn names(&self) -> Vec<String> {
-            self.share.library.files().into_iter().map(|file| file.name.to_string()).collect()
+            self.share
+                .library
+                .files()
+                .into_iter()
+                .map(|file| file.name.to_string())
+                .collect()
         }
 
         fn id_of(&self, name: &str) -> Option<ContentId> {
-            self.share.library.files().into_iter().find(|file| file.name.as_str() == name).map(|file| file.content_id)
+            self.share
+                .library
+                .files()
+                .into_iter()
+                .find(|file| file.name.as_str() == name)
+                .map(|file| file.content_id)
         }
     }
 
     fn make_old(path: &Path) {
-        File::options().append(true).open(path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        File::options()
+            .append(true)
+            .open(path)
+            .unwrap()
+            .set_modified(SystemTime::UNIX_EPOCH)
+            .unwrap();
     }
 
     #[test]
@@ -469,7 +642,11 @@ mod tests {
         let mut bench = Bench::new();
         bench.put("a", "text");
         let looked = bench.share.rescan().unwrap();
-        assert_eq!(looked.again, [(bench.path("a"), QUIET)], "its ctime is young");
+        assert_eq!(
+            looked.again,
+            [(bench.path("a"), QUIET)],
+            "its ctime is young"
+        );
         assert_eq!(bench.hash(), 0);
         bench.look(&["a"], &[]);
         assert_eq!(bench.share.tally().files_to_hash, 1);
@@ -487,12 +664,20 @@ mod tests {
         bench.put("a", "text");
         let path = bench.path("a");
         let now = SystemTime::now();
-        File::options().append(true).open(&path).unwrap().set_modified(now).unwrap();
+        File::options()
+            .append(true)
+            .open(&path)
+            .unwrap()
+            .set_modified(now)
+            .unwrap();
         bench.look(&["a"], &[]);
         bench.hash();
         assert_eq!(bench.names(), ["a"], "it is listed meanwhile");
         let again = bench.look(&["a"], &[]).again;
-        assert!(matches!(&*again, [(again, wait)] if *again == path && *wait <= PROOF_AGE + QUIET), "{again:?}");
+        assert!(
+            matches!(&*again, [(again, wait)] if *again == path && *wait <= PROOF_AGE + QUIET),
+            "{again:?}"
+        );
         // As if the time had passed: the stamp is the same, but the mtime in it is old.
         let mut known = bench.share.roster.remove(Path::new("a")).unwrap();
         make_old(&path);
@@ -518,7 +703,11 @@ mod tests {
         assert_eq!(bench.names().len(), 0);
         bench.put("a", "changed while it is in the queue");
         bench.hash();
-        assert_eq!(bench.names().len(), 0, "the hash is of another version than was seen");
+        assert_eq!(
+            bench.names().len(),
+            0,
+            "the hash is of another version than was seen"
+        );
         bench.look(&["a"], &[]);
         bench.look(&["a"], &[]);
         bench.hash();
@@ -617,7 +806,10 @@ mod tests {
         let Share { walk, index, .. } = share;
         let gone = walk.root.join("b");
         assert!(index.lookup(&gone, &stamp).is_some());
-        let mut again = Bench { dir, share: Share::new(walk, vec![], Arc::clone(&index), Library::new(), lookout) };
+        let mut again = Bench {
+            dir,
+            share: Share::new(walk, vec![], Arc::clone(&index), Library::new(), lookout),
+        };
         again.share.rescan().unwrap();
         assert_eq!(again.names(), ["a"], "known from before, so without a hash");
         assert!(index.lookup(&gone, &stamp).is_none());
@@ -629,7 +821,10 @@ mod tests {
         bench.put("a", "text");
         bench.look(&["a"], &[]);
         bench.hash();
-        let looked = bench.share.doubt(&BTreeSet::from([bench.path("a"), PathBuf::from("/elsewhere")]));
+        let looked = bench.share.doubt(&BTreeSet::from([
+            bench.path("a"),
+            PathBuf::from("/elsewhere"),
+        ]));
         assert_eq!(looked.again, [(bench.path("a"), QUIET)]);
         assert_eq!(bench.names().len(), 0);
         bench.look(&["a"], &[]);
@@ -642,12 +837,21 @@ mod tests {
         let earlier = bench.dir.path().join("earlier");
         fs::create_dir(&earlier).unwrap();
         fs::write(earlier.join("a"), "first").unwrap();
-        bench.share.earlier.push(Walk { root: earlier.clone(), ..bench.share.walk.clone() });
+        bench.share.earlier.push(Walk {
+            root: earlier.clone(),
+            ..bench.share.walk.clone()
+        });
         bench.put("a", "second");
         bench.look(&["a"], &[]);
         bench.hash();
         assert_eq!(bench.names().len(), 0);
-        assert_eq!(bench.share.skipped(), Skipped { clashes: 1, ..Skipped::default() });
+        assert_eq!(
+            bench.share.skipped(),
+            Skipped {
+                clashes: 1,
+                ..Skipped::default()
+            }
+        );
         fs::remove_file(earlier.join("a")).unwrap();
         bench.share.rescan().unwrap();
         assert_eq!(bench.names(), ["a"]);
@@ -661,8 +865,16 @@ mod tests {
         bench.look(&["a"], &[]);
         let (_, jobs) = bench.share.next_small().unwrap();
         let denied = || HashError::Io(io::ErrorKind::PermissionDenied.into());
-        bench.share.accept(jobs.into_iter().map(|job| (job, Err(denied()))).collect());
-        assert_eq!(bench.share.skipped(), Skipped { unreadable: 1, ..Skipped::default() });
+        bench
+            .share
+            .accept(jobs.into_iter().map(|job| (job, Err(denied()))).collect());
+        assert_eq!(
+            bench.share.skipped(),
+            Skipped {
+                unreadable: 1,
+                ..Skipped::default()
+            }
+        );
         bench.put("a", "readable");
         bench.look(&["a"], &[]);
         bench.hash();

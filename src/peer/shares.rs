@@ -74,7 +74,10 @@ struct Entry {
 impl Shares {
     /// No shares yet. Must be called within a runtime.
     pub fn new(config: SharesConfig) -> Self {
-        let hidden = config.hidden.iter().filter_map(|path| DirectoryId::of(&path.canonicalize().ok()?).ok());
+        let hidden = config
+            .hidden
+            .iter()
+            .filter_map(|path| DirectoryId::of(&path.canonicalize().ok()?).ok());
         let shares = Self {
             index: config.index,
             library: config.library,
@@ -88,7 +91,9 @@ impl Shares {
         };
         let hand_on = hand_on_suspects(shares.library.clone(), Arc::clone(&shares.list));
         let cancel = shares.cancel.clone();
-        shares.tasks.spawn(async move { cancel.run_until_cancelled(hand_on).await });
+        shares
+            .tasks
+            .spawn(async move { cancel.run_until_cancelled(hand_on).await });
         shares
     }
 
@@ -103,7 +108,13 @@ impl Shares {
         }
         let earlier = list.iter().map(|entry| entry.walk.clone()).collect();
         let lookout = Lookout::new(path.clone(), self.poll);
-        let share = Share::new(walk.clone(), earlier, Arc::clone(&self.index), self.library.clone(), lookout);
+        let share = Share::new(
+            walk.clone(),
+            earlier,
+            Arc::clone(&self.index),
+            self.library.clone(),
+            lookout,
+        );
         let initial = ShareState {
             name: walk.prefix.clone(),
             mode: share.mode().clone(),
@@ -115,8 +126,18 @@ impl Shares {
         let span = tracing::info_span!("share", path = %shown(&initial.path));
         let (state, state_receiver) = watch::channel(initial);
         let (suspects, suspects_receiver) = mpsc::channel(SUSPECTS_LEN);
-        let keeper = Keeper::new(share, state, suspects_receiver, self.lanes.clone(), self.rescan);
-        list.push(Entry { walk, state: state_receiver, suspects });
+        let keeper = Keeper::new(
+            share,
+            state,
+            suspects_receiver,
+            self.lanes.clone(),
+            self.rescan,
+        );
+        list.push(Entry {
+            walk,
+            state: state_receiver,
+            suspects,
+        });
         self.tasks.spawn(keeper.run().instrument(span));
         Ok(())
     }
@@ -127,36 +148,52 @@ impl Shares {
         if !root.is_dir() {
             bail!("{}: it is not a folder", subject());
         }
-        std::fs::read_dir(&root).and_then(|_| Root::open(&root)).with_context(subject)?;
-        let is_hidden = |path: &Path| DirectoryId::of(path).is_ok_and(|id| self.hidden.contains(&id));
+        std::fs::read_dir(&root)
+            .and_then(|_| Root::open(&root))
+            .with_context(subject)?;
+        let is_hidden =
+            |path: &Path| DirectoryId::of(path).is_ok_and(|id| self.hidden.contains(&id));
         if root.ancestors().any(is_hidden) {
             bail!("{}: sprat keeps its own state there", subject());
         }
         let name = spec.name.as_deref().map(SafeName::parse).transpose();
         let name = name.with_context(|| format!("{} under that name", subject()))?;
         let (hidden, cancel) = (Arc::clone(&self.hidden), self.cancel.clone());
-        Ok(Walk { root, prefix: name.map(|name| name.to_string()), hidden, cancel })
+        Ok(Walk {
+            root,
+            prefix: name.map(|name| name.to_string()),
+            hidden,
+            cancel,
+        })
     }
 
     /// All shares, in the order they were added.
     pub fn status(&self) -> Vec<ShareState> {
-        lock(&self.list).iter().map(|entry| entry.state.borrow().clone()).collect()
+        lock(&self.list)
+            .iter()
+            .map(|entry| entry.state.borrow().clone())
+            .collect()
     }
 
     /// All shares together.
     pub fn progress(&self) -> Progress {
-        self.status().into_iter().fold(Progress::default(), |mut sum, ShareState { progress, .. }| {
-            sum.files_to_hash += progress.files_to_hash;
-            sum.bytes_to_hash += progress.bytes_to_hash;
-            sum.skipped.merge(progress.skipped);
-            sum
-        })
+        self.status().into_iter().fold(
+            Progress::default(),
+            |mut sum, ShareState { progress, .. }| {
+                sum.files_to_hash += progress.files_to_hash;
+                sum.bytes_to_hash += progress.bytes_to_hash;
+                sum.skipped.merge(progress.skipped);
+                sum
+            },
+        )
     }
 
     /// The name that the file at this absolute path (its folder canonical) has as part of a share; None if it lies in
     /// none. A download into a share is published under this name, so that it is listed once.
     pub fn name_of(&self, path: &Path) -> Option<SafeName> {
-        lock(&self.list).iter().find_map(|entry| entry.walk.name(path.strip_prefix(&entry.walk.root).ok()?))
+        lock(&self.list)
+            .iter()
+            .find_map(|entry| entry.walk.name(path.strip_prefix(&entry.walk.root).ok()?))
     }
 }
 
@@ -172,7 +209,10 @@ async fn hand_on_suspects(library: Library, list: Arc<Mutex<Vec<Entry>>>) {
         if suspects.is_empty() {
             continue;
         }
-        let shares: Vec<_> = lock(&list).iter().map(|entry| entry.suspects.clone()).collect();
+        let shares: Vec<_> = lock(&list)
+            .iter()
+            .map(|entry| entry.suspects.clone())
+            .collect();
         for share in shares {
             // Without its task a share needs no news.
             let _ = share.send(Arc::clone(&suspects)).await;
@@ -224,7 +264,11 @@ mod tests {
                 cancel: CancellationToken::new(),
                 tasks: TaskTracker::new(),
             });
-            Self { dir, shares, library }
+            Self {
+                dir,
+                shares,
+                library,
+            }
         }
 
         async fn started(poll: bool) -> Self {
@@ -235,11 +279,19 @@ mod tests {
         }
 
         fn add(&self, name: Option<&str>, folder: &str) -> anyhow::Result<()> {
-            self.shares.add(ShareSpec { name: name.map(Into::into), path: self.dir.path().join(folder) })
+            self.shares.add(ShareSpec {
+                name: name.map(Into::into),
+                path: self.dir.path().join(folder),
+            })
         }
 
         fn path(&self, relative: &str) -> PathBuf {
-            self.dir.path().canonicalize().unwrap().join("share").join(relative)
+            self.dir
+                .path()
+                .canonicalize()
+                .unwrap()
+                .join("share")
+                .join(relative)
         }
 
         fn put(&self, relative: &str, bytes: impl AsRef<[u8]>) {
@@ -249,12 +301,19 @@ mod tests {
         }
 
         fn listed(&self) -> BTreeMap<String, ContentId> {
-            self.library.files().into_iter().map(|file| (file.name.to_string(), file.content_id)).collect()
+            self.library
+                .files()
+                .into_iter()
+                .map(|file| (file.name.to_string(), file.content_id))
+                .collect()
         }
 
         /// Waits until exactly these names are listed, with the content of these texts.
         async fn until_listed(&self, expected: &[(&str, &str)]) {
-            let expected: BTreeMap<_, _> = expected.iter().map(|(name, text)| ((*name).into(), id_of(text))).collect();
+            let expected: BTreeMap<_, _> = expected
+                .iter()
+                .map(|(name, text)| ((*name).into(), id_of(text)))
+                .collect();
             self.until(|listed| *listed == expected).await;
         }
 
@@ -265,7 +324,11 @@ mod tests {
                     changed.changed().await.unwrap();
                 }
             };
-            assert!(timeout(LONG, wait).await.is_ok(), "{:?}", self.listed().keys());
+            assert!(
+                timeout(LONG, wait).await.is_ok(),
+                "{:?}",
+                self.listed().keys()
+            );
         }
 
         async fn until_state(&self, is_so: impl Fn(&ShareState) -> bool) -> ShareState {
@@ -278,14 +341,19 @@ mod tests {
         async fn stop(self) -> TempDir {
             self.shares.cancel.cancel();
             self.shares.tasks.close();
-            timeout(LONG, self.shares.tasks.wait()).await.expect("stops");
+            timeout(LONG, self.shares.tasks.wait())
+                .await
+                .expect("stops");
             self.dir
         }
     }
 
     fn id_of(text: &str) -> ContentId {
         let layout = Layout::new(text.len() as u64).unwrap();
-        let hashes = layout.pieces().map(|piece| hash_piece(layout, piece, text.as_bytes()).unwrap()).collect();
+        let hashes = layout
+            .pieces()
+            .map(|piece| hash_piece(layout, piece, text.as_bytes()).unwrap())
+            .collect();
         assemble(layout, hashes).unwrap().id()
     }
 
@@ -298,20 +366,35 @@ mod tests {
         bench.put("a", "two");
         bench.until_listed(&[("a", "two")]).await;
         bench.put("dir/sub/b", "three");
-        bench.until_listed(&[("a", "two"), ("dir/sub/b", "three")]).await;
+        bench
+            .until_listed(&[("a", "two"), ("dir/sub/b", "three")])
+            .await;
         fs::rename(bench.path("a"), bench.path("c")).unwrap();
-        bench.until_listed(&[("c", "two"), ("dir/sub/b", "three")]).await;
+        bench
+            .until_listed(&[("c", "two"), ("dir/sub/b", "three")])
+            .await;
         fs::rename(bench.path("dir/sub"), bench.path("sub")).unwrap();
-        bench.until_listed(&[("c", "two"), ("sub/b", "three")]).await;
+        bench
+            .until_listed(&[("c", "two"), ("sub/b", "three")])
+            .await;
         bench.put("sub/b", "after the move");
-        bench.until_listed(&[("c", "two"), ("sub/b", "after the move")]).await;
+        bench
+            .until_listed(&[("c", "two"), ("sub/b", "after the move")])
+            .await;
         fs::rename(bench.path("sub"), bench.dir.path().join("moved out")).unwrap();
         bench.until_listed(&[("c", "two")]).await;
         fs::rename(bench.dir.path().join("moved out"), bench.path("in")).unwrap();
-        bench.until_listed(&[("c", "two"), ("in/b", "after the move")]).await;
+        bench
+            .until_listed(&[("c", "two"), ("in/b", "after the move")])
+            .await;
         bench.put("in/e", "in a folder that was moved in");
         fs::remove_file(bench.path("c")).unwrap();
-        bench.until_listed(&[("in/b", "after the move"), ("in/e", "in a folder that was moved in")]).await;
+        bench
+            .until_listed(&[
+                ("in/b", "after the move"),
+                ("in/e", "in a folder that was moved in"),
+            ])
+            .await;
         fs::remove_dir_all(bench.path("in")).unwrap();
         bench.until_listed(&[]).await;
         bench.stop().await;
@@ -325,8 +408,17 @@ mod tests {
         bench.put("other", "x");
         bench.until_listed(&[("other", "x")]).await;
         fs::rename(bench.path("film.part"), bench.path("film")).unwrap();
-        bench.until_listed(&[("film", "whole"), ("other", "x")]).await;
-        assert_eq!(bench.shares.name_of(&bench.path("sub/film")).unwrap().as_str(), "sub/film");
+        bench
+            .until_listed(&[("film", "whole"), ("other", "x")])
+            .await;
+        assert_eq!(
+            bench
+                .shares
+                .name_of(&bench.path("sub/film"))
+                .unwrap()
+                .as_str(),
+            "sub/film"
+        );
         assert_eq!(bench.shares.name_of(bench.dir.path()), None);
         bench.stop().await;
     }
@@ -349,21 +441,33 @@ mod tests {
     #[tokio::test]
     async fn a_thousand_small_files_and_a_restart_that_hashes_none() {
         let bench = Bench::new(false);
-        let names: Vec<String> = (0..1_000).map(|n| format!("{}/{}/{n}", n % 10, n % 7)).collect();
+        let names: Vec<String> = (0..1_000)
+            .map(|n| format!("{}/{}/{n}", n % 10, n % 7))
+            .collect();
         for name in &names {
             bench.put(name, name);
             let file = File::options().append(true).open(bench.path(name)).unwrap();
             file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
         }
         bench.add(None, "share").unwrap();
-        let expected: Vec<_> = names.iter().map(|name| (name.as_str(), name.as_str())).collect();
+        let expected: Vec<_> = names
+            .iter()
+            .map(|name| (name.as_str(), name.as_str()))
+            .collect();
         bench.until_listed(&expected).await;
-        bench.until_state(|state| state.files == 1_000 && state.progress == Progress::default()).await;
+        bench
+            .until_state(|state| state.files == 1_000 && state.progress == Progress::default())
+            .await;
 
         let again = Bench::on(bench.stop().await, false);
         again.add(None, "share").unwrap();
-        let state = again.until_state(|state| state.scanned || state.progress.files_to_hash > 0).await;
-        assert!(state.scanned && state.progress.files_to_hash == 0, "{state:?}");
+        let state = again
+            .until_state(|state| state.scanned || state.progress.files_to_hash > 0)
+            .await;
+        assert!(
+            state.scanned && state.progress.files_to_hash == 0,
+            "{state:?}"
+        );
         again.until_listed(&expected).await;
         again.stop().await;
     }
@@ -375,10 +479,18 @@ mod tests {
             bench.put(&format!("{n}"), "");
         }
         for n in 0..2_500 {
-            fs::rename(bench.path(&format!("{n}")), bench.path(&format!("renamed {n}"))).unwrap();
+            fs::rename(
+                bench.path(&format!("{n}")),
+                bench.path(&format!("renamed {n}")),
+            )
+            .unwrap();
         }
-        let is_right = |name: &String| name.starts_with("renamed") != name.parse().is_ok_and(|n: u32| n >= 2_500);
-        bench.until(|listed| listed.len() == 5_000 && listed.keys().all(is_right)).await;
+        let is_right = |name: &String| {
+            name.starts_with("renamed") != name.parse().is_ok_and(|n: u32| n >= 2_500)
+        };
+        bench
+            .until(|listed| listed.len() == 5_000 && listed.keys().all(is_right))
+            .await;
         bench.stop().await;
     }
 
@@ -388,11 +500,26 @@ mod tests {
         bench.put("good", "x");
         symlink("/etc/passwd", bench.path("out")).unwrap();
         symlink(".", bench.path("loop")).unwrap();
-        mknodat(CWD, bench.path("fifo"), FileType::Fifo, Bits::from_raw_mode(0o644), 0).unwrap();
+        mknodat(
+            CWD,
+            bench.path("fifo"),
+            FileType::Fifo,
+            Bits::from_raw_mode(0o644),
+            0,
+        )
+        .unwrap();
         bench.add(Some("pre"), "share").unwrap();
         bench.until_listed(&[("pre/good", "x")]).await;
-        let skipped = Skipped { symlinks: 2, special: 1, ..Skipped::default() };
-        bench.until_state(|state| state.scanned && state.progress.skipped == skipped && state.files == 1).await;
+        let skipped = Skipped {
+            symlinks: 2,
+            special: 1,
+            ..Skipped::default()
+        };
+        bench
+            .until_state(|state| {
+                state.scanned && state.progress.skipped == skipped && state.files == 1
+            })
+            .await;
         assert_eq!(bench.shares.progress().skipped, skipped);
         bench.stop().await;
     }
@@ -412,9 +539,13 @@ mod tests {
         fs::set_permissions(bench.path("closed"), PermissionsExt::from_mode(0o000)).unwrap();
         bench.add(None, "share").unwrap();
         bench.until_listed(&[("good", "x")]).await;
-        bench.until_state(|state| state.progress.skipped.unreadable == 2).await;
+        bench
+            .until_state(|state| state.progress.skipped.unreadable == 2)
+            .await;
         fs::set_permissions(bench.path("closed"), PermissionsExt::from_mode(0o755)).unwrap();
-        bench.until_listed(&[("closed/inside", "x"), ("good", "x")]).await;
+        bench
+            .until_listed(&[("closed/inside", "x"), ("good", "x")])
+            .await;
         bench.stop().await;
     }
 
@@ -439,13 +570,18 @@ mod tests {
     #[tokio::test]
     async fn polling_finds_the_same() {
         let bench = Bench::started(true).await;
-        assert!(matches!(bench.shares.status()[0].mode, Mode::Polling { .. }));
+        assert!(matches!(
+            bench.shares.status()[0].mode,
+            Mode::Polling { .. }
+        ));
         bench.put("a", "one");
         bench.put("dir/b", "two");
         bench.until_listed(&[("a", "one"), ("dir/b", "two")]).await;
         fs::rename(bench.path("dir"), bench.path("sub")).unwrap();
         bench.put("a", "three");
-        bench.until_listed(&[("a", "three"), ("sub/b", "two")]).await;
+        bench
+            .until_listed(&[("a", "three"), ("sub/b", "two")])
+            .await;
         fs::remove_dir_all(bench.path("sub")).unwrap();
         bench.until_listed(&[("a", "three")]).await;
         bench.stop().await;
@@ -458,7 +594,10 @@ mod tests {
         bench.until_listed(&[("a", "one")]).await;
         bench.put("a", "two");
         let failed = bench.library.open(&id_of("one")).err();
-        assert!(matches!(failed, Some(ServeError::Changed | ServeError::NotFound)), "{failed:?}");
+        assert!(
+            matches!(failed, Some(ServeError::Changed | ServeError::NotFound)),
+            "{failed:?}"
+        );
         bench.until_listed(&[("a", "two")]).await;
         bench.stop().await;
     }
@@ -482,7 +621,9 @@ mod tests {
     async fn what_cannot_be_shared_is_refused_by_name() {
         let bench = Bench::started(false).await;
         bench.put("file", "x");
-        let refused = |name: Option<&str>, folder: &str| format!("{:#}", bench.add(name, folder).unwrap_err());
+        let refused = |name: Option<&str>, folder: &str| {
+            format!("{:#}", bench.add(name, folder).unwrap_err())
+        };
         for (name, folder, reason) in [
             (None, "nothing", "No such file or directory"),
             (None, "share/file", "it is not a folder"),
@@ -491,7 +632,10 @@ mod tests {
             (None, "state", "sprat keeps its own state there"),
         ] {
             let error = refused(name, folder);
-            assert!(error.contains(reason) && error.contains(folder.rsplit('/').next().unwrap()), "{error}");
+            assert!(
+                error.contains(reason) && error.contains(folder.rsplit('/').next().unwrap()),
+                "{error}"
+            );
         }
         fs::create_dir(bench.dir.path().join("other")).unwrap();
         let error = refused(Some("../up"), "other");
@@ -507,25 +651,38 @@ mod tests {
         bench.put("a", "x");
         bench.add(None, "").unwrap();
         bench.until_listed(&[("share/a", "x")]).await;
-        bench.until_state(|state| state.scanned && state.progress == Progress::default()).await;
+        bench
+            .until_state(|state| state.scanned && state.progress == Progress::default())
+            .await;
         fs::write(bench.dir.path().join("state/key2"), "secret").unwrap();
         bench.put("b", "x");
-        bench.until_listed(&[("share/a", "x"), ("share/b", "x")]).await;
+        bench
+            .until_listed(&[("share/a", "x"), ("share/b", "x")])
+            .await;
         bench.stop().await;
     }
 
     #[tokio::test]
     async fn a_big_file_does_not_hold_up_small_ones_nor_the_end() {
         let bench = Bench::new(false);
-        File::create(bench.path("big")).unwrap().set_len(64 << 30).unwrap();
+        File::create(bench.path("big"))
+            .unwrap()
+            .set_len(64 << 30)
+            .unwrap();
         bench.put("small", "x");
         bench.add(None, "share").unwrap();
         bench.until_listed(&[("small", "x")]).await;
-        bench.until_state(|state| state.progress.bytes_to_hash == 64 << 30).await;
+        bench
+            .until_state(|state| state.progress.bytes_to_hash == 64 << 30)
+            .await;
         bench.put("later", "y");
         bench.until_listed(&[("later", "y"), ("small", "x")]).await;
         let began = Instant::now();
         bench.stop().await;
-        assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+        assert!(
+            began.elapsed() < Duration::from_secs(3),
+            "{:?}",
+            began.elapsed()
+        );
     }
 }

@@ -26,7 +26,9 @@ use crate::{
     content::{ContentId, Hash32, Manifest},
     identity::PeerId,
     net::{self, Connection, DialError},
-    proto::{self, GetManifestRequest, chunk_service_client::ChunkServiceClient, get_manifest_response},
+    proto::{
+        self, GetManifestRequest, chunk_service_client::ChunkServiceClient, get_manifest_response,
+    },
     tls::{self, Expect},
 };
 
@@ -88,17 +90,30 @@ impl Source {
         addresses: &[String],
         far: bool,
     ) -> Result<Self, SourceError> {
-        let config = tls::member_client(membership.trust(), membership.certificate(), Expect::Peer(id))
-            .map_err(|e| SourceError::Setup(e.to_string()))?;
+        let config = tls::member_client(
+            membership.trust(),
+            membership.certificate(),
+            Expect::Peer(id),
+        )
+        .map_err(|e| SourceError::Setup(e.to_string()))?;
         let dial = move |addresses: Vec<String>| {
             let config = config.clone();
             async move { net::dial(&addresses, config, UNSENT_NAME, net::DATA).await }
         };
         let n_further = if far { CONNECTIONS - 1 } else { 0 };
-        let further = (0..n_further).map(|_| links::begin(dial(addresses.to_vec()))).collect();
+        let further = (0..n_further)
+            .map(|_| links::begin(dial(addresses.to_vec())))
+            .collect();
         let connection = dial(addresses.to_vec()).await?;
-        let address: Vec<_> = connection.remote().iter().map(ToString::to_string).collect();
-        let source = Self { id, links: Links::new(connection, move || dial(address.clone())) };
+        let address: Vec<_> = connection
+            .remote()
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        let source = Self {
+            id,
+            links: Links::new(connection, move || dial(address.clone())),
+        };
         if source.connections() > 1 {
             source.links.add(further);
         }
@@ -131,7 +146,11 @@ impl Source {
     /// Connections that are worth using side by side: several over a long line.
     #[must_use]
     pub fn connections(&self) -> usize {
-        if self.round_trip() >= net::LONG { CONNECTIONS as usize } else { 1 }
+        if self.round_trip() >= net::LONG {
+            CONNECTIONS as usize
+        } else {
+            1
+        }
     }
 
     /// How long the line is.
@@ -143,7 +162,11 @@ impl Source {
     /// The address in use.
     #[must_use]
     pub fn address(&self) -> String {
-        self.links.first().remote().map(|address| address.to_string()).unwrap_or_default()
+        self.links
+            .first()
+            .remote()
+            .map(|address| address.to_string())
+            .unwrap_or_default()
     }
 
     /// Is the connection gone?
@@ -168,29 +191,46 @@ impl Source {
     /// # Errors
     /// [`SourceError::Lied`] if one does not prove itself.
     pub async fn manifests(&self, ids: &[ContentId]) -> Result<Vec<Option<Manifest>>, SourceError> {
-        let content_ids = ids.iter().map(|id| Bytes::copy_from_slice(id.as_bytes())).collect();
+        let content_ids = ids
+            .iter()
+            .map(|id| Bytes::copy_from_slice(id.as_bytes()))
+            .collect();
         let call = self.client();
-        let stream = timeout(FIRST_ANSWER, { call }.get_manifest(GetManifestRequest { content_ids })).await;
+        let stream = timeout(
+            FIRST_ANSWER,
+            { call }.get_manifest(GetManifestRequest { content_ids }),
+        )
+        .await;
         let mut stream = stream.map_err(|_| SourceError::Stalled)??.into_inner();
         let mut found: Vec<Option<Manifest>> = vec![None; ids.len()];
         let mut draft: Option<Draft> = None;
         loop {
-            let message = timeout(FIRST_ANSWER, stream.message()).await.map_err(|_| SourceError::Stalled)??;
+            let message = timeout(FIRST_ANSWER, stream.message())
+                .await
+                .map_err(|_| SourceError::Stalled)??;
             let next = message.as_ref().map(|message| message.index);
             if let Some(ready) = draft.take_if(|draft| Some(draft.index) != next) {
                 let index = ready.index as usize;
                 found[index] = Some(ready.prove(ids[index])?);
             }
-            let Some(message) = message else { return Ok(found) };
+            let Some(message) = message else {
+                return Ok(found);
+            };
             let unasked = || SourceError::Lied("a manifest that nobody asked for".into());
             if message.index as usize >= ids.len() || found[message.index as usize].is_some() {
                 return Err(unasked());
             }
             match (message.part, &mut draft) {
                 (Some(get_manifest_response::Part::Header(header)), None) => {
-                    draft = Some(Draft { index: message.index, header, hashes: vec![] });
+                    draft = Some(Draft {
+                        index: message.index,
+                        header,
+                        hashes: vec![],
+                    });
                 }
-                (Some(get_manifest_response::Part::PieceHashes(run)), Some(draft)) => draft.extend(&run)?,
+                (Some(get_manifest_response::Part::PieceHashes(run)), Some(draft)) => {
+                    draft.extend(&run)?
+                }
                 (Some(get_manifest_response::Part::Error(_)), None) => {}
                 _ => return Err(unasked()),
             }
@@ -221,7 +261,13 @@ impl Draft {
         if !rest.is_empty() {
             return Err(SourceError::Lied("a malformed manifest".into()));
         }
-        let proved = Manifest::accept(id, self.header.size, self.hashes, &self.header.last_chunk, edge);
+        let proved = Manifest::accept(
+            id,
+            self.header.size,
+            self.hashes,
+            &self.header.last_chunk,
+            edge,
+        );
         proved.map_err(|e| SourceError::Lied(e.to_string()))
     }
 }

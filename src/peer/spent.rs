@@ -102,15 +102,25 @@ impl Spent {
         }
         if on(Stage::Full) > on(Stage::Network) {
             let is_disk = on(Stage::Disk) >= on(Stage::Hashing);
-            return Some(if is_disk { Bottleneck::Disk } else { Bottleneck::Hashing });
+            return Some(if is_disk {
+                Bottleneck::Disk
+            } else {
+                Bottleneck::Hashing
+            });
         }
-        let unaccounted = on(Stage::Network).saturating_sub(on(Stage::SourceDisk) + on(Stage::SourceLimit));
+        let unaccounted =
+            on(Stage::Network).saturating_sub(on(Stage::SourceDisk) + on(Stage::SourceLimit));
         let most = [
             (on(Stage::SourceDisk), Bottleneck::SourceDisk),
             (on(Stage::SourceLimit), Bottleneck::SourceLimit),
-            (on(Stage::SourceNetwork).max(unaccounted), Bottleneck::Network),
+            (
+                on(Stage::SourceNetwork).max(unaccounted),
+                Bottleneck::Network,
+            ),
         ];
-        most.into_iter().max_by_key(|(time, _)| *time).map(|(_, what)| what)
+        most.into_iter()
+            .max_by_key(|(time, _)| *time)
+            .map(|(_, what)| what)
     }
 }
 
@@ -128,16 +138,39 @@ mod tests {
 
     #[test]
     fn the_stage_that_holds_a_transfer_up_is_named() {
-        use Stage::{Disk, Full, Hashing, Limit, Network, SourceDisk, SourceLimit, SourceNetwork, Tls};
+        use Stage::{
+            Disk, Full, Hashing, Limit, Network, SourceDisk, SourceLimit, SourceNetwork, Tls,
+        };
         let idle = [(SourceNetwork, 9000), (Network, 15_000)];
         assert_eq!(named(&[]), None);
         assert_eq!(named(&idle), Some(Bottleneck::Network));
-        assert_eq!(named(&[idle[0], idle[1], (Limit, 16_000)]), Some(Bottleneck::Limit));
-        assert_eq!(named(&[idle[0], idle[1], (Tls, 7000)]), Some(Bottleneck::Tls));
-        assert_eq!(named(&[(SourceDisk, 9000), (Network, 15_000)]), Some(Bottleneck::SourceDisk));
-        assert_eq!(named(&[(SourceDisk, 20), (SourceNetwork, 2), (Network, 4000)]), Some(Bottleneck::Network));
-        assert_eq!(named(&[(SourceLimit, 9000), (SourceDisk, 100), (Network, 100)]), Some(Bottleneck::SourceLimit));
-        assert_eq!(named(&[idle[0], (Full, 9000), (Disk, 12_000), (Hashing, 900)]), Some(Bottleneck::Disk));
-        assert_eq!(named(&[idle[0], (Full, 9000), (Disk, 900), (Hashing, 9000)]), Some(Bottleneck::Hashing));
+        assert_eq!(
+            named(&[idle[0], idle[1], (Limit, 16_000)]),
+            Some(Bottleneck::Limit)
+        );
+        assert_eq!(
+            named(&[idle[0], idle[1], (Tls, 7000)]),
+            Some(Bottleneck::Tls)
+        );
+        assert_eq!(
+            named(&[(SourceDisk, 9000), (Network, 15_000)]),
+            Some(Bottleneck::SourceDisk)
+        );
+        assert_eq!(
+            named(&[(SourceDisk, 20), (SourceNetwork, 2), (Network, 4000)]),
+            Some(Bottleneck::Network)
+        );
+        assert_eq!(
+            named(&[(SourceLimit, 9000), (SourceDisk, 100), (Network, 100)]),
+            Some(Bottleneck::SourceLimit)
+        );
+        assert_eq!(
+            named(&[idle[0], (Full, 9000), (Disk, 12_000), (Hashing, 900)]),
+            Some(Bottleneck::Disk)
+        );
+        assert_eq!(
+            named(&[idle[0], (Full, 9000), (Disk, 900), (Hashing, 9000)]),
+            Some(Bottleneck::Hashing)
+        );
     }
 }

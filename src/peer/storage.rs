@@ -73,7 +73,14 @@ pub struct Storage {
 
 impl Drop for Storage {
     fn drop(&mut self) {
-        let Some(part) = self.part.get_mut().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        let Some(part) = self
+            .part
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+        else {
+            return;
+        };
         let ledger = self.lock();
         let is_worthless = self.is_single() || !part.existed() && ledger.have.is_empty();
         if !ledger.is_named && is_worthless && !part.is_unnamed() {
@@ -113,7 +120,8 @@ impl Storage {
         let part = storage.part()?;
         let subject = storage.subject(&part);
         let journal = if part.existed() {
-            part.read_journal(subject.journal_len()).and_then(|bytes| Journal::from_bytes(&bytes, &subject))
+            part.read_journal(subject.journal_len())
+                .and_then(|bytes| Journal::from_bytes(&bytes, &subject))
         } else {
             // What one of that name says is about a file that is gone.
             part.remove_journal()?;
@@ -130,7 +138,10 @@ impl Storage {
                 journal.good.union_with(&journal.doubtful);
                 (nothing, journal.good)
             }
-            None if part.existed() => (nothing, space::pieces_with_data(part.file(), storage.manifest.layout())),
+            None if part.existed() => (
+                nothing,
+                space::pieces_with_data(part.file(), storage.manifest.layout()),
+            ),
             None => (nothing.clone(), nothing),
         };
         storage.ledger = Mutex::new(Ledger::new(have, doubtful));
@@ -174,7 +185,9 @@ impl Storage {
             }
             ledger.n_failed
         };
-        let is_good = self.read_back(piece)?.is_some_and(|bytes| self.manifest.check(piece, &bytes));
+        let is_good = self
+            .read_back(piece)?
+            .is_some_and(|bytes| self.manifest.check(piece, &bytes));
         let mut ledger = self.lock();
         ledger.checked(piece.get(), n_failed, is_good);
         Ok(ledger.have.contains(piece.get()))
@@ -187,7 +200,10 @@ impl Storage {
     /// be tried again; [`StorageError::Lost`] names what else must be fetched again.
     pub fn write(&self, piece: &VerifiedPiece) -> Result<(), StorageError> {
         if piece.content() != self.manifest.id() {
-            return Err(self.failed(io::Error::new(io::ErrorKind::InvalidInput, "a piece of another content")));
+            return Err(self.failed(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "a piece of another content",
+            )));
         }
         if self.has(piece.index()) {
             return Ok(());
@@ -195,7 +211,9 @@ impl Storage {
         let (i, len) = (piece.index().get(), piece.bytes().len() as u64);
         let part = self.part()?;
         self.reopen(&part)?;
-        let Some(n_failed) = self.admit(&part, i, len)? else { return Ok(()) };
+        let Some(n_failed) = self.admit(&part, i, len)? else {
+            return Ok(());
+        };
         let written = {
             // The kernel lets one write to a file at a time and has the others spin.
             let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
@@ -208,16 +226,26 @@ impl Storage {
         written.map_err(|e| self.failed(e))?;
         if !counts {
             let error = with_path(&part.path(), io::Error::other("a sync failed meanwhile"));
-            return Err(StorageError::Lost { pieces: vec![i], error });
+            return Err(StorageError::Lost {
+                pieces: vec![i],
+                error,
+            });
         }
-        if is_full && !self.is_single() { self.sync(&part, Ledger::is_full) } else { Ok(()) }
+        if is_full && !self.is_single() {
+            self.sync(&part, Ledger::is_full)
+        } else {
+            Ok(())
+        }
     }
 
     /// Whether the disk has room for one more piece beside the reserve. To be asked after [`StorageError::NoSpace`].
     pub fn has_room(&self) -> bool {
         let layout = self.manifest.layout();
         let (needed, free) = match self.opened() {
-            Some(part) => (space::needed(part.file(), layout.size()), space::free(fstatvfs(part.file()))),
+            Some(part) => (
+                space::needed(part.file(), layout.size()),
+                space::free(fstatvfs(part.file())),
+            ),
             None => (layout.size(), space::free(statvfs(self.root.path()))),
         };
         // The journal, too, wants its blocks.
@@ -227,14 +255,21 @@ impl Storage {
 
     /// Reads one piece that [`have`](Self::have) names, to serve it while the rest is still missing.
     pub fn read(&self, piece: PieceIndex) -> Result<Bytes, StorageError> {
-        let not_here = || self.failed(io::Error::new(io::ErrorKind::NotFound, "the piece is not here yet"));
+        let not_here = || {
+            self.failed(io::Error::new(
+                io::ErrorKind::NotFound,
+                "the piece is not here yet",
+            ))
+        };
         if !self.has(piece) {
             return Err(not_here());
         }
         let layout = self.manifest.layout();
         let mut bytes = vec![0; layout.len_of(piece) as usize];
         let part = self.opened().ok_or_else(not_here)?;
-        part.file().read_exact_at(&mut bytes, layout.offset(piece)).map_err(|e| self.failed(e))?;
+        part.file()
+            .read_exact_at(&mut bytes, layout.offset(piece))
+            .map_err(|e| self.failed(e))?;
         Ok(bytes.into())
     }
 
@@ -253,7 +288,11 @@ impl Storage {
     fn subject(&self, part: &PartFile) -> Subject {
         // What may have no `.part` has no journal either.
         let part = part.id().unwrap_or_default();
-        Subject { id: self.manifest.id(), layout: self.manifest.layout(), part }
+        Subject {
+            id: self.manifest.id(),
+            layout: self.manifest.layout(),
+            part,
+        }
     }
 
     /// The `.part`, made now if it is not open.
@@ -264,24 +303,39 @@ impl Storage {
         }
         if self.lock().is_named {
             let path = self.root.path().join(self.name.as_path());
-            return Err(with_path(&path, io::Error::other("the download has its name already")).into());
+            return Err(
+                with_path(&path, io::Error::other("the download has its name already")).into(),
+            );
         }
-        let created = if self.is_single() { Root::create_unnamed } else { Root::create_part };
+        let created = if self.is_single() {
+            Root::create_unnamed
+        } else {
+            Root::create_part
+        };
         Ok(held.insert(self.create(created)?).clone())
     }
 
-    fn create(&self, create: fn(&Root, &SafeName) -> io::Result<PartFile>) -> Result<Arc<PartFile>, StorageError> {
+    fn create(
+        &self,
+        create: fn(&Root, &SafeName) -> io::Result<PartFile>,
+    ) -> Result<Arc<PartFile>, StorageError> {
         let part = create(&self.root, &self.name).map_err(|e| match e.kind() {
             io::ErrorKind::WouldBlock => StorageError::Busy(self.name.clone()),
             _ if is_full(&e) => {
                 let free = space::free(statvfs(self.root.path())).unwrap_or(0);
                 let path = self.root.path().join(self.name.as_path());
-                StorageError::NoSpace { needed: self.manifest.layout().size(), free, path }
+                StorageError::NoSpace {
+                    needed: self.manifest.layout().size(),
+                    free,
+                    path,
+                }
             }
             _ => StorageError::Io(e),
         })?;
         if self.is_single() && part.existed() {
-            part.file().set_len(0).map_err(|e| with_path(&part.path(), e))?;
+            part.file()
+                .set_len(0)
+                .map_err(|e| with_path(&part.path(), e))?;
         }
         Ok(Arc::new(part))
     }
@@ -294,7 +348,10 @@ impl Storage {
     fn read_back(&self, piece: PieceIndex) -> Result<Option<Vec<u8>>, StorageError> {
         let layout = self.manifest.layout();
         let mut bytes = vec![0; layout.len_of(piece) as usize];
-        let read = self.part()?.file().read_exact_at(&mut bytes, layout.offset(piece));
+        let read = self
+            .part()?
+            .file()
+            .read_exact_at(&mut bytes, layout.offset(piece));
         if let Err(error) = &read {
             tracing::debug!(piece = piece.get(), %error, "a piece of an earlier run cannot be read");
         }
@@ -305,7 +362,11 @@ impl Storage {
         let (file, size) = (part.file(), self.manifest.layout().size());
         let needed = space::needed(file, size);
         match space::free(fstatvfs(file)) {
-            Some(free) if needed > free => Err(StorageError::NoSpace { needed, free, path: part.path() }),
+            Some(free) if needed > free => Err(StorageError::NoSpace {
+                needed,
+                free,
+                path: part.path(),
+            }),
             _ => space::reserve(file, size).map_err(|e| self.failed(e)),
         }
     }
@@ -331,19 +392,35 @@ impl Storage {
 
     fn failed(&self, error: io::Error) -> StorageError {
         let part = self.opened();
-        let path = part.as_ref().map_or_else(|| self.root.path().join(self.name.as_path()), |part| part.path());
+        let path = part.as_ref().map_or_else(
+            || self.root.path().join(self.name.as_path()),
+            |part| part.path(),
+        );
         if !is_full(&error) {
             return with_path(&path, error).into();
         }
-        let needed = part.as_ref().map_or(0, |part| space::needed(part.file(), self.manifest.layout().size()));
+        let needed = part.as_ref().map_or(0, |part| {
+            space::needed(part.file(), self.manifest.layout().size())
+        });
         let free = part.and_then(|part| space::free(fstatvfs(part.file())));
-        StorageError::NoSpace { needed, free: free.unwrap_or(0), path }
+        StorageError::NoSpace {
+            needed,
+            free: free.unwrap_or(0),
+            path,
+        }
     }
 
     /// Waits until something is so.
-    fn wait<'a>(&self, mut ledger: MutexGuard<'a, Ledger>, is_so: impl Fn(&Ledger) -> bool) -> MutexGuard<'a, Ledger> {
+    fn wait<'a>(
+        &self,
+        mut ledger: MutexGuard<'a, Ledger>,
+        is_so: impl Fn(&Ledger) -> bool,
+    ) -> MutexGuard<'a, Ledger> {
         ledger.n_waiting += 1;
-        let mut ledger = self.ended.wait_while(ledger, |ledger| !is_so(ledger)).unwrap_or_else(PoisonError::into_inner);
+        let mut ledger = self
+            .ended
+            .wait_while(ledger, |ledger| !is_so(ledger))
+            .unwrap_or_else(PoisonError::into_inner);
         ledger.n_waiting -= 1;
         ledger
     }
@@ -391,7 +468,9 @@ mod tests {
 
     /// Bytes that differ from piece to piece.
     fn content(len: usize) -> Bytes {
-        (0..len).map(|i| (i / 7 + i / PIECE).to_le_bytes()[0] | 1).collect()
+        (0..len)
+            .map(|i| (i / 7 + i / PIECE).to_le_bytes()[0] | 1)
+            .collect()
     }
 
     fn manifest(bytes: &[u8]) -> Manifest {
@@ -416,7 +495,12 @@ mod tests {
         fn new(len: usize) -> Self {
             let temp = tempfile::tempdir().unwrap();
             let (root, bytes) = (Root::open(temp.path()).unwrap(), content(len));
-            Self { temp, root, manifest: manifest(&bytes), bytes }
+            Self {
+                temp,
+                root,
+                manifest: manifest(&bytes),
+                bytes,
+            }
         }
 
         fn open(&self) -> Storage {
@@ -452,7 +536,12 @@ mod tests {
                 fs::copy(entry.path(), temp.path().join("a").join(entry.file_name())).unwrap();
             }
             let root = Root::open(temp.path()).unwrap();
-            Self { temp, root, bytes: self.bytes.clone(), manifest: self.manifest.clone() }
+            Self {
+                temp,
+                root,
+                bytes: self.bytes.clone(),
+                manifest: self.manifest.clone(),
+            }
         }
     }
 
@@ -472,7 +561,9 @@ mod tests {
         /// Looks at everything that is doubtful.
         fn recover(&self) -> HaveMap {
             let layout = self.manifest.layout();
-            self.doubtful().iter().for_each(|i| _ = self.check(layout.piece(i).unwrap()).unwrap());
+            self.doubtful()
+                .iter()
+                .for_each(|i| _ = self.check(layout.piece(i).unwrap()).unwrap());
             assert!(self.doubtful().is_empty());
             self.have()
         }
@@ -497,11 +588,26 @@ mod tests {
 
     #[test]
     fn a_file_of_any_size_is_stored_and_named() {
-        for len in [0, 1, 1023, 1024, SINGLE - 1, SINGLE, SINGLE + 1, 6 * PIECE - 1, 6 * PIECE, 6 * PIECE + 1025] {
+        for len in [
+            0,
+            1,
+            1023,
+            1024,
+            SINGLE - 1,
+            SINGLE,
+            SINGLE + 1,
+            6 * PIECE - 1,
+            6 * PIECE,
+            6 * PIECE + 1025,
+        ] {
             let world = World::new(len);
             let storage = world.open();
             if len > SINGLE {
-                assert_eq!(fs::metadata(world.part()).unwrap().len(), len as u64, "the length is reserved");
+                assert_eq!(
+                    fs::metadata(world.part()).unwrap().len(),
+                    len as u64,
+                    "the length is reserved"
+                );
             } else {
                 assert!(!world.part().exists(), "nothing to keep");
             }
@@ -510,7 +616,11 @@ mod tests {
             let path = storage.finish().unwrap();
             assert_eq!(path, world.temp.path().join("a/file.bin"));
             assert!(fs::read(&path).unwrap() == world.bytes, "{len}");
-            assert_eq!(fs::read_dir(world.temp.path().join("a")).unwrap().count(), 1, "no .part, no journal");
+            assert_eq!(
+                fs::read_dir(world.temp.path().join("a")).unwrap().count(),
+                1,
+                "no .part, no journal"
+            );
             assert!(storage.finish().is_err() && !world.part().exists(), "once");
         }
     }
@@ -519,12 +629,17 @@ mod tests {
     fn after_a_clean_stop_nothing_is_read_again() {
         let world = World::new(5 * PIECE + 100);
         let storage = world.open();
-        [1, 3, 5].iter().for_each(|i| storage.write(&world.piece(*i)).unwrap());
+        [1, 3, 5]
+            .iter()
+            .for_each(|i| storage.write(&world.piece(*i)).unwrap());
         storage.close().unwrap();
         drop(storage);
         for _ in 0..2 {
             let storage = world.open();
-            assert_eq!((held(&storage.have()), held(&storage.doubtful())), (vec![1, 3, 5], vec![]));
+            assert_eq!(
+                (held(&storage.have()), held(&storage.doubtful())),
+                (vec![1, 3, 5], vec![])
+            );
             storage.close().unwrap();
         }
         let storage = world.open();
@@ -532,7 +647,11 @@ mod tests {
         drop(storage);
         let storage = world.open();
         assert!(storage.have().is_empty(), "written to and not closed");
-        assert_eq!(held(&storage.doubtful()), [1, 3, 5], "0 was never journaled");
+        assert_eq!(
+            held(&storage.doubtful()),
+            [1, 3, 5],
+            "0 was never journaled"
+        );
         assert_eq!(held(&storage.recover()), [1, 3, 5]);
         storage.close().unwrap();
         drop(storage);
@@ -547,24 +666,35 @@ mod tests {
     fn what_was_not_looked_at_before_a_clean_stop_stays_doubtful() {
         let world = World::new(5 * PIECE);
         let storage = world.open();
-        [0, 1].iter().for_each(|i| storage.write(&world.piece(*i)).unwrap());
+        [0, 1]
+            .iter()
+            .for_each(|i| storage.write(&world.piece(*i)).unwrap());
         drop(storage);
         let storage = world.open();
-        assert_eq!(held(&storage.doubtful()), [0, 1], "there is no journal, and data");
+        assert_eq!(
+            held(&storage.doubtful()),
+            [0, 1],
+            "there is no journal, and data"
+        );
         let layout = world.manifest.layout();
         assert!(storage.check(layout.piece(1).unwrap()).unwrap());
         assert!(!storage.check(layout.piece(2).unwrap()).unwrap());
         storage.close().unwrap();
         drop(storage);
         let storage = world.open();
-        assert_eq!((held(&storage.have()), held(&storage.doubtful())), (vec![1], vec![0]));
+        assert_eq!(
+            (held(&storage.have()), held(&storage.doubtful())),
+            (vec![1], vec![0])
+        );
     }
 
     #[test]
     fn j19_an_edited_part_costs_the_edited_pieces() {
         let world = World::new(5 * PIECE + 100);
         let storage = world.open();
-        [1, 3, 5].iter().for_each(|i| storage.write(&world.piece(*i)).unwrap());
+        [1, 3, 5]
+            .iter()
+            .for_each(|i| storage.write(&world.piece(*i)).unwrap());
         storage.close().unwrap();
         drop(storage);
         let file = File::options().write(true).open(world.part()).unwrap();
@@ -574,10 +704,17 @@ mod tests {
         }
         file.set_len(9 * PIECE as u64).unwrap();
         let storage = world.open();
-        assert!(storage.have().is_empty(), "nothing is believed before it is read");
+        assert!(
+            storage.have().is_empty(),
+            "nothing is believed before it is read"
+        );
         assert_eq!(held(&storage.doubtful()), [1, 3, 5]);
         assert_eq!(held(&storage.recover()), [1, 5]);
-        assert_eq!(fs::metadata(world.part()).unwrap().len(), world.bytes.len() as u64, "excess is cut");
+        assert_eq!(
+            fs::metadata(world.part()).unwrap().len(),
+            world.bytes.len() as u64,
+            "excess is cut"
+        );
         world.write_all(&storage);
         assert!(fs::read(storage.finish().unwrap()).unwrap() == world.bytes);
     }
@@ -589,10 +726,18 @@ mod tests {
         world.write_all(&storage);
         storage.sync_now().unwrap();
         drop(storage);
-        File::options().write(true).open(world.part()).unwrap().set_len(2 * PIECE as u64 - 1).unwrap();
+        File::options()
+            .write(true)
+            .open(world.part())
+            .unwrap()
+            .set_len(2 * PIECE as u64 - 1)
+            .unwrap();
         let storage = world.open();
         assert_eq!(held(&storage.recover()), [0]);
-        assert!(matches!(storage.finish(), Err(StorageError::Incomplete { n_missing: 4 })));
+        assert!(matches!(
+            storage.finish(),
+            Err(StorageError::Incomplete { n_missing: 4 })
+        ));
     }
 
     #[test]
@@ -602,8 +747,20 @@ mod tests {
         storage.write(&world.piece(1)).unwrap();
         let part = storage.part().unwrap();
         let good = HaveMap::full(5);
-        let stamp = Stamp { ctime_ns: 1, ..Stamp::of(part.file()).unwrap() };
-        storage.write_journal(&part, &Journal { good, doubtful: HaveMap::empty(5), closed: Some(stamp) }).unwrap();
+        let stamp = Stamp {
+            ctime_ns: 1,
+            ..Stamp::of(part.file()).unwrap()
+        };
+        storage
+            .write_journal(
+                &part,
+                &Journal {
+                    good,
+                    doubtful: HaveMap::empty(5),
+                    closed: Some(stamp),
+                },
+            )
+            .unwrap();
         drop((storage, part));
         let storage = world.open();
         assert!(storage.have().is_empty());
@@ -612,13 +769,20 @@ mod tests {
         for junk in [&b""[..], b"spratj", &[0xff; 4096]] {
             fs::write(world.journal(), junk).unwrap();
             let storage = world.open();
-            assert!(storage.have().is_empty() && storage.doubtful().contains(1), "where there is data");
+            assert!(
+                storage.have().is_empty() && storage.doubtful().contains(1),
+                "where there is data"
+            );
             assert_eq!(held(&storage.recover()), [1]);
         }
         let other = World::new(6 * PIECE);
         fs::copy(world.part(), other.temp.path().join("file.bin.part")).unwrap();
-        let storage = Storage::open(&other.root, &name("file.bin"), other.manifest.clone()).unwrap();
-        assert!(storage.have().is_empty() && storage.recover().count() <= 1, "journal and bytes of another content");
+        let storage =
+            Storage::open(&other.root, &name("file.bin"), other.manifest.clone()).unwrap();
+        assert!(
+            storage.have().is_empty() && storage.recover().count() <= 1,
+            "journal and bytes of another content"
+        );
     }
 
     #[test]
@@ -630,9 +794,15 @@ mod tests {
         drop(storage);
         fs::remove_file(world.part()).unwrap();
         let storage = world.open();
-        assert!(storage.have().is_empty() && storage.doubtful().is_empty() && !world.journal().exists());
+        assert!(
+            storage.have().is_empty() && storage.doubtful().is_empty() && !world.journal().exists()
+        );
         drop(storage);
-        assert_eq!(fs::read_dir(world.temp.path().join("a")).unwrap().count(), 0, "new and empty: gone");
+        assert_eq!(
+            fs::read_dir(world.temp.path().join("a")).unwrap().count(),
+            0,
+            "new and empty: gone"
+        );
     }
 
     #[test]
@@ -641,17 +811,26 @@ mod tests {
         let storage = world.open();
         storage.write(&world.piece(0)).unwrap();
         storage.sync_now().unwrap();
-        [1, 2].iter().for_each(|i| storage.write(&world.piece(*i)).unwrap());
+        [1, 2]
+            .iter()
+            .for_each(|i| storage.write(&world.piece(*i)).unwrap());
         storage.fail_to_sync(true);
-        let Err(StorageError::Lost { pieces, error }) = storage.sync_now() else { panic!("the sync failed") };
+        let Err(StorageError::Lost { pieces, error }) = storage.sync_now() else {
+            panic!("the sync failed")
+        };
         assert_eq!(pieces, [1, 2]);
         assert!(error.to_string().contains("a/file.bin.part"), "{error}");
         assert_eq!(held(&storage.have()), [0]);
         storage.fail_to_sync(false);
-        assert!(matches!(storage.finish(), Err(StorageError::Incomplete { n_missing: 5 })));
+        assert!(matches!(
+            storage.finish(),
+            Err(StorageError::Incomplete { n_missing: 5 })
+        ));
         world.write_all(&storage);
         storage.fail_to_sync(true);
-        assert!(matches!(storage.finish(), Err(StorageError::Lost { pieces, .. }) if pieces.len() == 5));
+        assert!(
+            matches!(storage.finish(), Err(StorageError::Lost { pieces, .. }) if pieces.len() == 5)
+        );
         assert!(!world.temp.path().join("a/file.bin").exists());
         storage.fail_to_sync(false);
         world.write_all(&storage);
@@ -682,7 +861,10 @@ mod tests {
         assert!(world.journal().exists());
         drop(storage);
         let storage = world.open();
-        assert_eq!((held(&storage.have()), held(&storage.doubtful())), (vec![], vec![2]));
+        assert_eq!(
+            (held(&storage.have()), held(&storage.doubtful())),
+            (vec![], vec![2])
+        );
     }
 
     #[test]
@@ -697,14 +879,19 @@ mod tests {
             for part in 0..4 {
                 let (world, storage) = (&world, &storage);
                 scope.spawn(move || {
-                    (0..599).filter(|i| i % 4 == part).for_each(|i| storage.write(&world.piece(i)).unwrap())
+                    (0..599)
+                        .filter(|i| i % 4 == part)
+                        .for_each(|i| storage.write(&world.piece(i)).unwrap())
                 });
             }
         });
         drop(storage);
         let storage = world.open();
         let n = storage.doubtful().count();
-        assert!((599 - 512..=599).contains(&n) && storage.have().is_empty(), "{n} of 599, 64 MiB are 512 pieces");
+        assert!(
+            (599 - 512..=599).contains(&n) && storage.have().is_empty(),
+            "{n} of 599, 64 MiB are 512 pieces"
+        );
         assert_eq!(storage.recover().count(), n);
     }
 
@@ -713,7 +900,10 @@ mod tests {
         let world = World::new(5 * PIECE);
         let storage = world.open();
         storage.write(&world.piece(0)).unwrap();
-        assert!(matches!(storage.finish(), Err(StorageError::Incomplete { n_missing: 4 })));
+        assert!(matches!(
+            storage.finish(),
+            Err(StorageError::Incomplete { n_missing: 4 })
+        ));
         assert!(world.part().exists() && !world.temp.path().join("a/file.bin").exists());
         storage.discard().unwrap();
         assert!(!world.part().exists());
@@ -723,11 +913,20 @@ mod tests {
     fn only_pieces_of_this_content_are_written_and_only_held_ones_read() {
         let (world, other) = (World::new(5 * PIECE), World::new(6 * PIECE));
         let storage = world.open();
-        assert!(matches!(storage.write(&other.piece(5)), Err(StorageError::Io(_))));
+        assert!(matches!(
+            storage.write(&other.piece(5)),
+            Err(StorageError::Io(_))
+        ));
         storage.write(&world.piece(1)).unwrap();
         let layout = world.manifest.layout();
-        assert_eq!(storage.read(layout.piece(1).unwrap()).unwrap(), world.bytes.slice(PIECE..2 * PIECE));
-        let error = storage.read(layout.piece(0).unwrap()).unwrap_err().to_string();
+        assert_eq!(
+            storage.read(layout.piece(1).unwrap()).unwrap(),
+            world.bytes.slice(PIECE..2 * PIECE)
+        );
+        let error = storage
+            .read(layout.piece(0).unwrap())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("a/file.bin.part"), "{error}");
     }
 
@@ -739,13 +938,22 @@ mod tests {
         let taken = world.temp.path().join("a/file.bin");
         fs::write(&taken, "old").unwrap();
         assert!(matches!(storage.finish(), Err(StorageError::Exists(path)) if path == taken));
-        let path = storage.finish_as(&name("a/file.bin").numbered(2).unwrap(), false).unwrap();
+        let path = storage
+            .finish_as(&name("a/file.bin").numbered(2).unwrap(), false)
+            .unwrap();
         assert_eq!(path, world.temp.path().join("a/file (2).bin"));
-        assert_eq!((fs::read(&taken).unwrap(), fs::read(path).unwrap()), (b"old".to_vec(), world.bytes.to_vec()));
+        assert_eq!(
+            (fs::read(&taken).unwrap(), fs::read(path).unwrap()),
+            (b"old".to_vec(), world.bytes.to_vec())
+        );
         let storage = world.open();
         world.write_all(&storage);
         storage.finish_as(&name("a/file.bin"), true).unwrap();
-        assert_eq!(fs::read(&taken).unwrap(), world.bytes, "replaced when asked");
+        assert_eq!(
+            fs::read(&taken).unwrap(),
+            world.bytes,
+            "replaced when asked"
+        );
     }
 
     #[test]
@@ -756,7 +964,10 @@ mod tests {
         first.write(&small.piece(0)).unwrap();
         second.write(&small.piece(0)).unwrap();
         first.finish().unwrap();
-        assert!(matches!(second.finish(), Err(StorageError::Exists(_))), "each has a file of its own");
+        assert!(
+            matches!(second.finish(), Err(StorageError::Exists(_))),
+            "each has a file of its own"
+        );
         let world = World::new(5 * PIECE);
         let _held = world.open();
         let second = Storage::open(&world.root, &name("a/file.bin"), world.manifest.clone());
@@ -767,9 +978,18 @@ mod tests {
     fn j08_a_full_disk_is_told_from_other_errors() {
         let storage = World::new(10).open();
         let full = storage.failed(io::ErrorKind::StorageFull.into());
-        assert!(full.to_string().contains("file.bin: not enough space") && full.is_no_space(), "{full}");
-        assert!(matches!(storage.failed(io::ErrorKind::QuotaExceeded.into()), StorageError::NoSpace { .. }));
-        assert!(matches!(storage.failed(io::ErrorKind::BrokenPipe.into()), StorageError::Io(_)));
+        assert!(
+            full.to_string().contains("file.bin: not enough space") && full.is_no_space(),
+            "{full}"
+        );
+        assert!(matches!(
+            storage.failed(io::ErrorKind::QuotaExceeded.into()),
+            StorageError::NoSpace { .. }
+        ));
+        assert!(matches!(
+            storage.failed(io::ErrorKind::BrokenPipe.into()),
+            StorageError::Io(_)
+        ));
         assert!(storage.has_room());
     }
 
@@ -783,19 +1003,29 @@ mod tests {
         let storage = world.open();
         world.write_all(&storage);
         drop(storage);
-        assert!(world.part().exists() && world.journal().exists(), "it is not whole");
+        assert!(
+            world.part().exists() && world.journal().exists(),
+            "it is not whole"
+        );
         let fetch = || {
             // As another life finds the folder.
             let root = Root::open(world.temp.path()).unwrap();
-            let storage = Storage::open(&root, &name("a/file.bin"), world.manifest.clone()).unwrap();
+            let storage =
+                Storage::open(&root, &name("a/file.bin"), world.manifest.clone()).unwrap();
             world.write_all(&storage);
             storage.finish()
         };
-        assert!(matches!(fetch(), Err(StorageError::Busy(_))), "somebody is writing it");
+        assert!(
+            matches!(fetch(), Err(StorageError::Busy(_))),
+            "somebody is writing it"
+        );
         assert!(world.part().exists() && world.journal().exists());
         drop(larger);
         fetch().unwrap();
-        assert_eq!(fs::read_dir(world.temp.path().join("a")).unwrap().count(), 1);
+        assert_eq!(
+            fs::read_dir(world.temp.path().join("a")).unwrap().count(),
+            1
+        );
     }
 
     #[test]
@@ -807,7 +1037,10 @@ mod tests {
             fs::remove_dir(world.temp.path().join("a")).unwrap();
             let path = storage.finish_as(&name("a/file.bin"), replace).unwrap();
             assert_eq!(fs::read(path).unwrap(), world.bytes);
-            assert_eq!(fs::read_dir(world.temp.path().join("a")).unwrap().count(), 1);
+            assert_eq!(
+                fs::read_dir(world.temp.path().join("a")).unwrap().count(),
+                1
+            );
         }
     }
 
@@ -823,16 +1056,27 @@ mod tests {
         storage.finish().unwrap();
         assert_eq!(fs::read(&target).unwrap(), b"old");
         assert!(world.part().is_symlink());
-        let larger = Storage::open(&world.root, &name("a/file.bin"), manifest(&content(5 * PIECE)));
+        let larger = Storage::open(
+            &world.root,
+            &name("a/file.bin"),
+            manifest(&content(5 * PIECE)),
+        );
         assert!(matches!(larger, Err(StorageError::Io(_))));
     }
 
     #[test]
     fn many_files_are_committed_together() {
-        let worlds: Vec<_> = (0..12).map(|i| World::new(if i == 5 { 5 * PIECE } else { 10 + i })).collect();
+        let worlds: Vec<_> = (0..12)
+            .map(|i| World::new(if i == 5 { 5 * PIECE } else { 10 + i }))
+            .collect();
         let root = &worlds[0].root;
         let open = |(i, world): (usize, &World)| {
-            let storage = Storage::open(root, &name(&format!("d{}/f{i}", i % 3)), world.manifest.clone()).unwrap();
+            let storage = Storage::open(
+                root,
+                &name(&format!("d{}/f{i}", i % 3)),
+                world.manifest.clone(),
+            )
+            .unwrap();
             if i != 7 {
                 world.write_all(&storage);
             }
@@ -842,19 +1086,39 @@ mod tests {
         storages[9].fail_to_sync(true);
         let all: Vec<_> = storages.iter().collect();
         let synced = sync_data(&all);
-        assert!(matches!(synced[7], Err(StorageError::Incomplete { n_missing: 1 })));
-        assert!(matches!(synced[9], Err(StorageError::Lost { .. })) && storages[9].have().is_empty());
+        assert!(matches!(
+            synced[7],
+            Err(StorageError::Incomplete { n_missing: 1 })
+        ));
+        assert!(
+            matches!(synced[9], Err(StorageError::Lost { .. })) && storages[9].have().is_empty()
+        );
         assert_eq!(synced.iter().filter(|outcome| outcome.is_ok()).count(), 10);
-        let good: Vec<_> =
-            all.iter().zip(synced).filter_map(|(storage, synced)| synced.ok().map(|()| *storage)).collect();
-        good.iter().for_each(|storage| _ = storage.name(&storage.name, false).unwrap());
+        let good: Vec<_> = all
+            .iter()
+            .zip(synced)
+            .filter_map(|(storage, synced)| synced.ok().map(|()| *storage))
+            .collect();
+        good.iter()
+            .for_each(|storage| _ = storage.name(&storage.name, false).unwrap());
         assert!(sync_folders(&good).iter().all(Result::is_ok));
         good.iter().for_each(|storage| _ = storage.end().unwrap());
         drop(storages);
-        for (i, world) in worlds.iter().enumerate().filter(|(i, _)| ![7, 9].contains(i)) {
-            assert_eq!(fs::read(root.path().join(format!("d{}/f{i}", i % 3))).unwrap(), world.bytes);
+        for (i, world) in worlds
+            .iter()
+            .enumerate()
+            .filter(|(i, _)| ![7, 9].contains(i))
+        {
+            assert_eq!(
+                fs::read(root.path().join(format!("d{}/f{i}", i % 3))).unwrap(),
+                world.bytes
+            );
         }
-        assert_eq!(fs::read_dir(root.path().join("d0")).unwrap().count(), 3, "no .part");
+        assert_eq!(
+            fs::read_dir(root.path().join("d0")).unwrap().count(),
+            3,
+            "no .part"
+        );
     }
 
     #[test]
@@ -864,7 +1128,9 @@ mod tests {
         thread::scope(|scope| {
             for part in 0..4 {
                 let (world, storage) = (&world, &storage);
-                scope.spawn(move || (part * 4..part * 4 + 4).for_each(|i| storage.write(&world.piece(i)).unwrap()));
+                scope.spawn(move || {
+                    (part * 4..part * 4 + 4).for_each(|i| storage.write(&world.piece(i)).unwrap())
+                });
             }
         });
         assert!(fs::read(storage.finish().unwrap()).unwrap() == world.bytes);
@@ -939,7 +1205,9 @@ mod tests {
     #[test]
     fn a_folder_that_cannot_be_written_is_named() {
         let root = Root::open(Path::new("/proc")).unwrap();
-        let error = Storage::open(&root, &name("file"), World::new(5 * PIECE).manifest).unwrap_err().to_string();
+        let error = Storage::open(&root, &name("file"), World::new(5 * PIECE).manifest)
+            .unwrap_err()
+            .to_string();
         assert!(error.starts_with("/proc/file.part: "), "{error}");
     }
 }

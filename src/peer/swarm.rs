@@ -39,7 +39,10 @@ use super::{
     spent::Spent,
     storage::StorageError,
 };
-use crate::{backoff::Backoff, catalog::FileKey, content::ContentId, have::HaveMap, identity::PeerId, metrics};
+use crate::{
+    backoff::Backoff, catalog::FileKey, content::ContentId, have::HaveMap, identity::PeerId,
+    metrics,
+};
 
 /// Failures in a row, without a piece between them, after which a source is given up.
 const MAX_FAILURES: u32 = 4;
@@ -56,7 +59,11 @@ const fn source_of(key: SourceKey) -> SourceKey {
 
 /// The key of a source's connection.
 fn connection_of(source: SourceKey, connection: usize) -> SourceKey {
-    SourceKey(source.0.saturating_add(u32::try_from(connection).unwrap_or(0) % CONNECTIONS))
+    SourceKey(
+        source
+            .0
+            .saturating_add(u32::try_from(connection).unwrap_or(0) % CONNECTIONS),
+    )
 }
 
 /// Something that the batch's owner acts on.
@@ -141,7 +148,10 @@ impl Swarm {
         let n_pieces = work::number(&mut work);
         let mut picker = Picker::new(n_pieces, rand::random());
         for work in &work {
-            work.storage.have().iter().for_each(|piece| picker.mark_done(work.first + piece));
+            work.storage
+                .have()
+                .iter()
+                .for_each(|piece| picker.mark_done(work.first + piece));
         }
         let (picker, known) = (Mutex::new(picker), Mutex::default());
         let (fetched, resumed, waiting) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU32::new(0));
@@ -194,14 +204,24 @@ impl Swarm {
 
     /// Changes a source's account.
     fn account<T>(&self, peer: PeerId, change: impl FnOnce(&mut Account) -> T) -> T {
-        change(self.accounts.lock().expect("no panic while the lock is held").entry(peer).or_default())
+        change(
+            self.accounts
+                .lock()
+                .expect("no panic while the lock is held")
+                .entry(peer)
+                .or_default(),
+        )
     }
 
     fn known<T>(&self, peer: PeerId, change: impl FnOnce(&mut Known) -> T) -> T {
         let mut known = self.known.lock().expect("no panic while the lock is held");
         // The first key is that of this machine; those that follow one are for further connections.
-        let next =
-            SourceKey(u32::try_from(known.len()).unwrap_or(u32::MAX).saturating_mul(CONNECTIONS).saturating_add(1));
+        let next = SourceKey(
+            u32::try_from(known.len())
+                .unwrap_or(u32::MAX)
+                .saturating_mul(CONNECTIONS)
+                .saturating_add(1),
+        );
         change(known.entry(peer).or_insert_with(|| Known {
             key: next,
             wake: Arc::default(),
@@ -224,7 +244,11 @@ impl Swarm {
 
     /// A source that holds these contents whole; what else it may hold in part, it will tell itself.
     pub fn holds(&self, peer: PeerId, contents: &HashSet<ContentId>) {
-        let whole = self.work.iter().enumerate().filter(|(_, work)| contents.contains(&work.want.id));
+        let whole = self
+            .work
+            .iter()
+            .enumerate()
+            .filter(|(_, work)| contents.contains(&work.want.id));
         let mut have = HaveMap::empty(self.n_pieces);
         let key = self.known(peer, |known| {
             known.complete.extend(whole.map(|(at, _)| at));
@@ -245,15 +269,25 @@ impl Swarm {
     /// Works with one source until the batch is done or the source is of no more use; gives back the connection if it is
     /// good. `connected` saves a handshake, and what it was asked for already two round trips. One that went away is looked
     /// for where [`is_at`](Self::is_at) says that it is by then.
-    pub async fn work_with(&self, peer: PeerId, mut connected: Option<(Source, Option<Begun>)>) -> Option<Source> {
+    pub async fn work_with(
+        &self,
+        peer: PeerId,
+        mut connected: Option<(Source, Option<Begun>)>,
+    ) -> Option<Source> {
         let key = self.known(peer, |known| known.key);
         let mut backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(8));
-        let begun = connected.as_ref().and_then(|(_, begun)| begun.as_ref()?.paces.first().cloned());
-        let pace = begun.unwrap_or_else(|| Arc::new(Mutex::new(Pace::fixed(self.mean_piece_len(), self.fixed))));
+        let begun = connected
+            .as_ref()
+            .and_then(|(_, begun)| begun.as_ref()?.paces.first().cloned());
+        let pace = begun.unwrap_or_else(|| {
+            Arc::new(Mutex::new(Pace::fixed(self.mean_piece_len(), self.fixed)))
+        });
         loop {
             let before = self.account(peer, |account| account.bytes);
             let addresses = self.known(peer, |known| known.addresses.clone());
-            let outcome = self.session(peer, key, &addresses, connected.take(), &pace).await;
+            let outcome = self
+                .session(peer, key, &addresses, connected.take(), &pace)
+                .await;
             let error = match outcome {
                 Ok(source) => {
                     self.account(peer, |account| account.state = State::Resting);
@@ -261,11 +295,17 @@ impl Swarm {
                 }
                 Err(error) => error,
             };
-            if self.account(peer, |account| account.bytes) > before || self.known(peer, |k| k.addresses != addresses) {
+            if self.account(peer, |account| account.bytes) > before
+                || self.known(peer, |k| k.addresses != addresses)
+            {
                 backoff.reset();
             }
             let mut wait = backoff.delay(rand::random());
-            let bad_bytes = if let SourceError::BadPiece(_, bytes) = error { bytes } else { 0 };
+            let bad_bytes = if let SourceError::BadPiece(_, bytes) = error {
+                bytes
+            } else {
+                0
+            };
             let lied = bad_bytes > 0 || matches!(error, SourceError::Lied(_));
             if lied {
                 metrics::PIECES_BAD.one();
@@ -289,7 +329,9 @@ impl Swarm {
                 _ => State::Resting,
             };
             let text = format!("{error}");
-            self.account(peer, |account| (account.state, account.trouble) = (state, text.clone()));
+            self.account(peer, |account| {
+                (account.state, account.trouble) = (state, text.clone())
+            });
             self.note(peer, state, &text).await;
             if state == State::Gone {
                 self.picker().remove_source(key);
@@ -323,7 +365,11 @@ impl Swarm {
             State::Banned => "banned for a while",
             _ => "lost, trying again",
         };
-        self.report(Report::Note(Some(peer), format!("source {}: {what}: {why}", peer.short()))).await;
+        self.report(Report::Note(
+            Some(peer),
+            format!("source {}: {what}: {why}", peer.short()),
+        ))
+        .await;
     }
 
     async fn report(&self, report: Report) {
@@ -333,7 +379,9 @@ impl Swarm {
 
     fn mean_piece_len(&self) -> u32 {
         let bytes: u64 = self.work.iter().map(|work| work.layout().size()).sum();
-        u32::try_from(bytes / u64::from(self.n_pieces).max(1)).unwrap_or(u32::MAX).max(1)
+        u32::try_from(bytes / u64::from(self.n_pieces).max(1))
+            .unwrap_or(u32::MAX)
+            .max(1)
     }
 
     /// Contents that are begun and not complete: which, bytes done, bytes in all; at most eight.
@@ -363,13 +411,18 @@ impl Swarm {
     /// Leaves a content out: its pieces count as done.
     pub fn leave_out(&self, at: usize) {
         let mut picker = self.picker();
-        self.work[at].pieces().for_each(|piece| picker.mark_done(piece));
+        self.work[at]
+            .pieces()
+            .for_each(|piece| picker.mark_done(piece));
         drop(picker);
         self.changed.notify_waiters();
     }
 
     /// Bytes that were fetched, and those that were found here, since the last call.
     pub fn take_counts(&self) -> (u64, u64) {
-        (self.fetched.swap(0, Ordering::Relaxed), self.resumed.swap(0, Ordering::Relaxed))
+        (
+            self.fetched.swap(0, Ordering::Relaxed),
+            self.resumed.swap(0, Ordering::Relaxed),
+        )
     }
 }

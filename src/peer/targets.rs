@@ -116,7 +116,13 @@ impl Disk {
         let mut missing = None;
         let look = |want: &'a Want| {
             let folder = want.target.folder();
-            if Some(folder) == missing || self.root.folder_of(&want.target).map_err(unwritable)?.is_none() {
+            if Some(folder) == missing
+                || self
+                    .root
+                    .folder_of(&want.target)
+                    .map_err(unwritable)?
+                    .is_none()
+            {
                 missing = Some(folder);
                 return Ok(Target::Free(want.target.clone()));
             }
@@ -139,7 +145,9 @@ impl Disk {
             if want.size > MAX_SINGLE.into()
                 && let Some(folder) = self.root.folder_of(&want.target).map_err(unwritable)?
             {
-                folder.remove_orphan_journal(want.target.file_name()).map_err(unwritable)?;
+                folder
+                    .remove_orphan_journal(want.target.file_name())
+                    .map_err(unwritable)?;
             }
             return Ok(Target::Identical(root.join(want.target.as_path())));
         }
@@ -156,7 +164,10 @@ impl Disk {
                 Ok(Target::Free(want.target.clone()))
             }
             Existing::Overwrite => {
-                let text = format!("{} exists and is not a regular file; it was left alone", shown(&want.target));
+                let text = format!(
+                    "{} exists and is not a regular file; it was left alone",
+                    shown(&want.target)
+                );
                 Err(Failed::new(Exit::Exists, text).into())
             }
             Existing::Rename => {
@@ -166,15 +177,20 @@ impl Disk {
                         return Ok(Target::Free(name));
                     }
                 }
-                Err(Failed::new(Exit::Exists, format!("{} and all its numbered names exist", shown(&want.target)))
-                    .into())
+                Err(Failed::new(
+                    Exit::Exists,
+                    format!("{} and all its numbered names exist", shown(&want.target)),
+                )
+                .into())
             }
         }
     }
 
     fn is_identical(&self, want: &Want) -> Result<bool> {
         // A folder, a link, a device: whatever it is, it is not this content.
-        let Ok(file) = self.root.open_file(want.target.as_path()) else { return Ok(false) };
+        let Ok(file) = self.root.open_file(want.target.as_path()) else {
+            return Ok(false);
+        };
         let stamp = Stamp::of(&file)?;
         if stamp.size != want.size {
             return Ok(false);
@@ -187,7 +203,12 @@ impl Disk {
             Ok(hashed) => {
                 let identical = hashed.manifest.id() == want.id;
                 if identical {
-                    self.remember(self.offer(vec![(path, want.target.clone(), &want.name, hashed)]));
+                    self.remember(self.offer(vec![(
+                        path,
+                        want.target.clone(),
+                        &want.name,
+                        hashed,
+                    )]));
                 }
                 Ok(identical)
             }
@@ -202,34 +223,73 @@ impl Disk {
     /// # Errors
     /// [`Exit::NoSpace`] and the like, see [`explain`]; of the first that fails.
     pub fn open(&self, files: &[(&Want, &SafeName, Manifest)]) -> Result<Vec<Opened>> {
-        let open = |(_, name, manifest): &(_, &SafeName, Manifest)| Storage::open(&self.root, name, manifest.clone());
-        let storages = files.iter().map(open).collect::<Result<Vec<_>, _>>().map_err(explain)?;
-        let wanted: Vec<_> = storages.iter().zip(files).map(|(storage, (want, ..))| (storage, &want.target)).collect();
-        let local = Places { library: &self.library, root: &self.root, index: &self.index }.find(&wanted);
+        let open = |(_, name, manifest): &(_, &SafeName, Manifest)| {
+            Storage::open(&self.root, name, manifest.clone())
+        };
+        let storages = files
+            .iter()
+            .map(open)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(explain)?;
+        let wanted: Vec<_> = storages
+            .iter()
+            .zip(files)
+            .map(|(storage, (want, ..))| (storage, &want.target))
+            .collect();
+        let local = Places {
+            library: &self.library,
+            root: &self.root,
+            index: &self.index,
+        }
+        .find(&wanted);
         let opened = storages.into_iter().zip(local);
-        Ok(opened.map(|(storage, local)| Opened { storage: Arc::new(storage), local }).collect())
+        Ok(opened
+            .map(|(storage, local)| Opened {
+                storage: Arc::new(storage),
+                local,
+            })
+            .collect())
     }
 
     /// Offers to others what a download holds and will hold, until the guard is dropped; nothing of a content of one
     /// piece, which is whole as soon as it is anything.
-    pub fn offer_partial(&self, storage: &Storage, want: &Want, target: &SafeName) -> Option<Partial> {
+    pub fn offer_partial(
+        &self,
+        storage: &Storage,
+        want: &Want,
+        target: &SafeName,
+    ) -> Option<Partial> {
         let manifest = storage.manifest();
         let file = storage.file().filter(|_| !manifest.layout().is_single())?;
         let path = self.root.path().join(target.as_path());
-        let name = self.shares.name_of(&path).unwrap_or_else(|| want.name.clone());
-        Some(self.library.start_partial(manifest.clone(), name, file, storage.have()))
+        let name = self
+            .shares
+            .name_of(&path)
+            .unwrap_or_else(|| want.name.clone());
+        Some(
+            self.library
+                .start_partial(manifest.clone(), name, file, storage.have()),
+        )
     }
 
     /// Gives complete files their names, all in one go, and offers them to others. The outcomes are in the same order; one
     /// that fails concerns no other, unless the disk does. What there is to [`remember`](Self::remember) comes with them.
     /// Blocks (fsync).
-    pub fn finish(&self, files: &[Finishing<'_>], existing: Existing) -> (Vec<Result<PathBuf>>, Hashes) {
+    pub fn finish(
+        &self,
+        files: &[Finishing<'_>],
+        existing: Existing,
+    ) -> (Vec<Result<PathBuf>>, Hashes) {
         let storages: Vec<_> = files.iter().map(|file| file.storage).collect();
         let synced = sync_data(&storages);
         let mut outcomes: Vec<Result<Named>> = files
             .iter()
             .zip(synced)
-            .map(|(file, synced)| synced.map_err(explain).and_then(|()| self.name(file, existing)))
+            .map(|(file, synced)| {
+                synced
+                    .map_err(explain)
+                    .and_then(|()| self.name(file, existing))
+            })
             .collect();
         let named: Vec<_> = (0..files.len()).filter(|i| outcomes[*i].is_ok()).collect();
         let folders = sync_folders(&named.iter().map(|i| files[*i].storage).collect::<Vec<_>>());
@@ -237,8 +297,19 @@ impl Disk {
         for (i, durable) in named.into_iter().zip(folders) {
             let Finishing { storage, want, .. } = files[i];
             match (durable.and_then(|()| storage.end()), &outcomes[i]) {
-                (Ok(stamp), Ok(Named { path, name, is_ours: true })) => {
-                    let hashed = Hashed { manifest: storage.manifest().clone(), stamp, hashed_at_ns: i128::MAX };
+                (
+                    Ok(stamp),
+                    Ok(Named {
+                        path,
+                        name,
+                        is_ours: true,
+                    }),
+                ) => {
+                    let hashed = Hashed {
+                        manifest: storage.manifest().clone(),
+                        stamp,
+                        hashed_at_ns: i128::MAX,
+                    };
                     offers.push((path.clone(), name.clone(), &want.name, hashed));
                 }
                 (Err(error), _) => outcomes[i] = Err(explain(error)),
@@ -246,7 +317,13 @@ impl Disk {
             }
         }
         let hashes = self.offer(offers);
-        (outcomes.into_iter().map(|outcome| outcome.map(|named| named.path)).collect(), hashes)
+        (
+            outcomes
+                .into_iter()
+                .map(|outcome| outcome.map(|named| named.path))
+                .collect(),
+            hashes,
+        )
     }
 
     /// Gives a durable file its name. If another download of the same small file was first, that one will do: nothing keeps
@@ -261,13 +338,23 @@ impl Disk {
                         && file.storage.manifest().layout().is_single()
                         && self.is_identical(file.want)? =>
                 {
-                    return Ok(Named { path, name, is_ours: false });
+                    return Ok(Named {
+                        path,
+                        name,
+                        is_ours: false,
+                    });
                 }
                 Err(StorageError::Exists(_)) if existing == Existing::Rename && n < MAX_NUMBER => {
                     n += 1;
                     name = file.target.numbered(n)?;
                 }
-                named => return Ok(Named { path: named.map_err(explain)?, name, is_ours: true }),
+                named => {
+                    return Ok(Named {
+                        path: named.map_err(explain)?,
+                        name,
+                        is_ours: true,
+                    });
+                }
             }
         }
     }
@@ -282,7 +369,10 @@ impl Disk {
                 root: self.root.clone(),
                 relative: relative.as_path().to_owned(),
                 stamp: hashed.stamp,
-                name: self.shares.name_of(&path).unwrap_or_else(|| shared_as.clone()),
+                name: self
+                    .shares
+                    .name_of(&path)
+                    .unwrap_or_else(|| shared_as.clone()),
             };
             offers.push((location, hashed.manifest.clone()));
             hashes.push((path, hashed));
@@ -293,9 +383,15 @@ impl Disk {
 
     /// Spares later runs to hash these files. Blocks.
     pub fn remember(&self, hashes: Hashes) {
-        let (n, first) = (hashes.len(), hashes.first().map(|(path, _)| path.display().to_string()));
+        let (n, first) = (
+            hashes.len(),
+            hashes.first().map(|(path, _)| path.display().to_string()),
+        );
         if let Err(error) = self.index.insert_soon(hashes) {
-            tracing::warn!("remembering {n} files, {} the first: {error}", escape(&first.unwrap_or_default()));
+            tracing::warn!(
+                "remembering {n} files, {} the first: {error}",
+                escape(&first.unwrap_or_default())
+            );
         }
     }
 }
@@ -354,7 +450,16 @@ mod tests {
                 tasks: TaskTracker::new(),
             });
             let root = Root::open(&temp.path().join("downloads")).unwrap();
-            Self { disk: Disk { root, index, library, shares: Arc::new(shares), cancel }, temp }
+            Self {
+                disk: Disk {
+                    root,
+                    index,
+                    library,
+                    shares: Arc::new(shares),
+                    cancel,
+                },
+                temp,
+            }
         }
 
         fn path(&self, name: &str) -> PathBuf {
@@ -366,30 +471,53 @@ mod tests {
             let (want, manifest) = wanted(name, bytes);
             let opened = self.open(&want, &want.target, &manifest);
             fetch(&opened.storage, bytes);
-            self.finish(&opened.storage, &want, Existing::Refuse).unwrap();
+            self.finish(&opened.storage, &want, Existing::Refuse)
+                .unwrap();
         }
 
         fn open(&self, want: &Want, target: &SafeName, manifest: &Manifest) -> Opened {
-            self.disk.open(&[(want, target, manifest.clone())]).unwrap().remove(0)
+            self.disk
+                .open(&[(want, target, manifest.clone())])
+                .unwrap()
+                .remove(0)
         }
 
         fn finish(&self, storage: &Storage, want: &Want, existing: Existing) -> Result<PathBuf> {
-            let (mut paths, hashes) = self.disk.finish(&[Finishing { storage, want, target: &want.target }], existing);
+            let (mut paths, hashes) = self.disk.finish(
+                &[Finishing {
+                    storage,
+                    want,
+                    target: &want.target,
+                }],
+                existing,
+            );
             self.disk.remember(hashes);
             paths.remove(0)
         }
     }
 
     fn content(len: usize, seed: u8) -> Bytes {
-        (0..len).map(|i| (i / 7 + i / PIECE).to_le_bytes()[0] ^ seed).collect()
+        (0..len)
+            .map(|i| (i / 7 + i / PIECE).to_le_bytes()[0] ^ seed)
+            .collect()
     }
 
     fn wanted(name: &str, bytes: &Bytes) -> (Want, Manifest) {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(bytes, 0).unwrap();
-        let manifest = hash_file(&file, &CancellationToken::new()).unwrap().manifest;
+        let manifest = hash_file(&file, &CancellationToken::new())
+            .unwrap()
+            .manifest;
         let name = SafeName::parse(name).unwrap();
-        (Want { target: name.clone(), name, size: bytes.len() as u64, id: manifest.id() }, manifest)
+        (
+            Want {
+                target: name.clone(),
+                name,
+                size: bytes.len() as u64,
+                id: manifest.id(),
+            },
+            manifest,
+        )
     }
 
     /// Writes what is missing, as if it came over the network; how many pieces that were.
@@ -400,13 +528,19 @@ mod tests {
         let fetch = missing.map(|piece| {
             let begin = usize::try_from(layout.offset(piece)).unwrap();
             let bytes = bytes.slice(begin..begin + layout.len_of(piece) as usize);
-            storage.write(&manifest.verify(piece, bytes).unwrap()).unwrap();
+            storage
+                .write(&manifest.verify(piece, bytes).unwrap())
+                .unwrap();
         });
         u32::try_from(fetch.count()).unwrap()
     }
 
     fn bring(opened: &Opened) -> usize {
-        opened.local.iter().filter(|piece| piece.bring(&opened.storage).unwrap()).count()
+        opened
+            .local
+            .iter()
+            .filter(|piece| piece.bring(&opened.storage).unwrap())
+            .count()
     }
 
     /// The same bytes with one in ten pieces changed, and some more at the end.
@@ -431,14 +565,19 @@ mod tests {
             }
             let (want, manifest) = wanted("a/f", &new);
             assert!(bench.disk.look(&want, Existing::Refuse).is_err());
-            assert_eq!(bench.disk.look(&want, Existing::Overwrite).unwrap(), Target::Free(want.target.clone()));
+            assert_eq!(
+                bench.disk.look(&want, Existing::Overwrite).unwrap(),
+                Target::Free(want.target.clone())
+            );
             let opened = bench.open(&want, &want.target, &manifest);
             assert_eq!(opened.local.len(), if was_hashed { 36 } else { 40 });
             assert!(opened.local.is_sorted_by_key(LocalPiece::index));
             assert_eq!(bring(&opened), 36);
             assert_eq!(fs::read(bench.path("a/f")).unwrap(), old, "still there");
             assert_eq!(fetch(&opened.storage, &new), changed);
-            let path = bench.finish(&opened.storage, &want, Existing::Overwrite).unwrap();
+            let path = bench
+                .finish(&opened.storage, &want, Existing::Overwrite)
+                .unwrap();
             assert!(fs::read(path).unwrap() == new);
             assert_eq!(bench.disk.library.have(&want.id), Some(Have::Complete));
             assert_eq!(fs::read_dir(bench.path("a")).unwrap().count(), 1);
@@ -452,14 +591,27 @@ mod tests {
         bench.put("one", &one);
         bench.put("other", &other);
         let mixed: Bytes = [&one[..10 * PIECE], &other[10 * PIECE..]].concat().into();
-        let wants = [wanted("x/mixed", &mixed), wanted("x/copy", &one), wanted("x/small", &content(99, 1))];
+        let wants = [
+            wanted("x/mixed", &mixed),
+            wanted("x/copy", &one),
+            wanted("x/small", &content(99, 1)),
+        ];
         bench.put("small", &content(99, 1));
-        let files: Vec<_> = wants.iter().map(|(want, manifest)| (want, &want.target, manifest.clone())).collect();
+        let files: Vec<_> = wants
+            .iter()
+            .map(|(want, manifest)| (want, &want.target, manifest.clone()))
+            .collect();
         let opened = bench.disk.open(&files).unwrap();
         assert_eq!(opened.iter().map(bring).collect::<Vec<_>>(), [31, 20, 1]);
         for ((want, _), bytes) in wants.iter().zip([mixed, one, content(99, 1)]) {
-            let storage = &opened.iter().find(|opened| opened.storage.manifest().id() == want.id).unwrap().storage;
-            assert!(fs::read(bench.finish(storage, want, Existing::Refuse).unwrap()).unwrap() == bytes);
+            let storage = &opened
+                .iter()
+                .find(|opened| opened.storage.manifest().id() == want.id)
+                .unwrap()
+                .storage;
+            assert!(
+                fs::read(bench.finish(storage, want, Existing::Refuse).unwrap()).unwrap() == bytes
+            );
         }
     }
 
@@ -470,10 +622,23 @@ mod tests {
         bench.put("old", &old);
         let (want, manifest) = wanted("copy", &old);
         let opened = bench.open(&want, &want.target, &manifest);
-        File::options().write(true).open(bench.path("old")).unwrap().write_all_at(b"?", 5).unwrap();
+        File::options()
+            .write(true)
+            .open(bench.path("old"))
+            .unwrap()
+            .write_all_at(b"?", 5)
+            .unwrap();
         assert!(bring(&opened) < 5);
         fetch(&opened.storage, &old);
-        assert!(fs::read(bench.finish(&opened.storage, &want, Existing::Refuse).unwrap()).unwrap() == old);
+        assert!(
+            fs::read(
+                bench
+                    .finish(&opened.storage, &want, Existing::Refuse)
+                    .unwrap()
+            )
+            .unwrap()
+                == old
+        );
     }
 
     #[tokio::test]
@@ -493,25 +658,46 @@ mod tests {
     async fn a_clash_in_a_group_concerns_the_one_file() {
         let bench = Bench::new();
         let contents: Vec<_> = (0..20).map(|i| content(100 + i, 0)).collect();
-        let wants: Vec<_> =
-            contents.iter().enumerate().map(|(i, bytes)| wanted(&format!("d{}/{i}", i % 2), bytes)).collect();
-        let files: Vec<_> = wants.iter().map(|(want, manifest)| (want, &want.target, manifest.clone())).collect();
+        let wants: Vec<_> = contents
+            .iter()
+            .enumerate()
+            .map(|(i, bytes)| wanted(&format!("d{}/{i}", i % 2), bytes))
+            .collect();
+        let files: Vec<_> = wants
+            .iter()
+            .map(|(want, manifest)| (want, &want.target, manifest.clone()))
+            .collect();
         let opened = bench.disk.open(&files).unwrap();
-        opened.iter().zip(&contents).for_each(|(opened, bytes)| _ = fetch(&opened.storage, bytes));
+        opened
+            .iter()
+            .zip(&contents)
+            .for_each(|(opened, bytes)| _ = fetch(&opened.storage, bytes));
         fs::write(bench.path("d1/7"), "in the way").unwrap();
         let finishing = opened.iter().zip(&wants);
         let finishing: Vec<_> = finishing
-            .map(|(opened, (want, _))| Finishing { storage: &opened.storage, want, target: &want.target })
+            .map(|(opened, (want, _))| Finishing {
+                storage: &opened.storage,
+                want,
+                target: &want.target,
+            })
             .collect();
         let (outcomes, _) = bench.disk.finish(&finishing, Existing::Refuse);
         for (i, outcome) in outcomes.iter().enumerate() {
             match outcome {
                 Ok(path) => assert!(i != 7 && fs::read(path).unwrap() == contents[i]),
-                Err(error) => assert!(i == 7 && format!("{error:#}").contains("d1/7 exists already"), "{error:#}"),
+                Err(error) => assert!(
+                    i == 7 && format!("{error:#}").contains("d1/7 exists already"),
+                    "{error:#}"
+                ),
             }
         }
         assert_eq!(bench.disk.library.totals().0, 19);
-        let again = bench.disk.finish(&finishing[7..8], Existing::Rename).0.remove(0).unwrap();
+        let again = bench
+            .disk
+            .finish(&finishing[7..8], Existing::Rename)
+            .0
+            .remove(0)
+            .unwrap();
         assert_eq!(again, bench.path("d1/7 (2)"));
         for (want, _) in &wants {
             let known = bench.disk.library.have(&want.id);
@@ -529,9 +715,16 @@ mod tests {
         assert!(bench.disk.look(&want, Existing::Overwrite).is_err());
         let opened = bench.open(&want, &want.target, &manifest);
         fetch(&opened.storage, &bytes);
-        assert!(bench.finish(&opened.storage, &want, Existing::Overwrite).is_err(), "it changed its type meanwhile");
+        assert!(
+            bench
+                .finish(&opened.storage, &want, Existing::Overwrite)
+                .is_err(),
+            "it changed its type meanwhile"
+        );
         fs::remove_dir(bench.path("f")).unwrap();
-        bench.finish(&opened.storage, &want, Existing::Overwrite).unwrap();
+        bench
+            .finish(&opened.storage, &want, Existing::Overwrite)
+            .unwrap();
     }
 
     #[tokio::test]
@@ -541,7 +734,10 @@ mod tests {
         bench.put("f", &bytes);
         fs::write(bench.path("f.journal.part.part"), "left").unwrap();
         let (want, _) = wanted("f", &bytes);
-        assert_eq!(bench.disk.look(&want, Existing::Refuse).unwrap(), Target::Identical(bench.path("f")));
+        assert_eq!(
+            bench.disk.look(&want, Existing::Refuse).unwrap(),
+            Target::Identical(bench.path("f"))
+        );
         assert_eq!(fs::read_dir(bench.path("")).unwrap().count(), 1);
     }
 }

@@ -15,9 +15,9 @@ use crate::{
     exit::{Exit, Failed},
     net::{self, Connection},
     proto::{
-        self, FileRow, HeartbeatRequest, HeartbeatResponse, ListFilesRequest, ListFilesResponse, RegisterRequest,
-        RegisterResponse, RowReader, WatchFilesRequest, WatchFilesResponse, WireError,
-        tracker_service_client::TrackerServiceClient,
+        self, FileRow, HeartbeatRequest, HeartbeatResponse, ListFilesRequest, ListFilesResponse,
+        RegisterRequest, RegisterResponse, RowReader, WatchFilesRequest, WatchFilesResponse,
+        WireError, tracker_service_client::TrackerServiceClient,
     },
     tls::{self, Expect},
 };
@@ -42,7 +42,10 @@ impl TrackerClient {
     /// A client for a member; dials at its first call.
     #[must_use]
     pub fn new(membership: Arc<Membership>) -> Self {
-        Self { membership, connection: Mutex::new(None) }
+        Self {
+            membership,
+            connection: Mutex::new(None),
+        }
     }
 
     /// A client from a state directory, for commands that only read: no lock, no Node. A certificate past half of its
@@ -74,7 +77,9 @@ impl TrackerClient {
     #[must_use]
     pub fn is_far(&self) -> bool {
         let is_long = |connection: &Connection| connection.round_trip() >= net::LONG;
-        self.connection.try_lock().is_ok_and(|connection| connection.as_ref().is_some_and(is_long))
+        self.connection
+            .try_lock()
+            .is_ok_and(|connection| connection.as_ref().is_some_and(is_long))
     }
 
     async fn connection(&self) -> Result<Connection> {
@@ -82,9 +87,19 @@ impl TrackerClient {
         if let Some(connection) = slot.as_ref().filter(|connection| !connection.is_closed()) {
             return Ok(connection.clone());
         }
-        let config = tls::member_client(self.membership.trust(), self.membership.certificate(), Expect::Tracker)?;
-        let fresh =
-            net::dial(self.membership.trackers(), config, UNSENT_NAME, net::CONTROL).await.map_err(join::failed)?;
+        let config = tls::member_client(
+            self.membership.trust(),
+            self.membership.certificate(),
+            Expect::Tracker,
+        )?;
+        let fresh = net::dial(
+            self.membership.trackers(),
+            config,
+            UNSENT_NAME,
+            net::CONTROL,
+        )
+        .await
+        .map_err(join::failed)?;
         *slot = Some(fresh.clone());
         Ok(fresh)
     }
@@ -103,7 +118,11 @@ impl TrackerClient {
         // A status without a cause came from the tracker itself.
         if std::error::Error::source(&status).is_some() || connection.is_closed() {
             let why = connection.why_ended().await;
-            let exit = if why.as_ref().is_some_and(|w| w.contains("certificate")) { Exit::Auth } else { Exit::Tracker };
+            let exit = if why.as_ref().is_some_and(|w| w.contains("certificate")) {
+                Exit::Auth
+            } else {
+                Exit::Tracker
+            };
             let why = why.unwrap_or_else(|| "the connection broke".into());
             return Failed::new(exit, format!("tracker {tracker}: {why}")).into();
         }
@@ -114,8 +133,10 @@ impl TrackerClient {
             Code::Unavailable | Code::Unimplemented => Exit::Tracker,
             _ => Exit::Failure,
         };
-        anyhow::Error::from(status.clone())
-            .context(Failed::new(exit, format!("tracker {tracker}: {}", status.message())))
+        anyhow::Error::from(status.clone()).context(Failed::new(
+            exit,
+            format!("tracker {tracker}: {}", status.message()),
+        ))
     }
 
     /// Announces a library; the stream is sent as it is made.
@@ -129,7 +150,11 @@ impl TrackerClient {
         let connection = self.connection().await?;
         let mut request = Request::new(parts);
         request.set_timeout(REGISTER_DEADLINE);
-        let answer = within(REGISTER_DEADLINE, Self::client(&connection).register(request)).await;
+        let answer = within(
+            REGISTER_DEADLINE,
+            Self::client(&connection).register(request),
+        )
+        .await;
         self.settle(&connection, answer).await
     }
 
@@ -185,12 +210,19 @@ impl TrackerClient {
     pub async fn watch(&self, contents: &[ContentId]) -> Result<Streaming<WatchFilesResponse>> {
         let connection = self.connection().await?;
         let content_ids = contents.iter().map(ToString::to_string).collect();
-        let request = WatchFilesRequest { content_ids, skip_current: false };
+        let request = WatchFilesRequest {
+            content_ids,
+            skip_current: false,
+        };
         let answer = within(DEADLINE, Self::client(&connection).watch_files(request)).await;
         self.settle(&connection, answer).await
     }
 
-    async fn settle<T>(&self, connection: &Connection, answer: Result<tonic::Response<T>, Status>) -> Result<T> {
+    async fn settle<T>(
+        &self,
+        connection: &Connection,
+        answer: Result<tonic::Response<T>, Status>,
+    ) -> Result<T> {
         match answer {
             Ok(answer) => Ok(answer.into_inner()),
             Err(status) => Err(self.failed(connection, status).await),
@@ -198,10 +230,18 @@ impl TrackerClient {
     }
 }
 
-async fn within<T>(deadline: Duration, call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+async fn within<T>(
+    deadline: Duration,
+    call: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
     tokio::time::timeout(deadline, call)
         .await
-        .unwrap_or_else(|_| Err(Status::deadline_exceeded(format!("no answer within {} s", deadline.as_secs()))))
+        .unwrap_or_else(|_| {
+            Err(Status::deadline_exceeded(format!(
+                "no answer within {} s",
+                deadline.as_secs()
+            )))
+        })
 }
 
 /// The tracker's own status in an error of this client, if that is what went wrong.
@@ -234,7 +274,10 @@ pub fn batches(added: Vec<proto::FileEntry>, removed: Vec<proto::FileKey>) -> Ve
         batch.added.push(entry);
     }
     messages.push(proto::register_request::Part::Batch(batch));
-    messages.into_iter().map(|part| RegisterRequest { part: Some(part) }).collect()
+    messages
+        .into_iter()
+        .map(|part| RegisterRequest { part: Some(part) })
+        .collect()
 }
 
 #[cfg(test)]
@@ -250,16 +293,29 @@ mod tests {
             content_id: "c".repeat(64),
             partial: false,
         };
-        let key = |i: usize| proto::FileKey { name: format!("{i}"), content_id: "c".repeat(64) };
-        let (added, removed): (Vec<_>, Vec<_>) = ((0..2000).map(entry).collect(), (0..3000).map(key).collect());
+        let key = |i: usize| proto::FileKey {
+            name: format!("{i}"),
+            content_id: "c".repeat(64),
+        };
+        let (added, removed): (Vec<_>, Vec<_>) =
+            ((0..2000).map(entry).collect(), (0..3000).map(key).collect());
         let messages = batches(added.clone(), removed.clone());
-        assert!(messages.iter().all(|message| message.encoded_len() < proto::MAX_TRACKER_MESSAGE));
-        let parts = messages.into_iter().filter_map(|message| match message.part {
-            Some(proto::register_request::Part::Batch(batch)) => Some(batch),
-            _ => None,
-        });
+        assert!(
+            messages
+                .iter()
+                .all(|message| message.encoded_len() < proto::MAX_TRACKER_MESSAGE)
+        );
+        let parts = messages
+            .into_iter()
+            .filter_map(|message| match message.part {
+                Some(proto::register_request::Part::Batch(batch)) => Some(batch),
+                _ => None,
+            });
         let all = parts.fold(proto::RegisterBatch::default(), |mut all, batch| {
-            assert!(all.added.is_empty() || batch.removed.is_empty(), "removals come before additions");
+            assert!(
+                all.added.is_empty() || batch.removed.is_empty(),
+                "removals come before additions"
+            );
             all.added.extend(batch.added);
             all.removed.extend(batch.removed);
             all

@@ -71,7 +71,9 @@ pub enum WatchError {
     #[error("the limit of inotify watches is reached")]
     Watches,
     /// The user has as many watchers as the kernel allows, or the process as many open files.
-    #[error("the limit of inotify instances is reached: raise it with `sysctl fs.inotify.max_user_instances=1024`")]
+    #[error(
+        "the limit of inotify instances is reached: raise it with `sysctl fs.inotify.max_user_instances=1024`"
+    )]
     Instances,
     /// Anything else.
     #[error("{0}")]
@@ -111,18 +113,37 @@ impl Debouncer {
             Change::Touched(path) => self.hold(path, now + QUIET),
             Change::Closed(path) => self.hold(path, now + AFTER_CLOSE),
             Change::Replaced(path) => {
-                self.pending.entry(path).or_insert(Pending { due: now, touched: false }).due = now;
+                self.pending
+                    .entry(path)
+                    .or_insert(Pending {
+                        due: now,
+                        touched: false,
+                    })
+                    .due = now;
             }
             Change::Moved(from, to) => {
-                if self.pending.get(&from).is_none_or(|pending| !pending.touched) {
+                if self
+                    .pending
+                    .get(&from)
+                    .is_none_or(|pending| !pending.touched)
+                {
                     self.moves.push((from, to.clone()));
                 }
-                self.pending.insert(to, Pending { due: now, touched: false });
+                self.pending.insert(
+                    to,
+                    Pending {
+                        due: now,
+                        touched: false,
+                    },
+                );
             }
             Change::Overflow | Change::Stopped => self.rescan = true,
         }
         if self.pending.len() > MAX_PENDING {
-            *self = Self { rescan: true, ..Self::default() };
+            *self = Self {
+                rescan: true,
+                ..Self::default()
+            };
         }
     }
 
@@ -132,12 +153,18 @@ impl Debouncer {
 
     /// Asks for a look at `path` at `due`, unless events of it tell another time.
     pub fn look_again(&mut self, path: PathBuf, due: Instant) {
-        self.pending.entry(path).or_insert(Pending { due, touched: true });
+        self.pending
+            .entry(path)
+            .or_insert(Pending { due, touched: true });
     }
 
     /// When [`Debouncer::take`] will have something; None without new events.
     pub fn due(&self, now: Instant) -> Option<Instant> {
-        if self.rescan { Some(now) } else { self.pending.values().map(|pending| pending.due).min() }
+        if self.rescan {
+            Some(now)
+        } else {
+            self.pending.values().map(|pending| pending.due).min()
+        }
     }
 
     /// Takes what is settled.
@@ -145,8 +172,15 @@ impl Debouncer {
         let settled = self.pending.extract_if(|_, pending| pending.due <= now);
         let paths: Vec<PathBuf> = settled.map(|(path, _)| path).collect();
         let moves = std::mem::take(&mut self.moves);
-        let moves = moves.into_iter().filter(|(_, to)| !self.pending.contains_key(to)).collect();
-        Settled { paths, moves, rescan: std::mem::take(&mut self.rescan) }
+        let moves = moves
+            .into_iter()
+            .filter(|(_, to)| !self.pending.contains_key(to))
+            .collect();
+        Settled {
+            paths,
+            moves,
+            rescan: std::mem::take(&mut self.rescan),
+        }
     }
 }
 
@@ -170,8 +204,17 @@ struct Retry {
 impl Lookout {
     /// Watches nothing yet. With `poll` it never will.
     pub fn new(path: PathBuf, poll: bool) -> Self {
-        let mode = Mode::Polling { reason: "not started".into() };
-        Self { path, poll, watcher: None, failed: None, mode, retry: None }
+        let mode = Mode::Polling {
+            reason: "not started".into(),
+        };
+        Self {
+            path,
+            poll,
+            watcher: None,
+            failed: None,
+            mode,
+            retry: None,
+        }
     }
 
     /// How changes are learnt of.
@@ -185,7 +228,11 @@ impl Lookout {
         if self.watcher.is_some() || self.retry.as_ref().is_some_and(wait) {
             return None;
         }
-        if let Some(reason) = if self.poll { Some("asked for".into()) } else { must_poll(&self.path) } {
+        if let Some(reason) = if self.poll {
+            Some("asked for".into())
+        } else {
+            must_poll(&self.path)
+        } {
             self.mode = Mode::Polling { reason };
             return None;
         }
@@ -203,7 +250,11 @@ impl Lookout {
 
     /// During a scan: watches one more directory.
     pub fn enter(&mut self, directory: &Path) {
-        if let Some(Err(error)) = self.watcher.as_mut().map(|watcher| watcher.watch(directory)) {
+        if let Some(Err(error)) = self
+            .watcher
+            .as_mut()
+            .map(|watcher| watcher.watch(directory))
+        {
             // Polling sees all there is to see: the watches are given back to those who can use them.
             self.watcher = None;
             self.failed = Some(error);
@@ -218,8 +269,15 @@ impl Lookout {
         }
         if let Some(error) = self.failed.take() {
             let limited = matches!(error, WatchError::Watches);
-            self.retry = Some(Retry { at: Instant::now() + RETRY, above: if limited { watch_limit() } else { 0 } });
-            let reason = if limited { too_many_directories(directories) } else { error.to_string() };
+            self.retry = Some(Retry {
+                at: Instant::now() + RETRY,
+                above: if limited { watch_limit() } else { 0 },
+            });
+            let reason = if limited {
+                too_many_directories(directories)
+            } else {
+                error.to_string()
+            };
             self.mode = Mode::Polling { reason };
         }
     }
@@ -256,8 +314,13 @@ fn must_poll(path: &Path) -> Option<String> {
 fn too_many_directories(directories: Option<u64>) -> String {
     let limit = watch_limit();
     let needed = directories.unwrap_or(limit);
-    let enough = limit.saturating_add(needed).max(524_288).next_power_of_two();
-    let share = directories.map_or_else(String::new, |n| format!(", this share alone has {n} directories"));
+    let enough = limit
+        .saturating_add(needed)
+        .max(524_288)
+        .next_power_of_two();
+    let share = directories.map_or_else(String::new, |n| {
+        format!(", this share alone has {n} directories")
+    });
     format!(
         "the limit of inotify watches is reached (fs.inotify.max_user_watches is {limit}{share}): raise it with `sysctl \
          fs.inotify.max_user_watches={enough}`"
@@ -290,10 +353,22 @@ mod tests {
         debouncer.note(Change::Touched(path("a")), start + QUIET / 2);
         debouncer.note(Change::Touched(path("b")), start + QUIET / 2);
         debouncer.note(Change::Closed(path("b")), start + QUIET / 2);
-        assert_eq!(debouncer.take(start + QUIET), Settled { paths: vec![path("b")], ..Settled::default() });
+        assert_eq!(
+            debouncer.take(start + QUIET),
+            Settled {
+                paths: vec![path("b")],
+                ..Settled::default()
+            }
+        );
         let due = debouncer.due(start).unwrap();
         assert_eq!(due, start + QUIET / 2 + QUIET);
-        assert_eq!(debouncer.take(due), Settled { paths: vec![path("a")], ..Settled::default() });
+        assert_eq!(
+            debouncer.take(due),
+            Settled {
+                paths: vec![path("a")],
+                ..Settled::default()
+            }
+        );
         assert_eq!(debouncer.due(start), None);
     }
 
@@ -310,15 +385,21 @@ mod tests {
         let now = Instant::now();
         let moved = |before: Option<Change>, after: Option<Change>| {
             let mut debouncer = Debouncer::default();
-            let between =
-                [Change::Replaced(path("a")), Change::Replaced(path("b")), Change::Moved(path("a"), path("b"))];
+            let between = [
+                Change::Replaced(path("a")),
+                Change::Replaced(path("b")),
+                Change::Moved(path("a"), path("b")),
+            ];
             for change in before.into_iter().chain(between).chain(after) {
                 debouncer.note(change, now);
             }
             debouncer.take(now).moves
         };
         assert_eq!(moved(None, None), [(path("a"), path("b"))]);
-        assert_eq!(moved(Some(Change::Touched(path("b"))), None), [(path("a"), path("b"))]);
+        assert_eq!(
+            moved(Some(Change::Touched(path("b"))), None),
+            [(path("a"), path("b"))]
+        );
         assert!(moved(Some(Change::Touched(path("a"))), None).is_empty());
         assert!(moved(None, Some(Change::Touched(path("b")))).is_empty());
     }
@@ -330,7 +411,13 @@ mod tests {
             debouncer.note(Change::Replaced(path(&n.to_string())), now);
         }
         assert_eq!(debouncer.due(now), Some(now));
-        assert_eq!(debouncer.take(now), Settled { rescan: true, ..Settled::default() });
+        assert_eq!(
+            debouncer.take(now),
+            Settled {
+                rescan: true,
+                ..Settled::default()
+            }
+        );
     }
 
     #[test]
@@ -376,7 +463,9 @@ mod tests {
     fn the_limit_is_told_with_the_exact_setting() {
         let text = too_many_directories(Some(300_000));
         assert!(text.contains("300000 directories"), "{text}");
-        let (_, value) = text.split_once("`sysctl fs.inotify.max_user_watches=").expect("names the setting");
+        let (_, value) = text
+            .split_once("`sysctl fs.inotify.max_user_watches=")
+            .expect("names the setting");
         let value: u64 = value.trim_end_matches('`').parse().unwrap();
         assert!(value >= watch_limit() + 300_000);
         assert!(must_poll(&std::env::temp_dir()).is_none_or(|reason| !reason.is_empty()));
@@ -391,13 +480,23 @@ mod tests {
         assert_eq!(polling.mode().to_string(), "polling: asked for");
 
         let mut limited = Lookout::new(dir.path().to_path_buf(), false);
-        let Some(_changes) = limited.open() else { return };
+        let Some(_changes) = limited.open() else {
+            return;
+        };
         limited.enter(dir.path());
         limited.settle(Some(1));
         assert_eq!(*limited.mode(), Mode::Events);
         (limited.watcher, limited.failed) = (None, Some(WatchError::Watches));
         limited.settle(Some(1));
-        assert!(limited.mode().to_string().contains("sysctl fs.inotify.max_user_watches="));
-        assert!(limited.open().is_none(), "tried again only when the limit was raised");
+        assert!(
+            limited
+                .mode()
+                .to_string()
+                .contains("sysctl fs.inotify.max_user_watches=")
+        );
+        assert!(
+            limited.open().is_none(),
+            "tried again only when the limit was raised"
+        );
     }
 }

@@ -51,8 +51,18 @@ pub enum Part {
 /// What goes before a chunk's `len` bytes; at most 1 MiB.
 #[must_use]
 pub fn chunk_head(range: u32, offset: u64, len: u32) -> Bytes {
-    let field = |value: u64| if value == 0 { 0 } else { 1 + encoded_len_varint(value) };
-    let data = if len == 0 { 0 } else { 1 + encoded_len_varint(len.into()) + len as usize };
+    let field = |value: u64| {
+        if value == 0 {
+            0
+        } else {
+            1 + encoded_len_varint(value)
+        }
+    };
+    let data = if len == 0 {
+        0
+    } else {
+        1 + encoded_len_varint(len.into()) + len as usize
+    };
     let body = field(range.into()) + field(offset) + data;
     let message = 1 + encoded_len_varint(body as u64) + body;
     let mut head = Vec::with_capacity(PREFIX + MAX_HEAD);
@@ -134,7 +144,8 @@ impl Frames {
             let more = (PREFIX + len - self.buffer.len()).min(input.len());
             self.buffer.extend_from_slice(&input.split_to(more));
             if self.buffer.len() == PREFIX + len {
-                let message = GetChunksResponse::decode(&self.buffer[PREFIX..]).map_err(|_| FrameError::Malformed)?;
+                let message = GetChunksResponse::decode(&self.buffer[PREFIX..])
+                    .map_err(|_| FrameError::Malformed)?;
                 (self.buffer, self.is_other) = (vec![], false);
                 return Ok(Some(Part::Message(message)));
             }
@@ -149,7 +160,9 @@ impl Frames {
     }
 
     fn length(&self) -> Result<usize, FrameError> {
-        let &[flag, a, b, c, d, ..] = self.buffer.as_slice() else { return Err(FrameError::Malformed) };
+        let &[flag, a, b, c, d, ..] = self.buffer.as_slice() else {
+            return Err(FrameError::Malformed);
+        };
         let len = u32::from_be_bytes([a, b, c, d]);
         match usize::try_from(len) {
             _ if flag != 0 => Err(FrameError::Compressed),
@@ -184,7 +197,11 @@ fn head(mut rest: &[u8], len: usize) -> Option<Option<(u32, u64, usize)>> {
         return Some(None);
     }
     let body = varint(&mut rest)?;
-    if usize::try_from(body).ok().and_then(|body| body.checked_add(all - rest.len())) != Some(len) {
+    if usize::try_from(body)
+        .ok()
+        .and_then(|body| body.checked_add(all - rest.len()))
+        != Some(len)
+    {
         return Some(None);
     }
     loop {
@@ -202,8 +219,13 @@ fn head(mut rest: &[u8], len: usize) -> Option<Option<(u32, u64, usize)>> {
             OFFSET => offset = value,
             _ => {
                 let payload = usize::try_from(value).ok();
-                let ends = payload.and_then(|payload| payload.checked_add(all - rest.len())) == Some(len);
-                return Some(payload.filter(|_| ends).map(|payload| (range, offset, payload)));
+                let ends =
+                    payload.and_then(|payload| payload.checked_add(all - rest.len())) == Some(len);
+                return Some(
+                    payload
+                        .filter(|_| ends)
+                        .map(|payload| (range, offset, payload)),
+                );
             }
         }
     }
@@ -240,7 +262,14 @@ mod tests {
             while let Some(part) = frames.next(&mut input)? {
                 match part {
                     Part::Head(range, offset, len) => {
-                        open = Some((Chunk { range, offset, data: Bytes::new() }, len));
+                        open = Some((
+                            Chunk {
+                                range,
+                                offset,
+                                data: Bytes::new(),
+                            },
+                            len,
+                        ));
                     }
                     Part::Data(data) => {
                         let (chunk, _) = open.as_mut().unwrap();
@@ -249,7 +278,9 @@ mod tests {
                     Part::Message(message) => found.push(message),
                 }
                 if let Some((chunk, _)) = open.take_if(|(chunk, len)| chunk.data.len() == *len) {
-                    found.push(GetChunksResponse { part: Some(get_chunks_response::Part::Chunk(chunk)) });
+                    found.push(GetChunksResponse {
+                        part: Some(get_chunks_response::Part::Chunk(chunk)),
+                    });
                 }
             }
         }
@@ -257,17 +288,39 @@ mod tests {
     }
 
     fn message() -> impl Strategy<Value = GetChunksResponse> {
-        let chunk = (any::<u32>(), any::<u64>(), prop::collection::vec(any::<u8>(), 0..3000)).prop_map(
-            |(range, offset, data)| get_chunks_response::Part::Chunk(Chunk { range, offset, data: data.into() }),
-        );
+        let chunk = (
+            any::<u32>(),
+            any::<u64>(),
+            prop::collection::vec(any::<u8>(), 0..3000),
+        )
+            .prop_map(|(range, offset, data)| {
+                get_chunks_response::Part::Chunk(Chunk {
+                    range,
+                    offset,
+                    data: data.into(),
+                })
+            });
         let small = (0..3_u32, 0..3_u64).prop_map(|(range, offset)| {
-            get_chunks_response::Part::Chunk(Chunk { range, offset, data: Bytes::from_static(&[0x1A; 5]) })
+            get_chunks_response::Part::Chunk(Chunk {
+                range,
+                offset,
+                data: Bytes::from_static(&[0x1A; 5]),
+            })
         });
-        let error =
-            any::<u32>().prop_map(|range| get_chunks_response::Part::Error(RangeError { range, ..Default::default() }));
-        let spent =
-            any::<u64>().prop_map(|disk| get_chunks_response::Part::Spent(Spent { disk, ..Default::default() }));
-        prop_oneof![chunk, small, error, spent].prop_map(|part| GetChunksResponse { part: Some(part) })
+        let error = any::<u32>().prop_map(|range| {
+            get_chunks_response::Part::Error(RangeError {
+                range,
+                ..Default::default()
+            })
+        });
+        let spent = any::<u64>().prop_map(|disk| {
+            get_chunks_response::Part::Spent(Spent {
+                disk,
+                ..Default::default()
+            })
+        });
+        prop_oneof![chunk, small, error, spent]
+            .prop_map(|part| GetChunksResponse { part: Some(part) })
     }
 
     proptest! {
@@ -315,6 +368,9 @@ mod tests {
     #[test]
     fn compressed_and_overlong_messages_are_refused_at_their_prefix() {
         assert_eq!(read(&[1, 0, 0, 0, 1, 9], &[1]), Err(FrameError::Compressed));
-        assert_eq!(read(&[0, 1, 0, 0, 0, 9], &[6]), Err(FrameError::TooLong(1 << 24)));
+        assert_eq!(
+            read(&[0, 1, 0, 0, 0, 9], &[6]),
+            Err(FrameError::TooLong(1 << 24))
+        );
     }
 }

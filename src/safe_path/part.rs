@@ -26,8 +26,8 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, fstatfs, linkat, openat, renameat, renameat_with, statat,
-        syncfs, unlinkat,
+        AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, fstatfs, linkat, openat, renameat,
+        renameat_with, statat, syncfs, unlinkat,
     },
     io::Errno,
 };
@@ -67,8 +67,16 @@ impl Folder {
     pub(super) fn new(dir: File, path: PathBuf, made_in: Option<Arc<Self>>) -> io::Result<Self> {
         let device = dir.metadata().map_err(|e| with_path(&path, e))?.dev();
         let kind = fstatfs(&dir).map_err(|e| with_path(&path, e))?.f_type;
-        let takes_unnamed = is_kernel(HEEDS_UMASK) && CAN_NAME_LATER.iter().any(|known| i64::from(*known) == kind);
-        Ok(Self { dir, device, path, is_new: made_in.is_some(), takes_unnamed, made_in: Mutex::new(made_in) })
+        let takes_unnamed =
+            is_kernel(HEEDS_UMASK) && CAN_NAME_LATER.iter().any(|known| i64::from(*known) == kind);
+        Ok(Self {
+            dir,
+            device,
+            path,
+            is_new: made_in.is_some(),
+            takes_unnamed,
+            made_in: Mutex::new(made_in),
+        })
     }
 
     /// Whether a file without a name is as safe here as one with.
@@ -85,13 +93,19 @@ impl Folder {
     pub fn has(&self, file_name: &str) -> io::Result<bool> {
         match statat(self, file_name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => Ok(false),
-            other => other.map(|_| true).map_err(|e| with_path(&self.path.join(file_name), e)),
+            other => other
+                .map(|_| true)
+                .map_err(|e| with_path(&self.path.join(file_name), e)),
         }
     }
 
     /// Whether a download of a file of this name has a journal here.
     pub fn has_journal(&self, file_name: &str) -> io::Result<bool> {
-        if self.is_new { Ok(false) } else { self.has(&own_name(file_name, JOURNAL_SUFFIX)) }
+        if self.is_new {
+            Ok(false)
+        } else {
+            self.has(&own_name(file_name, JOURNAL_SUFFIX))
+        }
     }
 
     /// Makes its entries durable, and itself if it was made for a download. File systems without such a call keep them in
@@ -101,7 +115,11 @@ impl Folder {
             Err(e) if Errno::from_io_error(&e) == Some(Errno::INVAL) => {}
             other => other.map_err(|e| with_path(&self.path, e))?,
         }
-        let above = self.made_in.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let above = self
+            .made_in
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         if let Some(above) = above {
             above.sync()?;
             *self.made_in.lock().unwrap_or_else(PoisonError::into_inner) = None;
@@ -111,7 +129,11 @@ impl Folder {
 
     /// Removes the journal that a finished download of this name left, if a crash kept it from doing so.
     pub fn remove_orphan_journal(&self, file_name: &str) -> io::Result<()> {
-        if self.has(&part_name(file_name))? { Ok(()) } else { self.remove_journal(file_name) }
+        if self.has(&part_name(file_name))? {
+            Ok(())
+        } else {
+            self.remove_journal(file_name)
+        }
     }
 
     fn remove_journal(&self, file_name: &str) -> io::Result<()> {
@@ -159,8 +181,20 @@ pub(super) struct Part {
 }
 
 impl PartFile {
-    pub(super) fn new(root: Arc<Path>, folder: Arc<Folder>, name: SafeName, file: File, part: Option<Part>) -> Self {
-        Self { root, folder, name, file: Arc::new(file), part }
+    pub(super) fn new(
+        root: Arc<Path>,
+        folder: Arc<Folder>,
+        name: SafeName,
+        file: File,
+        part: Option<Part>,
+    ) -> Self {
+        Self {
+            root,
+            folder,
+            name,
+            file: Arc::new(file),
+            part,
+        }
     }
 
     /// The open file. The lock lasts as long as a handle of it.
@@ -175,7 +209,11 @@ impl PartFile {
 
     /// Where the `.part` lies, or the file will, for messages.
     pub fn path(&self) -> PathBuf {
-        self.folder.path.join(self.part.as_ref().map_or_else(|| self.name.file_name(), |part| &part.name))
+        self.folder.path.join(
+            self.part
+                .as_ref()
+                .map_or_else(|| self.name.file_name(), |part| &part.name),
+        )
     }
 
     /// Device and inode of a `.part`; none of a file without a name.
@@ -213,7 +251,9 @@ impl PartFile {
         };
         match named {
             Err(Errno::EXIST) => Err(PublishError::Exists(target)),
-            other => Ok(other.map(|()| target).map_err(|e| with_path(&self.path(), e))?),
+            other => Ok(other
+                .map(|()| target)
+                .map_err(|e| with_path(&self.path(), e))?),
         }
     }
 
@@ -232,23 +272,34 @@ impl PartFile {
             Some(part) => rename(&part.name),
             None => {
                 // A name that no other file can have.
-                let own = own_name(name.file_name(), &format!(".{}{OWN_SUFFIX}", self.file.metadata()?.ino()));
+                let own = own_name(
+                    name.file_name(),
+                    &format!(".{}{OWN_SUFFIX}", self.file.metadata()?.ino()),
+                );
                 link_unnamed(&self.file, &self.folder, &own)
                     .and_then(|()| rename(&own).inspect_err(|_| drop(self.folder.remove(&own))))
             }
         };
-        Ok(replaced.map(|()| target.clone()).map_err(|e| with_path(&target, e))?)
+        Ok(replaced
+            .map(|()| target.clone())
+            .map_err(|e| with_path(&target, e))?)
     }
 
     fn begin_rename(&self, name: &SafeName) -> io::Result<PathBuf> {
         let target = self.root.join(name.as_path());
         if name.folder() != self.name.folder() {
-            return Err(refuse(io::ErrorKind::InvalidInput, &target, "not in the folder of its .part"));
+            return Err(refuse(
+                io::ErrorKind::InvalidInput,
+                &target,
+                "not in the folder of its .part",
+            ));
         }
         match &self.part {
-            Some(part) if !self.is_at(part)? => {
-                Err(refuse(io::ErrorKind::NotFound, &self.path(), "moved or replaced while it was written"))
-            }
+            Some(part) if !self.is_at(part)? => Err(refuse(
+                io::ErrorKind::NotFound,
+                &self.path(),
+                "moved or replaced while it was written",
+            )),
             _ => Ok(target),
         }
     }
@@ -265,7 +316,9 @@ impl PartFile {
     fn is_at(&self, part: &Part) -> io::Result<bool> {
         match statat(&self.folder, &part.name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => Ok(false),
-            other => other.map(|found| (found.st_dev, found.st_ino) == part.id).map_err(|e| with_path(&self.path(), e)),
+            other => other
+                .map(|found| (found.st_dev, found.st_ino) == part.id)
+                .map_err(|e| with_path(&self.path(), e)),
         }
     }
 
@@ -274,8 +327,14 @@ impl PartFile {
     pub fn read_journal(&self, max: usize) -> Option<Vec<u8>> {
         let name = own_name(self.name.file_name(), JOURNAL_SUFFIX);
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file: File = openat(&self.folder, &name, flags, Mode::empty()).ok()?.into();
-        let len = file.metadata().ok().filter(|metadata| metadata.is_file())?.len();
+        let file: File = openat(&self.folder, &name, flags, Mode::empty())
+            .ok()?
+            .into();
+        let len = file
+            .metadata()
+            .ok()
+            .filter(|metadata| metadata.is_file())?
+            .len();
         if len > max as u64 {
             return None;
         }
@@ -289,9 +348,11 @@ impl PartFile {
         let new = own_name(self.name.file_name(), NEW_JOURNAL_SUFFIX);
         let journal = own_name(self.name.file_name(), JOURNAL_SUFFIX);
         self.folder.remove(&new)?;
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let write = || {
-            let mut file: File = openat(&self.folder, &new, flags, Mode::from_raw_mode(0o666))?.into();
+            let mut file: File =
+                openat(&self.folder, &new, flags, Mode::from_raw_mode(0o666))?.into();
             file.write_all(bytes)?;
             file.sync_all()?;
             Ok::<_, io::Error>(renameat(&self.folder, &new, &self.folder, &journal)?)
@@ -326,8 +387,16 @@ pub(super) fn link_to_free_name(folder: &Folder, from: &str, to: &str) -> rustix
 /// Is it this Linux, or a later one?
 fn is_kernel(version: (u32, u32)) -> bool {
     let release = rustix::system::uname();
-    let mut numbers = release.release().to_str().unwrap_or("").split('.').map_while(|n| n.parse::<u32>().ok());
-    numbers.next().zip(numbers.next()).is_some_and(|this| this >= version)
+    let mut numbers = release
+        .release()
+        .to_str()
+        .unwrap_or("")
+        .split('.')
+        .map_while(|n| n.parse::<u32>().ok());
+    numbers
+        .next()
+        .zip(numbers.next())
+        .is_some_and(|this| this >= version)
 }
 
 /// Gives a file without a name its first one; EXIST if anything has that. Some sandboxes forbid it.
@@ -359,7 +428,9 @@ fn own_name(file_name: &str, suffix: &str) -> String {
     }
     let fingerprint = file_name
         .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, b| {
+            (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)
+        });
     let tail = format!("~{fingerprint:016x}{suffix}");
     format!("{}{tail}", cut(file_name, MAX_COMPONENT_LEN - tail.len()))
 }

@@ -28,14 +28,22 @@ const ROOM: u64 = 1 << 20;
 /// Makes a folder for our state, with its parents, all 0700. A folder that exists must be the caller's own and closed to
 /// others; an empty one is closed.
 pub fn private_dir(path: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|e| with_path(path, e))?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|e| with_path(path, e))?;
     let dir = open(OpenOptions::new().read(true), path, OFlags::DIRECTORY)?;
     let metadata = dir.metadata().map_err(|e| with_path(path, e))?;
     if metadata.mode() & OTHERS != 0
         && metadata.uid() == rustix::process::geteuid().as_raw()
-        && fs::read_dir(path).map_err(|e| with_path(path, e))?.next().is_none()
+        && fs::read_dir(path)
+            .map_err(|e| with_path(path, e))?
+            .next()
+            .is_none()
     {
-        dir.set_permissions(PermissionsExt::from_mode(0o700)).map_err(|e| with_path(path, e))?;
+        dir.set_permissions(PermissionsExt::from_mode(0o700))
+            .map_err(|e| with_path(path, e))?;
         return Ok(());
     }
     must_be_private(&metadata, path, "700")
@@ -49,25 +57,47 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     };
     let (mut file, temporary) = loop {
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let temporary = path.with_file_name(format!(".{}.{}.{n}.tmp", name.to_string_lossy(), std::process::id()));
-        match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary) {
+        let temporary = path.with_file_name(format!(
+            ".{}.{}.{n}.tmp",
+            name.to_string_lossy(),
+            std::process::id()
+        ));
+        match OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&temporary)
+        {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             other => break (other.map_err(|e| with_path(&temporary, e))?, temporary),
         }
     };
-    let written = file.write_all(bytes).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&temporary, path));
+    let written = file
+        .write_all(bytes)
+        .and_then(|()| file.sync_all())
+        .and_then(|()| fs::rename(&temporary, path));
     if let Err(e) = written {
         let _ = fs::remove_file(&temporary); // the write's own error says more
         return Err(with_path(path, e));
     }
-    let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(|e| with_path(dir, e))
+    let dir = if dir.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        dir
+    };
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(|e| with_path(dir, e))
 }
 
 /// Opens a file for a database that writes in place, creating it 0600; what it holds stays.
 pub fn create_private(path: &Path) -> io::Result<File> {
     let options = &mut OpenOptions::new();
-    let file = open(options.read(true).write(true).create(true).mode(0o600), path, OFlags::NOFOLLOW)?;
+    let file = open(
+        options.read(true).write(true).create(true).mode(0o600),
+        path,
+        OFlags::NOFOLLOW,
+    )?;
     must_be_private_file(&file, path)?;
     Ok(file)
 }
@@ -77,9 +107,16 @@ pub fn read_private(path: &Path) -> io::Result<Vec<u8>> {
     let file = open(OpenOptions::new().read(true), path, OFlags::empty())?;
     must_be_private_file(&file, path)?;
     let mut bytes = Vec::new();
-    let n_read = file.take(MAX_PRIVATE_LEN + 1).read_to_end(&mut bytes).map_err(|e| with_path(path, e))?;
+    let n_read = file
+        .take(MAX_PRIVATE_LEN + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| with_path(path, e))?;
     if n_read as u64 > MAX_PRIVATE_LEN {
-        return Err(refuse(io::ErrorKind::InvalidData, path, "too long for a key, certificate or token"));
+        return Err(refuse(
+            io::ErrorKind::InvalidData,
+            path,
+            "too long for a key, certificate or token",
+        ));
     }
     Ok(bytes)
 }
@@ -103,7 +140,11 @@ pub fn writable(folder: &Path) -> io::Result<()> {
     accessat(CWD, folder, access, AtFlags::EACCESS).map_err(|e| with_path(folder, e))?;
     let disk = statvfs(folder).map_err(|e| with_path(folder, e))?;
     if disk.f_blocks > 0 && disk.f_bavail.saturating_mul(disk.f_frsize) < ROOM {
-        return Err(refuse(io::ErrorKind::StorageFull, folder, "no room left on its disk"));
+        return Err(refuse(
+            io::ErrorKind::StorageFull,
+            folder,
+            "no room left on its disk",
+        ));
     }
     Ok(())
 }
@@ -111,13 +152,20 @@ pub fn writable(folder: &Path) -> io::Result<()> {
 /// Opens without ever waiting for the other end of a FIFO.
 fn open(options: &mut OpenOptions, path: &Path, flags: OFlags) -> io::Result<File> {
     let flags = (flags | OFlags::NONBLOCK).bits().cast_signed();
-    options.custom_flags(flags).open(path).map_err(|e| with_path(path, e))
+    options
+        .custom_flags(flags)
+        .open(path)
+        .map_err(|e| with_path(path, e))
 }
 
 fn must_be_private_file(file: &File, path: &Path) -> io::Result<()> {
     let metadata = file.metadata().map_err(|e| with_path(path, e))?;
     if !metadata.is_file() {
-        return Err(refuse(io::ErrorKind::InvalidInput, path, "not a regular file"));
+        return Err(refuse(
+            io::ErrorKind::InvalidInput,
+            path,
+            "not a regular file",
+        ));
     }
     must_be_private(&metadata, path, "600")
 }
@@ -132,8 +180,10 @@ fn must_be_private(metadata: &fs::Metadata, path: &Path, mode: &str) -> io::Resu
         return Err(refuse(io::ErrorKind::PermissionDenied, path, &why));
     }
     if metadata.mode() & OTHERS != 0 {
-        let why =
-            format!("open to other users; close it with: chmod {mode} {}", super::escape(&path.to_string_lossy()));
+        let why = format!(
+            "open to other users; close it with: chmod {mode} {}",
+            super::escape(&path.to_string_lossy())
+        );
         return Err(refuse(io::ErrorKind::PermissionDenied, path, &why));
     }
     Ok(())
@@ -181,7 +231,12 @@ mod tests {
         assert!(error.to_string().contains("chmod 700"), "{error}");
 
         let file = dir.join("x");
-        assert!(private_dir(&file).unwrap_err().to_string().contains("state/x"));
+        assert!(
+            private_dir(&file)
+                .unwrap_err()
+                .to_string()
+                .contains("state/x")
+        );
     }
 
     #[test]
@@ -191,15 +246,25 @@ mod tests {
         fs::write(&path, "older and longer than the new one").unwrap();
         set_mode(&path, 0o644);
         write_private(&path, b"secret").unwrap();
-        assert_eq!((mode(&path), read_private(&path).unwrap()), (0o600, b"secret".to_vec()));
+        assert_eq!(
+            (mode(&path), read_private(&path).unwrap()),
+            (0o600, b"secret".to_vec())
+        );
         assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 1);
 
         let error = write_private(&temp.path().join("missing/x"), b"").unwrap_err();
-        assert!(error.kind() == io::ErrorKind::NotFound && error.to_string().contains("missing"), "{error}");
+        assert!(
+            error.kind() == io::ErrorKind::NotFound && error.to_string().contains("missing"),
+            "{error}"
+        );
         assert!(write_private(Path::new("/"), b"").is_err());
         fs::create_dir(temp.path().join("dir")).unwrap();
         assert!(write_private(&temp.path().join("dir"), b"").is_err());
-        assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 2, "a failed write leaves nothing");
+        assert_eq!(
+            fs::read_dir(temp.path()).unwrap().count(),
+            2,
+            "a failed write leaves nothing"
+        );
     }
 
     #[test]
@@ -210,7 +275,10 @@ mod tests {
         symlink(&target, &link).unwrap();
         assert!(create_private(&link).is_err());
         write_private(&link, b"new").unwrap();
-        assert_eq!((fs::read(&target).unwrap(), fs::read(&link).unwrap()), (b"untouched".to_vec(), b"new".to_vec()));
+        assert_eq!(
+            (fs::read(&target).unwrap(), fs::read(&link).unwrap()),
+            (b"untouched".to_vec(), b"new".to_vec())
+        );
     }
 
     #[test]
@@ -221,16 +289,28 @@ mod tests {
         assert_eq!(read_private(&path).unwrap().len(), 1 << 20);
         for bits in [0o604, 0o640, 0o602, 0o610] {
             set_mode(&path, bits);
-            assert!(read_private(&path).unwrap_err().to_string().contains("chmod 600"), "{bits:o}");
+            assert!(
+                read_private(&path)
+                    .unwrap_err()
+                    .to_string()
+                    .contains("chmod 600"),
+                "{bits:o}"
+            );
             assert!(create_private(&path).is_err(), "{bits:o}");
         }
         write_private(&path, &vec![0; (1 << 20) + 1]).unwrap();
-        assert_eq!(read_private(&path).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(
+            read_private(&path).unwrap_err().kind(),
+            io::ErrorKind::InvalidData
+        );
         assert!(read_private(temp.path()).is_err());
         assert!(read_private(Path::new("/dev/zero")).is_err());
         let fifo = temp.path().join("fifo");
         rustix::fs::mknodat(CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-        assert!(read_private(&fifo).is_err() && create_private(&fifo).is_err(), "and neither waits");
+        assert!(
+            read_private(&fifo).is_err() && create_private(&fifo).is_err(),
+            "and neither waits"
+        );
     }
 
     #[test]
@@ -251,7 +331,10 @@ mod tests {
         create_private(&path).unwrap().write_all(b"kept").unwrap();
         assert_eq!(mode(&path), 0o600);
         let mut held = String::new();
-        create_private(&path).unwrap().read_to_string(&mut held).unwrap();
+        create_private(&path)
+            .unwrap()
+            .read_to_string(&mut held)
+            .unwrap();
         assert_eq!(held, "kept");
     }
 }

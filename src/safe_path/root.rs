@@ -22,7 +22,10 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, FlockOperation, Mode, OFlags, ResolveFlags, flock, mkdirat, openat, openat2, statat},
+    fs::{
+        AtFlags, FlockOperation, Mode, OFlags, ResolveFlags, flock, mkdirat, openat, openat2,
+        statat,
+    },
     io::{Errno, retry_on_intr},
 };
 
@@ -59,15 +62,22 @@ impl Root {
     /// Opens an existing folder. The path of the folder itself may lead through symbolic links.
     pub fn open(path: &Path) -> io::Result<Self> {
         let path = absolute(path)?;
-        let dir = rustix::fs::open(&path, FOLDER | OFlags::CLOEXEC, Mode::empty()).map_err(|e| with_path(&path, e))?;
+        let dir = rustix::fs::open(&path, FOLDER | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|e| with_path(&path, e))?;
         let top = Arc::new(Folder::new(dir.into(), path.clone(), None)?);
-        Ok(Self { top, path: path.into(), open: open_beneath, folders: Arc::default() })
+        Ok(Self {
+            top,
+            path: path.into(),
+            open: open_beneath,
+            folders: Arc::default(),
+        })
     }
 
     /// Opens a folder and makes it first if it does not exist, with its parents.
     pub fn open_or_create(path: &Path) -> io::Result<Self> {
         let is_file = |e: &io::Error| e.kind() == io::ErrorKind::AlreadyExists;
-        fs::create_dir_all(path).map_err(|e| with_path(path, if is_file(&e) { Errno::NOTDIR.into() } else { e }))?;
+        fs::create_dir_all(path)
+            .map_err(|e| with_path(path, if is_file(&e) { Errno::NOTDIR.into() } else { e }))?;
         Self::open(path)
     }
 
@@ -85,15 +95,32 @@ impl Root {
     /// As [`open_file`](Self::open_file), with what the file system says of it.
     pub fn open_described(&self, relative: &Path) -> io::Result<(File, Metadata)> {
         let path = || self.path.join(relative);
-        if relative.as_os_str().is_empty() || relative.components().any(|c| !matches!(c, Component::Normal(_))) {
-            return Err(refuse(io::ErrorKind::InvalidInput, &path(), "not a path inside the folder"));
+        if relative.as_os_str().is_empty()
+            || relative
+                .components()
+                .any(|c| !matches!(c, Component::Normal(_)))
+        {
+            return Err(refuse(
+                io::ErrorKind::InvalidInput,
+                &path(),
+                "not a path inside the folder",
+            ));
         }
-        let file: File = (self.open)(self.top.as_fd(), relative, OFlags::RDONLY | NO_WAIT, Mode::empty())
-            .map_err(|e| with_path(&path(), e))?
-            .into();
+        let file: File = (self.open)(
+            self.top.as_fd(),
+            relative,
+            OFlags::RDONLY | NO_WAIT,
+            Mode::empty(),
+        )
+        .map_err(|e| with_path(&path(), e))?
+        .into();
         let metadata = file.metadata().map_err(|e| with_path(&path(), e))?;
         if !metadata.is_file() {
-            return Err(refuse(io::ErrorKind::InvalidInput, &path(), "not a regular file"));
+            return Err(refuse(
+                io::ErrorKind::InvalidInput,
+                &path(),
+                "not a regular file",
+            ));
         }
         Ok((file, metadata))
     }
@@ -112,13 +139,16 @@ impl Root {
         match (self.open)(self.top.as_fd(), relative, FOLDER, Mode::empty()) {
             Err(Errno::NOENT) => Ok(None),
             Err(e) => Err(with_path(&path, e)),
-            Ok(dir) => Ok(Some(self.keep(relative, Folder::new(dir.into(), path, None)?))),
+            Ok(dir) => Ok(Some(
+                self.keep(relative, Folder::new(dir.into(), path, None)?),
+            )),
         }
     }
 
     /// Whether anything has this name, a symbolic link included. Fails if a parent is a link or not a folder.
     pub fn exists(&self, name: &SafeName) -> io::Result<bool> {
-        self.folder_of(name)?.map_or(Ok(false), |folder| folder.has(name.file_name()))
+        self.folder_of(name)?
+            .map_or(Ok(false), |folder| folder.has(name.file_name()))
     }
 
     /// Opens or creates the `.part` of a file to be, making its parent folders beneath the root, and locks it. Neither is
@@ -149,7 +179,11 @@ impl Root {
             }
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Err(Errno::WOULDBLOCK) => {
-                    return Err(refuse(io::ErrorKind::WouldBlock, &path(), "another download is writing it"));
+                    return Err(refuse(
+                        io::ErrorKind::WouldBlock,
+                        &path(),
+                        "another download is writing it",
+                    ));
                 }
                 other => other.map_err(|e| with_path(&path(), e))?,
             }
@@ -157,14 +191,28 @@ impl Root {
             let id = must_be_ours_alone(&file, path)?;
             match found {
                 Ok(found) if (found.st_dev, found.st_ino) == id => {
-                    let part = Some(Part { name: part, id, existed });
-                    return Ok(PartFile::new(self.path.clone(), folder, name.clone(), file, part));
+                    let part = Some(Part {
+                        name: part,
+                        id,
+                        existed,
+                    });
+                    return Ok(PartFile::new(
+                        self.path.clone(),
+                        folder,
+                        name.clone(),
+                        file,
+                        part,
+                    ));
                 }
                 Ok(_) | Err(Errno::NOENT) => {}
                 Err(e) => return Err(with_path(&path(), e)),
             }
         }
-        Err(refuse(io::ErrorKind::WouldBlock, &path(), "another process keeps replacing it"))
+        Err(refuse(
+            io::ErrorKind::WouldBlock,
+            &path(),
+            "another process keeps replacing it",
+        ))
     }
 
     /// As [`create_part`](Self::create_part), but where that is as safe the file has no `.part`, and vanishes unless it gets
@@ -174,7 +222,13 @@ impl Root {
         let (flags, mode) = (OFlags::RDWR | OFlags::TMPFILE, Mode::from_raw_mode(0o666));
         let open = || (self.open)(folder.as_fd(), Path::new("."), flags, mode).ok();
         match folder.takes_unnamed().then(open).flatten() {
-            Some(file) => Ok(PartFile::new(self.path.clone(), folder, name.clone(), file.into(), None)),
+            Some(file) => Ok(PartFile::new(
+                self.path.clone(),
+                folder,
+                name.clone(),
+                file.into(),
+                None,
+            )),
             // If nothing can be made at all, this says why.
             None => self.create_part(name),
         }
@@ -182,7 +236,9 @@ impl Root {
 
     /// The folder of this path, made if it is missing, with those above it.
     fn make_folder(&self, relative: &Path) -> io::Result<Arc<Folder>> {
-        let Some(name) = relative.file_name() else { return Ok(self.top.clone()) };
+        let Some(name) = relative.file_name() else {
+            return Ok(self.top.clone());
+        };
         if let Some(known) = self.lock_folders().get(relative) {
             return Ok(known.clone());
         }
@@ -206,7 +262,10 @@ impl Root {
         if folders.len() >= MAX_FOLDERS {
             folders.clear();
         }
-        folders.entry(relative.to_path_buf()).or_insert_with(|| Arc::new(folder)).clone()
+        folders
+            .entry(relative.to_path_buf())
+            .or_insert_with(|| Arc::new(folder))
+            .clone()
     }
 
     fn lock_folders(&self) -> MutexGuard<'_, HashMap<PathBuf, Arc<Folder>>> {
@@ -237,17 +296,30 @@ fn parent(name: &SafeName) -> &Path {
 fn must_be_ours_alone(file: &File, path: impl Fn() -> PathBuf) -> io::Result<(u64, u64)> {
     let metadata = file.metadata().map_err(|e| with_path(&path(), e))?;
     if !metadata.is_file() {
-        return Err(refuse(io::ErrorKind::InvalidInput, &path(), "in the way, and not a regular file"));
+        return Err(refuse(
+            io::ErrorKind::InvalidInput,
+            &path(),
+            "in the way, and not a regular file",
+        ));
     }
     if metadata.nlink() > 1 {
-        return Err(refuse(io::ErrorKind::InvalidInput, &path(), "in the way, and a hard link to another file"));
+        return Err(refuse(
+            io::ErrorKind::InvalidInput,
+            &path(),
+            "in the way, and a hard link to another file",
+        ));
     }
     Ok((metadata.dev(), metadata.ino()))
 }
 
 /// Opens through `openat2`, or component by component where that call does not exist. EPERM is what older container
 /// sandboxes answer to calls they do not know; a file that is truly forbidden stays forbidden on the second way.
-fn open_beneath(dir: BorrowedFd<'_>, path: &Path, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
+fn open_beneath(
+    dir: BorrowedFd<'_>,
+    path: &Path,
+    flags: OFlags,
+    mode: Mode,
+) -> rustix::io::Result<OwnedFd> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     match retry_on_intr(|| openat2(dir, path, flags, mode, resolve)) {
@@ -257,12 +329,19 @@ fn open_beneath(dir: BorrowedFd<'_>, path: &Path, flags: OFlags, mode: Mode) -> 
 }
 
 /// What `open_beneath` does, for kernels without `openat2`: no component may be a link, so none leads outside.
-fn open_stepwise(dir: BorrowedFd<'_>, path: &Path, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
+fn open_stepwise(
+    dir: BorrowedFd<'_>,
+    path: &Path,
+    flags: OFlags,
+    mode: Mode,
+) -> rustix::io::Result<OwnedFd> {
     let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let mut components = path.components().peekable();
     let mut parent: Option<OwnedFd> = None;
     while let Some(component) = components.next() {
-        let Component::Normal(name) = component else { return Err(Errno::XDEV) };
+        let Component::Normal(name) = component else {
+            return Err(Errno::XDEV);
+        };
         let at = parent.as_ref().map_or(dir, AsFd::as_fd);
         if components.peek().is_none() {
             return retry_on_intr(|| openat(at, name, flags, mode));
@@ -308,7 +387,11 @@ mod tests {
             let (downloads, outside) = (temp.path().join("downloads"), temp.path().join("outside"));
             fs::create_dir(&downloads).unwrap();
             fs::create_dir(&outside).unwrap();
-            Self { _temp: temp, downloads, outside }
+            Self {
+                _temp: temp,
+                downloads,
+                outside,
+            }
         }
 
         fn assert_nothing_outside(&self) {
@@ -328,7 +411,10 @@ mod tests {
     fn on_both_ways(test: impl Fn(&World, &Root)) {
         for open in [open_beneath as OpenBeneath, open_stepwise] {
             let world = World::new();
-            let root = Root { open, ..Root::open(&world.downloads).unwrap() };
+            let root = Root {
+                open,
+                ..Root::open(&world.downloads).unwrap()
+            };
             test(&world, &root);
             world.assert_nothing_outside();
         }
@@ -366,7 +452,11 @@ mod tests {
             assert_eq!(path, world.downloads.join("a/b/c.bin"));
             assert_eq!(fs::read(&path).unwrap(), b"bytes");
             assert!(root.exists(&name("a/b/c.bin")).unwrap());
-            assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no .part is left");
+            assert_eq!(
+                fs::read_dir(path.parent().unwrap()).unwrap().count(),
+                1,
+                "no .part is left"
+            );
             assert!(!root.exists(&name("a/no/such")).unwrap());
         });
     }
@@ -382,24 +472,40 @@ mod tests {
                 part
             };
             let part = make(b"gone");
-            assert_eq!(n_files(), usize::from(!part.is_unnamed()), "no name, or a .part");
+            assert_eq!(
+                n_files(),
+                usize::from(!part.is_unnamed()),
+                "no name, or a .part"
+            );
             part.discard().unwrap();
             drop(part);
             assert_eq!(n_files(), 0);
             let part = make(b"first");
             assert_eq!(part.publish().unwrap(), at("x"));
-            assert!(part.publish_as(&name("folder/x")).is_err(), "another folder");
+            assert!(
+                part.publish_as(&name("folder/x")).is_err(),
+                "another folder"
+            );
             let second = make(b"second");
             assert!(matches!(second.publish(), Err(PublishError::Exists(path)) if path == at("x")));
             assert_eq!(fs::read(at("x")).unwrap(), b"first");
             assert_eq!(second.rename_over(&name("x")).unwrap(), at("x"));
-            assert_eq!((fs::read(at("x")).unwrap(), n_files()), (b"second".to_vec(), 1));
+            assert_eq!(
+                (fs::read(at("x")).unwrap(), n_files()),
+                (b"second".to_vec(), 1)
+            );
             let third = make(b"third");
-            assert_eq!(third.publish_as(&name("x").numbered(2).unwrap()).unwrap(), at("x (2)"));
+            assert_eq!(
+                third.publish_as(&name("x").numbered(2).unwrap()).unwrap(),
+                at("x (2)")
+            );
         });
         let world = World::new();
         let root = Root::open(&world.downloads).unwrap();
-        assert_eq!(root.create_unnamed(&name("x")).unwrap().is_unnamed(), root.top.takes_unnamed());
+        assert_eq!(
+            root.create_unnamed(&name("x")).unwrap().is_unnamed(),
+            root.top.takes_unnamed()
+        );
     }
 
     /// As after one that was written under a name of its own and renamed.
@@ -408,7 +514,12 @@ mod tests {
         use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
         let world = World::new();
         let queue = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).unwrap();
-        inotify::add_watch(&queue, &world.downloads, WatchFlags::CLOSE_WRITE | WatchFlags::MOVED_TO).unwrap();
+        inotify::add_watch(
+            &queue,
+            &world.downloads,
+            WatchFlags::CLOSE_WRITE | WatchFlags::MOVED_TO,
+        )
+        .unwrap();
         let root = Root::open(&world.downloads).unwrap();
         let part = root.create_unnamed(&name("x")).unwrap();
         part.file().write_all_at(b"bytes", 0).unwrap();
@@ -416,8 +527,15 @@ mod tests {
         let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
         let mut events = inotify::Reader::new(&queue, &mut buffer);
         let event = events.next().unwrap();
-        assert_eq!(event.file_name().map(|name| name.to_bytes()), Some(&b"x"[..]));
-        assert!(event.events().intersects(ReadFlags::CLOSE_WRITE | ReadFlags::MOVED_TO));
+        assert_eq!(
+            event.file_name().map(|name| name.to_bytes()),
+            Some(&b"x"[..])
+        );
+        assert!(
+            event
+                .events()
+                .intersects(ReadFlags::CLOSE_WRITE | ReadFlags::MOVED_TO)
+        );
     }
 
     #[test]
@@ -454,11 +572,17 @@ mod tests {
                 }
                 assert_eq!(fs::symlink_metadata(at(taken)).unwrap().file_type(), kind);
                 let second = part.publish_as(&name(taken).numbered(2).unwrap()).unwrap();
-                assert_eq!((fs::read(&second).unwrap(), second), (b"new".to_vec(), at(&format!("{taken} (2)"))));
+                assert_eq!(
+                    (fs::read(&second).unwrap(), second),
+                    (b"new".to_vec(), at(&format!("{taken} (2)")))
+                );
             }
             assert_eq!(fs::read(at("file")).unwrap(), b"old");
             let part = root.create_part(&name("y")).unwrap();
-            assert!(matches!(part.publish_as(&name("folder/y")), Err(PublishError::Io(_))), "another folder");
+            assert!(
+                matches!(part.publish_as(&name("folder/y")), Err(PublishError::Io(_))),
+                "another folder"
+            );
         });
     }
 
@@ -518,8 +642,14 @@ mod tests {
                 let mut n_tried = 0;
                 while n_tried < 400 || n_written == 0 || n_swaps.load(Ordering::Relaxed) < 500 {
                     n_tried += 1;
-                    for text in [format!("a/f{n_tried}"), format!("a/deep/f{n_tried}"), format!("a/new{n_tried}/f")] {
-                        let Ok(part) = root.create_part(&name(&text)) else { continue };
+                    for text in [
+                        format!("a/f{n_tried}"),
+                        format!("a/deep/f{n_tried}"),
+                        format!("a/new{n_tried}/f"),
+                    ] {
+                        let Ok(part) = root.create_part(&name(&text)) else {
+                            continue;
+                        };
                         part.file().write_all_at(b"bytes", 0).unwrap();
                         n_written += 1;
                         if n_tried % 16 == 0 {
@@ -554,11 +684,26 @@ mod tests {
         symlink("b", world.downloads.join("a/l")).unwrap();
         symlink("b/f", world.downloads.join("a/lf")).unwrap();
         let dir = File::open(&world.downloads).unwrap();
-        for path in
-            ["a/b/f", "a/b", "a", "a/l/f", "a/l", "a/lf", "../outside", "a/../../outside", "/etc/passwd", "a/x", ""]
-        {
-            let open = |way: OpenBeneath| way(dir.as_fd(), Path::new(path), OFlags::RDONLY, Mode::empty());
-            assert_eq!(open(open_beneath).is_ok(), open(open_stepwise).is_ok(), "{path}");
+        for path in [
+            "a/b/f",
+            "a/b",
+            "a",
+            "a/l/f",
+            "a/l",
+            "a/lf",
+            "../outside",
+            "a/../../outside",
+            "/etc/passwd",
+            "a/x",
+            "",
+        ] {
+            let open =
+                |way: OpenBeneath| way(dir.as_fd(), Path::new(path), OFlags::RDONLY, Mode::empty());
+            assert_eq!(
+                open(open_beneath).is_ok(),
+                open(open_stepwise).is_ok(),
+                "{path}"
+            );
         }
     }
 
@@ -567,10 +712,15 @@ mod tests {
         for open in [open_beneath as OpenBeneath, open_stepwise] {
             let secret = File::open("/proc/self/exe").unwrap();
             let fd = std::os::fd::AsRawFd::as_raw_fd(&secret);
-            let root = Root { open, ..Root::open(Path::new("/proc")).unwrap() };
-            for text in
-                [format!("self/fd/{fd}"), format!("{}/fd/{fd}", std::process::id()), "self/root/etc/passwd".into()]
-            {
+            let root = Root {
+                open,
+                ..Root::open(Path::new("/proc")).unwrap()
+            };
+            for text in [
+                format!("self/fd/{fd}"),
+                format!("{}/fd/{fd}", std::process::id()),
+                "self/root/etc/passwd".into(),
+            ] {
                 assert!(root.open_file(Path::new(&text)).is_err(), "{text}");
                 assert!(root.create_part(&name(&text)).is_err(), "{text}");
             }
@@ -591,18 +741,39 @@ mod tests {
             symlink("self", at("self")).unwrap();
             fifo(&at("fifo"));
             let _socket = UnixListener::bind(at("socket")).unwrap();
-            for path in
-                ["out", "a/in", "self", "fifo", "socket", "a", "", ".", "..", "../secret", "a/../../secret", "none"]
-            {
+            for path in [
+                "out",
+                "a/in",
+                "self",
+                "fifo",
+                "socket",
+                "a",
+                "",
+                ".",
+                "..",
+                "../secret",
+                "a/../../secret",
+                "none",
+            ] {
                 assert!(root.open_file(Path::new(path)).is_err(), "{path}");
             }
-            assert!(root.open_file(&world.downloads.with_file_name("secret")).is_err(), "absolute");
+            assert!(
+                root.open_file(&world.downloads.with_file_name("secret"))
+                    .is_err(),
+                "absolute"
+            );
             let kind = |path: &str| root.open_file(Path::new(path)).unwrap_err().kind();
-            assert_eq!((kind("none"), kind("fifo")), (io::ErrorKind::NotFound, io::ErrorKind::InvalidInput));
+            assert_eq!(
+                (kind("none"), kind("fifo")),
+                (io::ErrorKind::NotFound, io::ErrorKind::InvalidInput)
+            );
 
             fs::rename(at("a/b"), at("a/c")).unwrap();
             symlink("c", at("a/b")).unwrap();
-            assert!(root.open_file(Path::new("a/b/f")).is_err(), "I-02, I-04: swapped in after indexing");
+            assert!(
+                root.open_file(Path::new("a/b/f")).is_err(),
+                "I-02, I-04: swapped in after indexing"
+            );
             fs::remove_file(at("a/c/f")).unwrap();
             fifo(&at("a/c/f"));
             assert!(root.open_file(Path::new("a/c/f")).is_err(), "I-06");
@@ -613,11 +784,19 @@ mod tests {
     fn a_part_that_was_moved_away_is_not_published() {
         on_both_ways(|world, root| {
             let part = root.create_part(&name("x")).unwrap();
-            fs::rename(world.downloads.join("x.part"), world.downloads.join("elsewhere")).unwrap();
+            fs::rename(
+                world.downloads.join("x.part"),
+                world.downloads.join("elsewhere"),
+            )
+            .unwrap();
             fs::write(world.downloads.join("x.part"), "planted").unwrap();
             assert!(matches!(part.publish(), Err(PublishError::Io(_))));
             part.discard().unwrap();
-            assert_eq!(fs::read(world.downloads.join("x.part")).unwrap(), b"planted", "not ours to remove");
+            assert_eq!(
+                fs::read(world.downloads.join("x.part")).unwrap(),
+                b"planted",
+                "not ours to remove"
+            );
             assert!(!world.downloads.join("x").exists());
         });
     }
@@ -634,7 +813,9 @@ mod tests {
                             match download(root, "x", &[writer; 64]) {
                                 Ok(_) => _ = n_published.fetch_add(1, Ordering::Relaxed),
                                 Err(PublishError::Exists(_)) => {}
-                                Err(PublishError::Io(e)) => assert_eq!(e.kind(), io::ErrorKind::WouldBlock, "{e}"),
+                                Err(PublishError::Io(e)) => {
+                                    assert_eq!(e.kind(), io::ErrorKind::WouldBlock, "{e}")
+                                }
                             }
                         }
                     });
@@ -651,7 +832,10 @@ mod tests {
         let root = Root::open(&world.downloads).unwrap();
         fs::write(world.downloads.join("from"), "new").unwrap();
         fs::write(world.downloads.join("taken"), "old").unwrap();
-        assert_eq!(link_to_free_name(&root.top, "from", "taken"), Err(Errno::EXIST));
+        assert_eq!(
+            link_to_free_name(&root.top, "from", "taken"),
+            Err(Errno::EXIST)
+        );
         link_to_free_name(&root.top, "from", "free").unwrap();
         assert_eq!(fs::read(world.downloads.join("taken")).unwrap(), b"old");
         assert!(!world.downloads.join("from").exists() && world.downloads.join("free").exists());
@@ -669,7 +853,9 @@ mod tests {
             for taken in ["folder", "link", "fifo"] {
                 let kind = fs::symlink_metadata(at(taken)).unwrap().file_type();
                 let part = root.create_part(&name(taken)).unwrap();
-                assert!(matches!(part.rename_over(&name(taken)), Err(PublishError::Exists(path)) if path == at(taken)));
+                assert!(
+                    matches!(part.rename_over(&name(taken)), Err(PublishError::Exists(path)) if path == at(taken))
+                );
                 assert_eq!(fs::symlink_metadata(at(taken)).unwrap().file_type(), kind);
                 part.discard().unwrap();
             }
@@ -680,7 +866,11 @@ mod tests {
                 assert_eq!(fs::read(at(text)).unwrap(), b"new");
                 assert!(!at(&format!("{text}.part")).exists());
             }
-            assert_eq!(fs::read(at("other")).unwrap(), b"old", "another name of the old file keeps it");
+            assert_eq!(
+                fs::read(at("other")).unwrap(),
+                b"old",
+                "another name of the old file keeps it"
+            );
         });
     }
 
@@ -695,10 +885,16 @@ mod tests {
             assert_eq!(part.read_journal(6), Some(b"second".to_vec()));
             assert_eq!(part.read_journal(5), None, "too long");
             assert_eq!(fs::read_dir(&world.downloads).unwrap().count(), 2);
-            assert!(SafeName::parse("x.journal.part.part").is_err(), "hidden, and nobody's name");
+            assert!(
+                SafeName::parse("x.journal.part.part").is_err(),
+                "hidden, and nobody's name"
+            );
             part.remove_journal().unwrap();
             part.remove_journal().unwrap();
-            for plant in [|at: &Path| fifo(at), |at: &Path| symlink("/etc/passwd", at).unwrap()] {
+            for plant in [
+                |at: &Path| fifo(at),
+                |at: &Path| symlink("/etc/passwd", at).unwrap(),
+            ] {
                 plant(&journal);
                 assert_eq!(part.read_journal(10_000), None);
                 part.write_journal(b"third").unwrap();
@@ -707,7 +903,11 @@ mod tests {
             }
             fs::create_dir(&journal).unwrap();
             assert!(part.write_journal(b"fourth").is_err());
-            assert_eq!(fs::read_dir(&world.downloads).unwrap().count(), 2, "nothing half is left");
+            assert_eq!(
+                fs::read_dir(&world.downloads).unwrap().count(),
+                2,
+                "nothing half is left"
+            );
             let long = root.create_part(&name(&"x".repeat(255))).unwrap();
             long.write_journal(b"long").unwrap();
             assert_eq!(long.read_journal(4), Some(b"long".to_vec()));
@@ -742,7 +942,10 @@ mod tests {
             download(root, &other, b"2").unwrap();
             held.publish().unwrap();
             let wide = "é".repeat(127);
-            assert!(part_name(&wide).len() <= MAX_COMPONENT_LEN && part_name(&wide).ends_with(PART_SUFFIX));
+            assert!(
+                part_name(&wide).len() <= MAX_COMPONENT_LEN
+                    && part_name(&wide).ends_with(PART_SUFFIX)
+            );
             download(root, &wide, b"3").unwrap();
             download(root, &[wide.as_str(); 4].join("/"), b"4").unwrap_err();
         });
@@ -753,13 +956,24 @@ mod tests {
         let world = World::new();
         let missing = world.downloads.join("new/deeper");
         let error = Root::open(&missing).unwrap_err();
-        assert!(error.kind() == io::ErrorKind::NotFound && error.to_string().contains("new/deeper"), "{error}");
+        assert!(
+            error.kind() == io::ErrorKind::NotFound && error.to_string().contains("new/deeper"),
+            "{error}"
+        );
         assert_eq!(Root::open_or_create(&missing).unwrap().path(), missing);
         fs::write(world.downloads.join("file"), "").unwrap();
         assert!(Root::open(&world.downloads.join("file")).is_err());
-        let error = Root::open_or_create(&world.downloads.join("file")).unwrap_err().to_string();
-        assert!(error.ends_with("/file: a file or link is where a folder is needed"), "{error}");
+        let error = Root::open_or_create(&world.downloads.join("file"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.ends_with("/file: a file or link is where a folder is needed"),
+            "{error}"
+        );
         symlink(&world.outside, world.downloads.join("link")).unwrap();
-        assert!(Root::open(&world.downloads.join("link")).is_ok(), "the root's own path is the user's choice");
+        assert!(
+            Root::open(&world.downloads.join("link")).is_ok(),
+            "the root's own path is the user's choice"
+        );
     }
 }

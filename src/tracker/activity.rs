@@ -70,15 +70,28 @@ impl TryFrom<proto::Activity> for Report {
         if said.transfers.len() > MAX_TRANSFERS {
             return Err(WireError::TooMany(MAX_TRANSFERS, "transfers"));
         }
-        if said.transfers.iter().map(|transfer| transfer.sources.len()).sum::<usize>() > MAX_TRANSFER_SOURCES {
-            return Err(WireError::TooMany(MAX_TRANSFER_SOURCES, "sources of transfers"));
+        if said
+            .transfers
+            .iter()
+            .map(|transfer| transfer.sources.len())
+            .sum::<usize>()
+            > MAX_TRANSFER_SOURCES
+        {
+            return Err(WireError::TooMany(
+                MAX_TRANSFER_SOURCES,
+                "sources of transfers",
+            ));
         }
         Ok(Self {
             sent: said.bytes_sent.min(MAX_NUMBER),
             received: said.bytes_received.min(MAX_NUMBER),
             send_rate: said.send_rate.min(MAX_RATE),
             receive_rate: said.receive_rate.min(MAX_RATE),
-            transfers: said.transfers.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
+            transfers: said
+                .transfers
+                .into_iter()
+                .map(TryInto::try_into)
+                .collect::<Result<_, _>>()?,
         })
     }
 }
@@ -88,25 +101,40 @@ impl TryFrom<proto::Transfer> for Transfer {
 
     fn try_from(said: proto::Transfer) -> Result<Self, WireError> {
         let id = &said.content_id;
-        let (bytes_total, files_total) = (said.bytes_total.min(MAX_NUMBER), said.files_total.min(MAX_NUMBER));
+        let (bytes_total, files_total) = (
+            said.bytes_total.min(MAX_NUMBER),
+            said.files_total.min(MAX_NUMBER),
+        );
         let source = |source: &proto::TransferSource| {
-            Ok((proto::peer_id(&source.peer_id)?, source.bytes_per_second.min(MAX_RATE)))
+            Ok((
+                proto::peer_id(&source.peer_id)?,
+                source.bytes_per_second.min(MAX_RATE),
+            ))
         };
         Ok(Self {
-            content: (!id.is_empty()).then(|| proto::content_id(id)).transpose()?,
+            content: (!id.is_empty())
+                .then(|| proto::content_id(id))
+                .transpose()?,
             bytes_total,
             bytes_done: said.bytes_done.min(bytes_total),
             files_total,
             files_done: said.files_done.min(files_total),
             rate: said.bytes_per_second.min(MAX_RATE),
-            sources: said.sources.iter().map(source).collect::<Result<_, WireError>>()?,
+            sources: said
+                .sources
+                .iter()
+                .map(source)
+                .collect::<Result<_, WireError>>()?,
         })
     }
 }
 
 impl Report {
     fn entries(&self) -> usize {
-        self.transfers.iter().map(|transfer| 1 + transfer.sources.len()).sum()
+        self.transfers
+            .iter()
+            .map(|transfer| 1 + transfer.sources.len())
+            .sum()
     }
 }
 
@@ -138,8 +166,17 @@ impl Activity {
     /// Nobody yet. `heartbeat` and `lease` are what peers are told.
     #[must_use]
     pub fn new(heartbeat: Duration, lease: Duration, now: Instant) -> Self {
-        let state = State { peers: HashMap::new(), seen: HashMap::new(), n_kept: 0, history: History::new(now) };
-        Self { heartbeat, lease, state: Mutex::new(state) }
+        let state = State {
+            peers: HashMap::new(),
+            seen: HashMap::new(),
+            n_kept: 0,
+            history: History::new(now),
+        };
+        Self {
+            heartbeat,
+            lease,
+            state: Mutex::new(state),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -155,9 +192,19 @@ impl Activity {
         if let (Some(before), Some(was), Some(is)) = (&before, &was, &report) {
             // Less than before: the peer began anew.
             let came = is.received.saturating_sub(was.received);
-            state.history.add(came.min(most_in(now.saturating_duration_since(before.at))), before.at, now);
+            state.history.add(
+                came.min(most_in(now.saturating_duration_since(before.at))),
+                before.at,
+                now,
+            );
         }
-        state.keep(peer, Heard { at: now, report: report.map(Arc::new).or(was) });
+        state.keep(
+            peer,
+            Heard {
+                at: now,
+                report: report.map(Arc::new).or(was),
+            },
+        );
     }
 
     /// A peer said goodbye.
@@ -169,7 +216,12 @@ impl Activity {
     pub fn expire(&self, now: Instant) {
         let mut state = self.lock();
         let is_over = |heard: &Heard| now.saturating_duration_since(heard.at) > self.lease;
-        let over: Vec<PeerId> = state.peers.iter().filter(|(_, heard)| is_over(heard)).map(|(peer, _)| *peer).collect();
+        let over: Vec<PeerId> = state
+            .peers
+            .iter()
+            .filter(|(_, heard)| is_over(heard))
+            .map(|(peer, _)| *peer)
+            .collect();
         for peer in over {
             state.forget(peer);
         }
@@ -237,7 +289,10 @@ fn most_in(time: Duration) -> u64 {
 
 /// The wall clock.
 pub(super) fn unix_seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
 }
 
 #[cfg(test)]
@@ -252,7 +307,10 @@ mod tests {
     }
 
     fn transfer(n_sources: u32) -> proto::Transfer {
-        let source = |n| proto::TransferSource { peer_id: peer(n).to_string(), bytes_per_second: u64::MAX };
+        let source = |n| proto::TransferSource {
+            peer_id: peer(n).to_string(),
+            bytes_per_second: u64::MAX,
+        };
         proto::Transfer {
             content_id: ContentId::from_bytes([1; 32]).to_string(),
             bytes_total: 10,
@@ -265,22 +323,41 @@ mod tests {
     }
 
     fn received(bytes: u64) -> Option<Report> {
-        Some(Report { received: bytes, ..Report::default() })
+        Some(Report {
+            received: bytes,
+            ..Report::default()
+        })
     }
 
     #[test]
     fn what_peers_say_is_checked_and_cut() {
-        let said = |transfers| proto::Activity { bytes_sent: u64::MAX, transfers, ..Default::default() };
+        let said = |transfers| proto::Activity {
+            bytes_sent: u64::MAX,
+            transfers,
+            ..Default::default()
+        };
         let report = Report::try_from(said(vec![transfer(256)])).unwrap();
         let shown = &report.transfers[0];
-        assert_eq!((report.sent, shown.bytes_done, shown.rate), (MAX_NUMBER, 10, MAX_RATE));
-        assert!((shown.files_done, shown.sources.len()) == (MAX_NUMBER, 256) && shown.sources[9].1 == MAX_RATE);
+        assert_eq!(
+            (report.sent, shown.bytes_done, shown.rate),
+            (MAX_NUMBER, 10, MAX_RATE)
+        );
+        assert!(
+            (shown.files_done, shown.sources.len()) == (MAX_NUMBER, 256)
+                && shown.sources[9].1 == MAX_RATE
+        );
         assert!(Report::try_from(said(vec![transfer(3); 64])).is_ok());
         for bad in [
             vec![transfer(0); 65],
             vec![transfer(129); 2],
-            vec![proto::Transfer { content_id: "<b>".into(), ..Default::default() }],
-            vec![proto::Transfer { sources: vec![proto::TransferSource::default()], ..Default::default() }],
+            vec![proto::Transfer {
+                content_id: "<b>".into(),
+                ..Default::default()
+            }],
+            vec![proto::Transfer {
+                sources: vec![proto::TransferSource::default()],
+                ..Default::default()
+            }],
         ] {
             assert!(Report::try_from(said(bad)).is_err());
         }
@@ -296,7 +373,11 @@ mod tests {
         activity.expire(start + LEASE + SOONEST);
         let here = activity.peers();
         assert_eq!(here.keys().collect::<Vec<_>>(), [&peer(1)]);
-        assert_eq!(here[&peer(1)].report.as_ref().unwrap().received, 5, "a registration brings none and takes none");
+        assert_eq!(
+            here[&peer(1)].report.as_ref().unwrap().received,
+            5,
+            "a registration brings none and takes none"
+        );
         activity.left(peer(1));
         assert!(activity.peers().is_empty() && activity.seen().len() == 2);
     }
@@ -305,14 +386,23 @@ mod tests {
     fn many_reports_take_no_more_memory_than_is_set() {
         let start = Instant::now();
         let activity = Activity::new(HEARTBEAT, LEASE, start);
-        let said = proto::Activity { transfers: vec![transfer(256)], bytes_sent: 7, ..Default::default() };
+        let said = proto::Activity {
+            transfers: vec![transfer(256)],
+            bytes_sent: 7,
+            ..Default::default()
+        };
         let report = Report::try_from(said).unwrap();
         for n in 0..1_500 {
             activity.heard(peer(n), Some(report.clone()), start);
         }
         let kept = || activity.peers().values().map(Heard::entries).sum::<usize>();
         assert!(kept() <= MAX_KEPT && kept() > MAX_KEPT - 300);
-        assert!(activity.peers().values().all(|heard| heard.report.as_ref().unwrap().sent == 7));
+        assert!(
+            activity
+                .peers()
+                .values()
+                .all(|heard| heard.report.as_ref().unwrap().sent == 7)
+        );
         (0..1_500).for_each(|n| activity.left(peer(n)));
         assert_eq!(activity.lock().n_kept, 0);
     }
@@ -335,12 +425,20 @@ mod tests {
         let at = |seconds| start + Duration::from_secs(seconds);
         let total = |now| activity.history(now).1.iter().sum::<u64>();
         activity.heard(peer(1), received(1 << 40), at(1));
-        assert_eq!(total(at(1)), 0, "what came before this tracker is not its history");
+        assert_eq!(
+            total(at(1)),
+            0,
+            "what came before this tracker is not its history"
+        );
         activity.heard(peer(1), received((1 << 40) + 500), at(2));
         activity.heard(peer(1), received(100), at(3));
         activity.heard(peer(1), received(400), at(4));
         assert_eq!(total(at(4)), 800);
         activity.heard(peer(1), received(MAX_NUMBER), at(5));
-        assert_eq!(total(at(5)), 800 + 2 * MAX_RATE, "no faster than anybody can be");
+        assert_eq!(
+            total(at(5)),
+            800 + 2 * MAX_RATE,
+            "no faster than anybody can be"
+        );
     }
 }

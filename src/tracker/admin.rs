@@ -49,7 +49,8 @@ impl Admin {
     /// If there is no randomness or the database fails.
     pub fn create_token(&self, uses: u32, ttl: Duration) -> anyhow::Result<JoinToken> {
         let token = JoinToken::generate(self.address.clone(), self.pin)?;
-        self.registry.add_token(&token.id, token.secret.digest(), uses, ttl)?;
+        self.registry
+            .add_token(&token.id, token.secret.digest(), uses, ttl)?;
         tracing::info!(token = %crate::identity::base32(&token.id), uses, ttl_seconds = ttl.as_secs(), "join token made");
         Ok(token)
     }
@@ -57,7 +58,11 @@ impl Admin {
     async fn set_revoked(&self, peer: &str, revoked: bool) -> Result<(), Status> {
         let peer = peer_id(peer)?;
         if !self.registry.set_revoked(peer, revoked).map_err(failed)? {
-            let text = if revoked { "no such member, or revoked already" } else { "not revoked" };
+            let text = if revoked {
+                "no such member, or revoked already"
+            } else {
+                "not revoked"
+            };
             return Err(Status::not_found(format!("{peer}: {text}")));
         }
         tracing::warn!(%peer, "{}", if revoked { "member revoked" } else { "member let in again" });
@@ -84,32 +89,60 @@ impl admin_service_server::AdminService for Admin {
     ) -> Result<Response<CreateTokenResponse>, Status> {
         let request = request.into_inner();
         let uses = request.uses.max(1);
-        let ttl = if request.ttl_seconds == 0 { DAY } else { request.ttl_seconds };
+        let ttl = if request.ttl_seconds == 0 {
+            DAY
+        } else {
+            request.ttl_seconds
+        };
         if uses > MAX_USES || ttl > MAX_TOKEN_LIFE {
-            return Err(Status::invalid_argument("a token has at most 10,000 uses and lives at most 365 days"));
+            return Err(Status::invalid_argument(
+                "a token has at most 10,000 uses and lives at most 365 days",
+            ));
         }
-        let token = self.create_token(uses, Duration::from_secs(ttl)).map_err(failed)?;
+        let token = self
+            .create_token(uses, Duration::from_secs(ttl))
+            .map_err(failed)?;
         let token_id = crate::identity::base32(&token.id);
-        Ok(Response::new(CreateTokenResponse { link: token.to_string(), token_id }))
-    }
-
-    async fn list_tokens(&self, _: Request<ListTokensRequest>) -> Result<Response<ListTokensResponse>, Status> {
-        let tokens = self.registry.tokens().map_err(failed)?.into_iter().map(|(token_id, record)| TokenRow {
+        Ok(Response::new(CreateTokenResponse {
+            link: token.to_string(),
             token_id,
-            uses: record.uses,
-            uses_left: record.uses.saturating_sub(u32::try_from(record.redeemed_by.len()).unwrap_or(u32::MAX)),
-            expires_at: record.expires_at,
-        });
-        Ok(Response::new(ListTokensResponse { tokens: tokens.collect() }))
+        }))
     }
 
-    async fn list_members(&self, _: Request<ListMembersRequest>) -> Result<Response<ListMembersResponse>, Status> {
+    async fn list_tokens(
+        &self,
+        _: Request<ListTokensRequest>,
+    ) -> Result<Response<ListTokensResponse>, Status> {
+        let tokens =
+            self.registry
+                .tokens()
+                .map_err(failed)?
+                .into_iter()
+                .map(|(token_id, record)| TokenRow {
+                    token_id,
+                    uses: record.uses,
+                    uses_left: record.uses.saturating_sub(
+                        u32::try_from(record.redeemed_by.len()).unwrap_or(u32::MAX),
+                    ),
+                    expires_at: record.expires_at,
+                });
+        Ok(Response::new(ListTokensResponse {
+            tokens: tokens.collect(),
+        }))
+    }
+
+    async fn list_members(
+        &self,
+        _: Request<ListMembersRequest>,
+    ) -> Result<Response<ListMembersResponse>, Status> {
         let online = match &self.live {
             Some((store, _)) => store.peers().await.map_err(failed)?,
             None => Vec::new(),
         };
-        let online: HashMap<PeerId, PeerRecord> =
-            online.into_iter().map(|record| (record.announcement.peer, record)).collect();
+        let online: HashMap<PeerId, PeerRecord> = online
+            .into_iter()
+            .map(|record| (record.announcement.peer, record))
+            .collect();
         let mut members = Vec::new();
         for (peer, record) in self.registry.members().map_err(failed)? {
             let online = online.get(&peer).cloned();
@@ -119,28 +152,43 @@ impl admin_service_server::AdminService for Admin {
                 revoked: record.revoked,
                 online: online.is_some(),
                 files: online.as_ref().map_or(0, |online| online.n_files as u64),
-                addresses: online.map(|online| online.announcement.addresses).unwrap_or_default(),
+                addresses: online
+                    .map(|online| online.announcement.addresses)
+                    .unwrap_or_default(),
             });
         }
         Ok(Response::new(ListMembersResponse { members }))
     }
 
-    async fn revoke(&self, request: Request<RevokeRequest>) -> Result<Response<RevokeResponse>, Status> {
-        self.set_revoked(&request.into_inner().peer_id, true).await?;
+    async fn revoke(
+        &self,
+        request: Request<RevokeRequest>,
+    ) -> Result<Response<RevokeResponse>, Status> {
+        self.set_revoked(&request.into_inner().peer_id, true)
+            .await?;
         Ok(Response::new(RevokeResponse {}))
     }
 
-    async fn approve(&self, request: Request<ApproveRequest>) -> Result<Response<ApproveResponse>, Status> {
-        self.set_revoked(&request.into_inner().peer_id, false).await?;
+    async fn approve(
+        &self,
+        request: Request<ApproveRequest>,
+    ) -> Result<Response<ApproveResponse>, Status> {
+        self.set_revoked(&request.into_inner().peer_id, false)
+            .await?;
         Ok(Response::new(ApproveResponse {}))
     }
 
-    async fn log_level(&self, request: Request<LogLevelRequest>) -> Result<Response<LogLevelResponse>, Status> {
+    async fn log_level(
+        &self,
+        request: Request<LogLevelRequest>,
+    ) -> Result<Response<LogLevelResponse>, Status> {
         if self.live.is_none() {
             return Err(Status::failed_precondition("no tracker runs here"));
         }
         let level = telemetry::level(&request.into_inner().level);
-        Ok(Response::new(LogLevelResponse { level: level.map_err(|e| Status::invalid_argument(e.to_string()))? }))
+        Ok(Response::new(LogLevelResponse {
+            level: level.map_err(|e| Status::invalid_argument(e.to_string()))?,
+        }))
     }
 
     async fn issue_operator(
@@ -148,12 +196,22 @@ impl admin_service_server::AdminService for Admin {
         request: Request<IssueOperatorRequest>,
     ) -> Result<Response<IssueOperatorResponse>, Status> {
         let request = request.into_inner();
-        let life = if request.ttl_seconds == 0 { OPERATOR_LIFE.0 } else { request.ttl_seconds };
+        let life = if request.ttl_seconds == 0 {
+            OPERATOR_LIFE.0
+        } else {
+            request.ttl_seconds
+        };
         if life > OPERATOR_LIFE.1 {
-            return Err(Status::invalid_argument("an operator certificate lives at most 7 days"));
+            return Err(Status::invalid_argument(
+                "an operator certificate lives at most 7 days",
+            ));
         }
-        let applicant = Applicant::read(&request.csr).map_err(|e| Status::invalid_argument(e.to_string()))?;
-        let certificate = self.authority.certify_operator(&applicant, Duration::from_secs(life)).map_err(failed)?;
+        let applicant =
+            Applicant::read(&request.csr).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let certificate = self
+            .authority
+            .certify_operator(&applicant, Duration::from_secs(life))
+            .map_err(failed)?;
         tracing::info!(operator = %applicant.id, life_seconds = life, "operator certificate issued");
         Ok(Response::new(IssueOperatorResponse {
             certificate: certificate.to_vec().into(),

@@ -7,8 +7,8 @@ use std::{net::IpAddr, path::Path, time::Duration};
 
 use prost::Message;
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyUsagePurpose, PublicKeyData, SanType, SerialNumber, SubjectPublicKeyInfo,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber, SubjectPublicKeyInfo,
 };
 use ring::rand::{SecureRandom, SystemRandom};
 use rustls::pki_types::CertificateDer;
@@ -17,8 +17,8 @@ use x509_parser::{certification_request::X509CertificationRequest, prelude::From
 
 use crate::{
     identity::{
-        CertificateFacts, IdentityError, JOIN_NAME, Key, PEER_NAME, PeerId, Role, Subject, TRACKER_NAME, pem,
-        read_certificate,
+        CertificateFacts, IdentityError, JOIN_NAME, Key, PEER_NAME, PeerId, Role, Subject,
+        TRACKER_NAME, pem, read_certificate,
     },
     metrics::CERTIFICATES_ISSUED,
     proto, safe_path,
@@ -56,15 +56,23 @@ impl Applicant {
         if der.len() > MAX_REQUEST {
             return Err(malformed("signing request too long"));
         }
-        let (_, request) = X509CertificationRequest::from_der(der).map_err(|_| malformed("not a PKCS #10 request"))?;
-        request.verify_signature().map_err(|_| malformed("the request's signature does not hold"))?;
+        let (_, request) = X509CertificationRequest::from_der(der)
+            .map_err(|_| malformed("not a PKCS #10 request"))?;
+        request
+            .verify_signature()
+            .map_err(|_| malformed("the request's signature does not hold"))?;
         let spki = &request.certification_request_info.subject_pki;
-        let key = SubjectPublicKeyInfo::from_der(spki.raw).map_err(|_| malformed("unsupported key"))?;
+        let key =
+            SubjectPublicKeyInfo::from_der(spki.raw).map_err(|_| malformed("unsupported key"))?;
         if key.algorithm() != &rcgen::PKCS_ECDSA_P256_SHA256 {
             return Err(malformed("only ECDSA P-256 keys are certified"));
         }
         let public_key = spki.subject_public_key.data.to_vec();
-        Ok(Self { id: PeerId::from_spki(spki.raw), key, public_key })
+        Ok(Self {
+            id: PeerId::from_spki(spki.raw),
+            key,
+            public_key,
+        })
     }
 }
 
@@ -84,21 +92,37 @@ impl Authority {
     /// If there is one already, or as the file system answers.
     pub fn create(folder: &Path) -> Result<Self, IdentityError> {
         if folder.join("ca.key").exists() || folder.join("ca.crt").exists() {
-            let message = format!("{} already holds an authority; it is never overwritten", folder.display());
+            let message = format!(
+                "{} already holds an authority; it is never overwritten",
+                folder.display()
+            );
             return Err(std::io::Error::new(std::io::ErrorKind::AlreadyExists, message).into());
         }
         let key = Key::generate()?;
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
-        params.distinguished_name.push(DnType::CommonName, format!("sprat authority {}", key.peer_id().short()));
+        params.distinguished_name.push(
+            DnType::CommonName,
+            format!("sprat authority {}", key.peer_id().short()),
+        );
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages =
-            vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
+        params.key_usages = vec![
+            KeyUsagePurpose::KeyCertSign,
+            KeyUsagePurpose::CrlSign,
+            KeyUsagePurpose::DigitalSignature,
+        ];
         dated(&mut params, AUTHORITY_LIFE)?;
-        let certificate = params.self_signed(key.pair()).map_err(|e| IdentityError::Key(e.to_string()))?.der().clone();
+        let certificate = params
+            .self_signed(key.pair())
+            .map_err(|e| IdentityError::Key(e.to_string()))?
+            .der()
+            .clone();
         safe_path::private_dir(folder)?;
         safe_path::write_private(&folder.join("ca.key"), key.to_pem().as_bytes())?;
-        safe_path::write_private(&folder.join("ca.crt"), pem("CERTIFICATE", &certificate).as_bytes())?;
+        safe_path::write_private(
+            &folder.join("ca.crt"),
+            pem("CERTIFICATE", &certificate).as_bytes(),
+        )?;
         Ok(Self { key, certificate })
     }
 
@@ -110,7 +134,9 @@ impl Authority {
         if !folder.join("ca.crt").exists() && !folder.join("ca.key").exists() {
             return Ok(None);
         }
-        let key = Key::from_pem(&String::from_utf8_lossy(&safe_path::read_private(&folder.join("ca.key"))?))?;
+        let key = Key::from_pem(&String::from_utf8_lossy(&safe_path::read_private(
+            &folder.join("ca.key"),
+        )?))?;
         let certificate = read_certificate(&folder.join("ca.crt"))?;
         if PeerId::from_spki(&CertificateFacts::read(&certificate)?.spki) != key.peer_id() {
             return Err(IdentityError::KeyMismatch);
@@ -133,9 +159,15 @@ impl Authority {
         applicant: &Applicant,
         life: Duration,
     ) -> Result<CertificateDer<'static>, IdentityError> {
-        let both = [ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+        let both = [
+            ExtendedKeyUsagePurpose::ClientAuth,
+            ExtendedKeyUsagePurpose::ServerAuth,
+        ];
         // The identity name is what members look for; this one is for tools that insist on a name, as Prometheus does.
-        let names = Names { hosts: vec![PEER_NAME.to_owned()], ..Names::default() };
+        let names = Names {
+            hosts: vec![PEER_NAME.to_owned()],
+            ..Names::default()
+        };
         self.certify(applicant, Role::Peer, names, &both, life)
     }
 
@@ -162,9 +194,20 @@ impl Authority {
         mut names: Names,
         life: Duration,
     ) -> Result<CertificateDer<'static>, IdentityError> {
-        names.hosts.extend([TRACKER_NAME.to_owned(), JOIN_NAME.to_owned()]);
-        let both = [ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
-        self.certify(&Applicant::read(&key.request()?)?, Role::Tracker, names, &both, life)
+        names
+            .hosts
+            .extend([TRACKER_NAME.to_owned(), JOIN_NAME.to_owned()]);
+        let both = [
+            ExtendedKeyUsagePurpose::ClientAuth,
+            ExtendedKeyUsagePurpose::ServerAuth,
+        ];
+        self.certify(
+            &Applicant::read(&key.request()?)?,
+            Role::Tracker,
+            names,
+            &both,
+            life,
+        )
     }
 
     fn certify(
@@ -176,7 +219,11 @@ impl Authority {
         life: Duration,
     ) -> Result<CertificateDer<'static>, IdentityError> {
         let failed = |e: rcgen::Error| IdentityError::Key(e.to_string());
-        let identity = Subject { id: applicant.id, role }.name();
+        let identity = Subject {
+            id: applicant.id,
+            role,
+        }
+        .name();
         let mut params = CertificateParams::new(vec![identity]).map_err(failed)?;
         for host in names.hosts {
             // A host name that is no DNS name cannot be in a certificate, and nobody could dial it either.
@@ -184,15 +231,20 @@ impl Authority {
                 params.subject_alt_names.push(SanType::DnsName(host));
             }
         }
-        params.subject_alt_names.extend(names.addresses.into_iter().map(SanType::IpAddress));
+        params
+            .subject_alt_names
+            .extend(names.addresses.into_iter().map(SanType::IpAddress));
         params.distinguished_name = DistinguishedName::new();
-        params.distinguished_name.push(DnType::CommonName, format!("sprat {}", role.label()));
+        params
+            .distinguished_name
+            .push(DnType::CommonName, format!("sprat {}", role.label()));
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = usages.to_vec();
         params.use_authority_key_identifier_extension = true;
         dated(&mut params, life)?;
-        let issuer = Issuer::from_ca_cert_der(&self.certificate, self.key.pair()).map_err(failed)?;
+        let issuer =
+            Issuer::from_ca_cert_der(&self.certificate, self.key.pair()).map_err(failed)?;
         let signed = params.signed_by(&applicant.key, &issuer).map_err(failed)?;
         CERTIFICATES_ISSUED.one();
         Ok(signed.der().clone())
@@ -205,14 +257,19 @@ impl Authority {
     pub fn sign(&self, list: &TrustList) -> Result<proto::SignedTrustList, IdentityError> {
         let body = proto::TrustList::from(list).encode_to_vec();
         let signature = self.key.sign(&body)?;
-        Ok(proto::SignedTrustList { body: body.into(), signature: signature.into() })
+        Ok(proto::SignedTrustList {
+            body: body.into(),
+            signature: signature.into(),
+        })
     }
 }
 
 fn dated(params: &mut CertificateParams, life: Duration) -> Result<(), IdentityError> {
     let now = OffsetDateTime::now_utc();
     let mut serial = [0; 16];
-    SystemRandom::new().fill(&mut serial).map_err(|_| IdentityError::Key("no random numbers".into()))?;
+    SystemRandom::new()
+        .fill(&mut serial)
+        .map_err(|_| IdentityError::Key("no random numbers".into()))?;
     serial[0] &= 0x7f;
     params.serial_number = Some(SerialNumber::from_slice(&serial));
     params.not_before = now - BACKDATE;
@@ -238,9 +295,19 @@ mod tests {
         let (dir, made) = authority();
         let folder = dir.path().join("authority");
         assert!(Authority::create(&folder).is_err());
-        assert_eq!(Authority::load(&folder).unwrap().unwrap().certificate(), made.certificate());
-        safe_path::write_private(&folder.join("ca.key"), Key::generate().unwrap().to_pem().as_bytes()).unwrap();
-        assert!(matches!(Authority::load(&folder), Err(IdentityError::KeyMismatch)));
+        assert_eq!(
+            Authority::load(&folder).unwrap().unwrap().certificate(),
+            made.certificate()
+        );
+        safe_path::write_private(
+            &folder.join("ca.key"),
+            Key::generate().unwrap().to_pem().as_bytes(),
+        )
+        .unwrap();
+        assert!(matches!(
+            Authority::load(&folder),
+            Err(IdentityError::KeyMismatch)
+        ));
         assert!(Authority::load(&dir.path().join("none")).unwrap().is_none());
     }
 
@@ -250,16 +317,31 @@ mod tests {
         let key = Key::generate().unwrap();
         let mut greedy = CertificateParams::new(vec![
             TRACKER_NAME.to_owned(),
-            Subject { id: key.peer_id(), role: Role::Tracker }.name(),
+            Subject {
+                id: key.peer_id(),
+                role: Role::Tracker,
+            }
+            .name(),
         ])
         .unwrap();
         greedy.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        greedy.custom_extensions = vec![rcgen::CustomExtension::from_oid_content(&[1, 3, 6, 1, 4, 1, 9], vec![5, 0])];
+        greedy.custom_extensions = vec![rcgen::CustomExtension::from_oid_content(
+            &[1, 3, 6, 1, 4, 1, 9],
+            vec![5, 0],
+        )];
         let request = greedy.serialize_request(key.pair()).unwrap();
         let applicant = Applicant::read(request.der()).unwrap();
-        let facts = CertificateFacts::read(&authority.certify_peer(&applicant, DAY).unwrap()).unwrap();
-        assert_eq!(facts.subject().unwrap(), Subject { id: key.peer_id(), role: Role::Peer });
-        let text = String::from_utf8_lossy(&authority.certify_peer(&applicant, DAY).unwrap()).into_owned();
+        let facts =
+            CertificateFacts::read(&authority.certify_peer(&applicant, DAY).unwrap()).unwrap();
+        assert_eq!(
+            facts.subject().unwrap(),
+            Subject {
+                id: key.peer_id(),
+                role: Role::Peer
+            }
+        );
+        let text =
+            String::from_utf8_lossy(&authority.certify_peer(&applicant, DAY).unwrap()).into_owned();
         assert!(!text.contains(TRACKER_NAME));
     }
 
@@ -270,8 +352,16 @@ mod tests {
         let mut forged = good.clone();
         *forged.last_mut().unwrap() ^= 1;
         let ed25519 = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
-        let other = CertificateParams::default().serialize_request(&ed25519).unwrap();
-        for bad in [&forged[..], other.der(), &good[..40], b"", &vec![0x30; 1 << 20][..]] {
+        let other = CertificateParams::default()
+            .serialize_request(&ed25519)
+            .unwrap();
+        for bad in [
+            &forged[..],
+            other.der(),
+            &good[..40],
+            b"",
+            &vec![0x30; 1 << 20][..],
+        ] {
             assert!(Applicant::read(bad).is_err());
         }
     }
@@ -279,10 +369,21 @@ mod tests {
     #[test]
     fn names_that_are_no_dns_names_are_left_out() {
         let (_dir, authority) = authority();
-        let names =
-            Names { hosts: vec!["my_höst".into(), "ok.example".into()], addresses: vec![[10, 0, 0, 1].into()] };
-        let der = authority.certify_tracker(&Key::generate().unwrap(), names, DAY).unwrap();
-        assert_eq!(CertificateFacts::read(&der).unwrap().subject().unwrap().role, Role::Tracker);
+        let names = Names {
+            hosts: vec!["my_höst".into(), "ok.example".into()],
+            addresses: vec![[10, 0, 0, 1].into()],
+        };
+        let der = authority
+            .certify_tracker(&Key::generate().unwrap(), names, DAY)
+            .unwrap();
+        assert_eq!(
+            CertificateFacts::read(&der)
+                .unwrap()
+                .subject()
+                .unwrap()
+                .role,
+            Role::Tracker
+        );
         assert!(String::from_utf8_lossy(&der).contains("ok.example"));
     }
 

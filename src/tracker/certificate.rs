@@ -48,17 +48,24 @@ impl OwnCertificate {
     /// Names the file and what is wrong with it.
     pub fn load(&self) -> Result<(Arc<LiveCertificate>, [u8; 32])> {
         let (cert, key) = (self.certificate.display(), self.key.display());
-        let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(read(&self.certificate)?.as_bytes())
-            .collect::<Result<_, _>>()
-            .with_context(|| format!("{cert} is not a PEM certificate"))?;
-        let Some(leaf) = chain.first() else { bail!("{cert} holds no PEM certificate") };
+        let chain: Vec<CertificateDer<'static>> =
+            CertificateDer::pem_slice_iter(read(&self.certificate)?.as_bytes())
+                .collect::<Result<_, _>>()
+                .with_context(|| format!("{cert} is not a PEM certificate"))?;
+        let Some(leaf) = chain.first() else {
+            bail!("{cert} holds no PEM certificate")
+        };
         let facts = CertificateFacts::read(leaf).with_context(|| format!("reading {cert}"))?;
         let now = i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs())?;
         ensure!(now <= facts.not_after, "{cert} has expired; make a new one");
-        ensure!(now >= facts.not_before, "{cert} is not valid yet; is this machine's clock behind?");
+        ensure!(
+            now >= facts.not_before,
+            "{cert} is not valid yet; is this machine's clock behind?"
+        );
         let key_der = self.private_key()?;
-        let live = LiveCertificate::new(chain, key_der)
-            .with_context(|| format!("{key} does not belong to {cert}, or is of an unsupported kind"))?;
+        let live = LiveCertificate::new(chain, key_der).with_context(|| {
+            format!("{key} does not belong to {cert}, or is of an unsupported kind")
+        })?;
         Ok((live, facts.pin()))
     }
 
@@ -70,15 +77,17 @@ impl OwnCertificate {
                 .with_context(|| format!("{path} holds no PEM private key"));
         }
         let Some(passphrase) = &self.passphrase else {
-            bail!("{path} is encrypted: give its passphrase with --key-passphrase-file or SPRAT_KEY_PASSPHRASE");
+            bail!(
+                "{path} is encrypted: give its passphrase with --key-passphrase-file or SPRAT_KEY_PASSPHRASE"
+            );
         };
-        let (_, document) =
-            SecretDocument::from_pem(&pem).map_err(|e| anyhow::anyhow!("{path} is not a PEM private key: {e}"))?;
+        let (_, document) = SecretDocument::from_pem(&pem)
+            .map_err(|e| anyhow::anyhow!("{path} is not a PEM private key: {e}"))?;
         let encrypted = EncryptedPrivateKeyInfoRef::try_from(document.as_bytes())
             .map_err(|e| anyhow::anyhow!("{path} is encrypted in an unknown way: {e}"))?;
-        let key = encrypted
-            .decrypt(passphrase)
-            .map_err(|_| anyhow::anyhow!("the passphrase does not open {path}, or its cipher is not supported"))?;
+        let key = encrypted.decrypt(passphrase).map_err(|_| {
+            anyhow::anyhow!("the passphrase does not open {path}, or its cipher is not supported")
+        })?;
         Ok(PrivatePkcs8KeyDer::from(key.as_bytes().to_vec()).into())
     }
 }
@@ -110,21 +119,44 @@ impl IssuedCertificate {
             safe_path::write_private(&path, key.to_pem().as_bytes())?;
             key
         };
-        let host =
-            |address: &String| address.rsplit_once(':').map(|(host, _)| host.trim_matches(['[', ']']).to_owned());
-        Ok(Self { key, names: advertised.iter().filter_map(host).collect(), life })
+        let host = |address: &String| {
+            address
+                .rsplit_once(':')
+                .map(|(host, _)| host.trim_matches(['[', ']']).to_owned())
+        };
+        Ok(Self {
+            key,
+            names: advertised.iter().filter_map(host).collect(),
+            life,
+        })
     }
 
     /// Signs a fresh certificate; the chain ends with the authority, so that a joiner can check its pin.
     ///
     /// # Errors
     /// If signing fails.
-    pub fn issue(&self, authority: &Authority) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
-        let mut names = Names { hosts: vec!["localhost".into()], addresses: vec![] };
+    pub fn issue(
+        &self,
+        authority: &Authority,
+    ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
+        let mut names = Names {
+            hosts: vec!["localhost".into()],
+            addresses: vec![],
+        };
         for bound in ["0.0.0.0:1", "[::]:1"].map(|any| any.parse()) {
-            names.addresses.extend(net::reachable_at(bound?)?.iter().map(std::net::SocketAddr::ip));
+            names.addresses.extend(
+                net::reachable_at(bound?)?
+                    .iter()
+                    .map(std::net::SocketAddr::ip),
+            );
         }
-        names.hosts.extend(rustix::system::uname().nodename().to_str().ok().map(str::to_owned));
+        names.hosts.extend(
+            rustix::system::uname()
+                .nodename()
+                .to_str()
+                .ok()
+                .map(str::to_owned),
+        );
         for name in &self.names {
             match name.parse::<IpAddr>() {
                 Ok(address) => names.addresses.push(address),
@@ -136,7 +168,10 @@ impl IssuedCertificate {
         names.hosts.sort();
         names.hosts.dedup();
         let certificate = authority.certify_tracker(&self.key, names, self.life)?;
-        Ok((vec![certificate, authority.certificate().clone()], self.key.to_der()))
+        Ok((
+            vec![certificate, authority.certificate().clone()],
+            self.key.to_der(),
+        ))
     }
 
     /// How long after issuing it the next one is due.
@@ -154,27 +189,41 @@ mod tests {
     fn what_openssl_writes_works_and_mistakes_are_named() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
-        for (name, extra) in [("a", &["-passout", "pass:secret"][..]), ("b", &["-nodes"][..])] {
+        for (name, extra) in [
+            ("a", &["-passout", "pass:secret"][..]),
+            ("b", &["-nodes"][..]),
+        ] {
             let made = std::process::Command::new("openssl")
-                .args(["req", "-x509", "-newkey", "rsa:2048", "-subj", "/CN=x", "-days", "365"])
+                .args([
+                    "req", "-x509", "-newkey", "rsa:2048", "-subj", "/CN=x", "-days", "365",
+                ])
                 .args(["-keyout", at(&format!("{name}.key")).to_str().unwrap()])
                 .args(["-out", at(&format!("{name}.crt")).to_str().unwrap()])
                 .args(extra)
                 .output()
                 .unwrap();
-            assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+            assert!(
+                made.status.success(),
+                "{}",
+                String::from_utf8_lossy(&made.stderr)
+            );
         }
         let own = |cert: &str, key: &str, passphrase: Option<&str>| OwnCertificate {
             certificate: at(cert),
             key: at(key),
             passphrase: passphrase.map(str::to_owned),
         };
-        assert!(needs_passphrase(&at("a.key")).unwrap() && !needs_passphrase(&at("b.key")).unwrap());
+        assert!(
+            needs_passphrase(&at("a.key")).unwrap() && !needs_passphrase(&at("b.key")).unwrap()
+        );
         let (_, pin) = own("a.crt", "a.key", Some("secret")).load().unwrap();
         assert_ne!(pin, own("b.crt", "b.key", None).load().unwrap().1);
         std::fs::write(at("empty"), "").unwrap();
         for (own, says) in [
-            (own("a.crt", "a.key", Some("wrong")), "passphrase does not open"),
+            (
+                own("a.crt", "a.key", Some("wrong")),
+                "passphrase does not open",
+            ),
             (own("a.crt", "a.key", None), "--key-passphrase-file"),
             (own("a.crt", "b.key", None), "does not belong"),
             (own("empty", "b.key", None), "holds no PEM certificate"),
@@ -190,8 +239,14 @@ mod tests {
     fn the_issued_chain_ends_with_the_authority_and_keeps_its_key() {
         let dir = tempfile::tempdir().unwrap();
         let authority = Authority::create(&dir.path().join("authority")).unwrap();
-        let advertised = ["tracker.lab.example:7700".to_owned(), "[fd00::7]:7700".to_owned()];
-        let open = || IssuedCertificate::open(&dir.path().join("t"), &advertised, Duration::from_secs(60)).unwrap();
+        let advertised = [
+            "tracker.lab.example:7700".to_owned(),
+            "[fd00::7]:7700".to_owned(),
+        ];
+        let open = || {
+            IssuedCertificate::open(&dir.path().join("t"), &advertised, Duration::from_secs(60))
+                .unwrap()
+        };
         let (first, _) = open().issue(&authority).unwrap();
         let (second, _) = open().issue(&authority).unwrap();
         assert_eq!(first[1], *authority.certificate());

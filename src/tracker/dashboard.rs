@@ -51,14 +51,26 @@ const INTERVAL: Duration = Duration::from_secs(1);
 const WATCHERS: usize = 32;
 const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
 const PAGES: [(&str, &str, &str); 8] = [
-    ("/", "text/html; charset=utf-8", include_str!("dashboard/index.html")),
-    ("/app.css", "text/css; charset=utf-8", include_str!("dashboard/app.css")),
+    (
+        "/",
+        "text/html; charset=utf-8",
+        include_str!("dashboard/index.html"),
+    ),
+    (
+        "/app.css",
+        "text/css; charset=utf-8",
+        include_str!("dashboard/app.css"),
+    ),
     ("/app.js", JAVASCRIPT, include_str!("dashboard/app.js")),
     ("/draw.js", JAVASCRIPT, include_str!("dashboard/draw.js")),
     ("/table.js", JAVASCRIPT, include_str!("dashboard/table.js")),
     ("/theme.js", JAVASCRIPT, include_str!("dashboard/theme.js")),
     ("/words.js", JAVASCRIPT, include_str!("dashboard/words.js")),
-    ("/icon.svg", "image/svg+xml", include_str!("dashboard/icon.svg")),
+    (
+        "/icon.svg",
+        "image/svg+xml",
+        include_str!("dashboard/icon.svg"),
+    ),
 ];
 
 /// What the page shows of.
@@ -155,16 +167,32 @@ impl Dashboard {
     #[must_use]
     pub fn new(parts: Parts) -> Arc<Self> {
         let files = Files::new(parts.store.clone());
-        let members = Members::new(parts.store.clone(), parts.registry.clone(), parts.activity.clone());
+        let members = Members::new(
+            parts.store.clone(),
+            parts.registry.clone(),
+            parts.activity.clone(),
+        );
         let (watchers, started_at) = (Arc::new(Semaphore::new(WATCHERS)), activity::unix_seconds());
-        Arc::new(Self { parts, started_at, files, members, watchers, latest: watch::Sender::default() })
+        Arc::new(Self {
+            parts,
+            started_at,
+            files,
+            members,
+            watchers,
+            latest: watch::Sender::default(),
+        })
     }
 
     /// The page, its scripts, its JSON and its events.
     pub fn router(self: Arc<Self>) -> Router {
-        let pages = PAGES.into_iter().fold(Router::new(), |router, (path, kind, text)| {
-            router.route(path, get(move || async move { ([(header::CONTENT_TYPE, kind)], text) }))
-        });
+        let pages = PAGES
+            .into_iter()
+            .fold(Router::new(), |router, (path, kind, text)| {
+                router.route(
+                    path,
+                    get(move || async move { ([(header::CONTENT_TYPE, kind)], text) }),
+                )
+            });
         let answers = pages
             .route("/api/now", get(now))
             .route("/api/events", get(events))
@@ -213,16 +241,27 @@ async fn now(State(dashboard): Shown) -> Result<Response, Trouble> {
 async fn events(State(dashboard): Shown) -> Result<Response, Trouble> {
     let Ok(place) = dashboard.watchers.clone().try_acquire_owned() else {
         let text = format!("{WATCHERS} pages follow already: close one\n");
-        return Ok((StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "5")], text).into_response());
+        return Ok((
+            StatusCode::SERVICE_UNAVAILABLE,
+            [(header::RETRY_AFTER, "5")],
+            text,
+        )
+            .into_response());
     };
     let coming = WatchStream::from_changes(dashboard.latest.subscribe());
     let first = dashboard.event().await?;
-    let all = stream::once(async { first }).chain(coming).map(move |event| {
-        // Held for as long as the stream is.
-        let _ = &place;
-        Ok::<_, Infallible>(event)
-    });
-    Ok(([(header::CONTENT_TYPE, "text/event-stream")], Body::from_stream(all)).into_response())
+    let all = stream::once(async { first })
+        .chain(coming)
+        .map(move |event| {
+            // Held for as long as the stream is.
+            let _ = &place;
+            Ok::<_, Infallible>(event)
+        });
+    Ok((
+        [(header::CONTENT_TYPE, "text/event-stream")],
+        Body::from_stream(all),
+    )
+        .into_response())
 }
 
 #[derive(Serialize)]
@@ -236,7 +275,11 @@ struct History {
 
 async fn history(State(dashboard): Shown) -> Result<Response, Trouble> {
     let (first, bytes) = dashboard.parts.activity.history(Instant::now());
-    json(&History { bucket_seconds: BUCKET.as_secs(), first, bytes })
+    json(&History {
+        bucket_seconds: BUCKET.as_secs(),
+        first,
+        bytes,
+    })
 }
 
 async fn files(
@@ -277,7 +320,11 @@ struct Holder {
 
 impl From<&SourceInfo> for Holder {
     fn from(source: &SourceInfo) -> Self {
-        Self { peer_id: source.peer.to_string(), addresses: source.addresses.clone(), partial: source.partial }
+        Self {
+            peer_id: source.peer.to_string(),
+            addresses: source.addresses.clone(),
+            partial: source.partial,
+        }
     }
 }
 
@@ -286,6 +333,14 @@ async fn file(State(dashboard): Shown, Query(asked): Query<Content>) -> Result<R
     let rows = dashboard.parts.store.rows_of(&[content], true).await?;
     let names = rows.iter().map(|row| row.name.to_string()).collect();
     let row = rows.into_iter().next().ok_or(Trouble::Unknown)?;
-    let sources = row.sources.iter().map(|source| (&**source).into()).collect();
-    json(&Held { names, n_sources: row.source_count, sources })
+    let sources = row
+        .sources
+        .iter()
+        .map(|source| (&**source).into())
+        .collect();
+    json(&Held {
+        names,
+        n_sources: row.source_count,
+        sources,
+    })
 }

@@ -50,7 +50,12 @@ impl Enrollment {
     /// A service that signs with `authority`.
     #[must_use]
     pub fn new(authority: Arc<Authority>, registry: Arc<Registry>, leaf_life: Duration) -> Self {
-        Self { authority, registry, leaf_life, turns: Mutex::default() }
+        Self {
+            authority,
+            registry,
+            leaf_life,
+            turns: Mutex::default(),
+        }
     }
 
     fn turns(&self, address: IpAddr) -> Arc<Turns> {
@@ -59,7 +64,10 @@ impl Enrollment {
         if let Some(turns) = map.get(&address).and_then(Weak::upgrade) {
             return turns;
         }
-        let turns = Arc::new(Turns { running: Semaphore::new(1), waiting: Semaphore::new(WAITING) });
+        let turns = Arc::new(Turns {
+            running: Semaphore::new(1),
+            waiting: Semaphore::new(WAITING),
+        });
         map.insert(address, Arc::downgrade(&turns));
         turns
     }
@@ -74,9 +82,13 @@ impl Enrollment {
             return Err(Status::internal("a connection without an address"));
         };
         let turns = self.turns(remote.ip());
-        let busy = || Status::resource_exhausted("too many attempts from this address at once: try again");
+        let busy =
+            || Status::resource_exhausted("too many attempts from this address at once: try again");
         let _waiting = turns.waiting.try_acquire().map_err(|_| busy())?;
-        let _turn = timeout(WAIT, turns.running.acquire()).await.map_err(|_| busy())?.map_err(|_| busy())?;
+        let _turn = timeout(WAIT, turns.running.acquire())
+            .await
+            .map_err(|_| busy())?
+            .map_err(|_| busy())?;
         // Signing and committing take a few milliseconds of this address's own turn.
         tokio::task::block_in_place(attempt).map(Response::new)
     }
@@ -86,7 +98,10 @@ impl Enrollment {
             tracing::error!("issuing a certificate: {e}");
             Status::internal("the tracker cannot issue certificates now; see its log")
         };
-        let certificate = self.authority.certify_peer(applicant, self.leaf_life).map_err(|e| failed(&e))?;
+        let certificate = self
+            .authority
+            .certify_peer(applicant, self.leaf_life)
+            .map_err(|e| failed(&e))?;
         let list = self.registry.trust_list().map_err(|e| failed(&e))?;
         Ok(JoinResponse {
             certificate: certificate.to_vec().into(),
@@ -138,31 +153,47 @@ impl proto::enrollment_service_server::EnrollmentService for Enrollment {
         self.in_turn(caller.as_ref(), || {
             let applicant = Applicant::read(&request.csr).map_err(|e| malformed(&e))?;
             let digest = Secret::parse(&request.secret).map(|secret| secret.digest());
-            let verdict =
-                self.registry.redeem(&request.token_id, digest.unwrap_or_default(), applicant.id, self.leaf_life);
+            let verdict = self.registry.redeem(
+                &request.token_id,
+                digest.unwrap_or_default(),
+                applicant.id,
+                self.leaf_life,
+            );
             self.decide(&applicant, verdict, "join")
         })
         .await
     }
 
-    async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<JoinResponse>, Status> {
+    async fn renew(
+        &self,
+        request: Request<RenewRequest>,
+    ) -> Result<Response<JoinResponse>, Status> {
         let caller = request.extensions().get::<Caller>().cloned();
         let request = request.into_inner();
         self.in_turn(caller.as_ref(), || {
             let applicant = Applicant::read(&request.csr).map_err(|e| malformed(&e))?;
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+            let now = SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .unwrap_or_default()
+                .as_secs();
             let message = renew_message(request.signed_at, &request.csr);
             let skew = now.abs_diff(request.signed_at);
             if skew > SKEW_SECONDS {
                 tracing::warn!(peer = %applicant.id, "renew refused: clocks differ by {skew} s");
-                let text = format!("the clocks of this machine and the tracker differ by {skew} s: set them right");
+                let text = format!(
+                    "the clocks of this machine and the tracker differ by {skew} s: set them right"
+                );
                 return Err(Status::failed_precondition(text));
             }
             if !signed_by(&applicant.public_key, &message, &request.signature) {
                 tracing::warn!(peer = %applicant.id, "renew refused: not signed by the key");
                 return Err(refused());
             }
-            self.decide(&applicant, self.registry.renew(applicant.id, self.leaf_life), "renew")
+            self.decide(
+                &applicant,
+                self.registry.renew(applicant.id, self.leaf_life),
+                "renew",
+            )
         })
         .await
     }

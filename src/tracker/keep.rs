@@ -50,7 +50,11 @@ impl Keeper {
     /// # Errors
     /// As the file system or the database answers.
     pub fn start(keep: Keep, admin: Arc<Admin>) -> Result<Self> {
-        let mut keeper = Self { keep, admin, link: None };
+        let mut keeper = Self {
+            keep,
+            admin,
+            link: None,
+        };
         keeper.refresh()?;
         Ok(keeper)
     }
@@ -61,7 +65,11 @@ impl Keeper {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut said = String::new();
         while cancel.run_until_cancelled(ticks.tick()).await.is_some() {
-            let trouble = self.refresh().err().map(|error| format!("{error:#}")).unwrap_or_default();
+            let trouble = self
+                .refresh()
+                .err()
+                .map(|error| format!("{error:#}"))
+                .unwrap_or_default();
             if trouble != said && !trouble.is_empty() {
                 tracing::error!("{trouble}");
             }
@@ -74,7 +82,8 @@ impl Keeper {
             self.refresh_link(&path).context("keeping the token file")?;
         }
         if let Some(folder) = &self.keep.operator {
-            self.refresh_operator(folder).context("keeping the operator's certificate")?;
+            self.refresh_operator(folder)
+                .context("keeping the operator's certificate")?;
         }
         Ok(())
     }
@@ -98,7 +107,11 @@ impl Keeper {
 
     fn is_fresh(&self, link: &JoinToken) -> Result<bool> {
         let (admin, id) = (&self.admin, base32(&link.id));
-        let known = admin.registry.tokens()?.into_iter().find(|(token_id, _)| *token_id == id);
+        let known = admin
+            .registry
+            .tokens()?
+            .into_iter()
+            .find(|(token_id, _)| *token_id == id);
         Ok(known.is_some_and(|(_, token)| {
             let is_ours = (&link.address, link.pin) == (&admin.address, admin.pin);
             let has_uses = token.redeemed_by.len() <= token.uses as usize / 2;
@@ -112,22 +125,34 @@ impl Keeper {
         let half = i64::try_from(now() + OPERATOR_LIFE.as_secs() / 2)?;
         let is_fresh = |kept: &Identity| {
             kept.authority == *authority.certificate()
-                && kept.subject().is_ok_and(|subject| subject.role == Role::Operator)
-                && CertificateFacts::read(&kept.certificate).is_ok_and(|facts| facts.not_after > half)
+                && kept
+                    .subject()
+                    .is_ok_and(|subject| subject.role == Role::Operator)
+                && CertificateFacts::read(&kept.certificate)
+                    .is_ok_and(|facts| facts.not_after > half)
         };
         if kept.as_ref().is_some_and(is_fresh) {
             return Ok(());
         }
         let key = kept.map_or_else(Key::generate, |kept| Ok(kept.key))?;
-        let certificate = authority.certify_operator(&Applicant::read(&key.request()?)?, OPERATOR_LIFE)?;
-        Identity { key, certificate, authority: authority.certificate().clone() }.save(folder, OPERATOR_FILES)?;
+        let certificate =
+            authority.certify_operator(&Applicant::read(&key.request()?)?, OPERATOR_LIFE)?;
+        Identity {
+            key,
+            certificate,
+            authority: authority.certificate().clone(),
+        }
+        .save(folder, OPERATOR_FILES)?;
         tracing::info!(folder = %folder.display(), "operator certificate written");
         Ok(())
     }
 }
 
 fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
 }
 
 #[cfg(test)]
@@ -144,16 +169,33 @@ mod tests {
             Some(authority) => authority,
             None => Authority::create(&state.join("authority")).unwrap(),
         };
-        let pin = Pin::Authority(CertificateFacts::read(authority.certificate()).unwrap().pin());
+        let pin = Pin::Authority(
+            CertificateFacts::read(authority.certificate())
+                .unwrap()
+                .pin(),
+        );
         let registry = Arc::new(Registry::open(&state.join("tracker.redb")).unwrap());
         let (authority, address) = (Arc::new(authority), "tracker:7700".into());
-        let admin = Admin { authority, registry, pin, address, live: None, _lock: None };
-        let keep = Keep { token_file: Some(state.join("link")), operator: Some(state.join("operator")) };
+        let admin = Admin {
+            authority,
+            registry,
+            pin,
+            address,
+            live: None,
+            _lock: None,
+        };
+        let keep = Keep {
+            token_file: Some(state.join("link")),
+            operator: Some(state.join("operator")),
+        };
         Keeper::start(keep, Arc::new(admin)).unwrap()
     }
 
     fn link(state: &Path) -> JoinToken {
-        String::from_utf8(safe_path::read_private(&state.join("link")).unwrap()).unwrap().parse().unwrap()
+        String::from_utf8(safe_path::read_private(&state.join("link")).unwrap())
+            .unwrap()
+            .parse()
+            .unwrap()
     }
 
     #[test]
@@ -164,7 +206,10 @@ mod tests {
         let first = link(dir.path());
         let join = |n: u8| {
             let (digest, peer) = (first.secret.digest(), PeerId::from_bytes([n; 32]));
-            registry.redeem(&base32(&first.id), digest, peer, LINK_LIFE).unwrap().unwrap();
+            registry
+                .redeem(&base32(&first.id), digest, peer, LINK_LIFE)
+                .unwrap()
+                .unwrap();
         };
         (0..50).for_each(join);
         assert!(keeper.is_fresh(&first).unwrap());
@@ -178,7 +223,14 @@ mod tests {
         assert_eq!(link(dir.path()), second);
         let old = keeper.admin.create_token(USES, LINK_LIFE / 2).unwrap();
         assert!(!keeper.is_fresh(&old).unwrap());
-        assert!(!keeper.is_fresh(&JoinToken { address: "elsewhere:1".into(), ..second }).unwrap());
+        assert!(
+            !keeper
+                .is_fresh(&JoinToken {
+                    address: "elsewhere:1".into(),
+                    ..second
+                })
+                .unwrap()
+        );
     }
 
     #[test]

@@ -49,7 +49,8 @@ use crate::{
     net::{self, Connection, Front, Limits, Listener},
     operator,
     proto::{
-        self, admin_service_server::AdminServiceServer, enrollment_service_server::EnrollmentServiceServer,
+        self, admin_service_server::AdminServiceServer,
+        enrollment_service_server::EnrollmentServiceServer,
         tracker_service_server::TrackerServiceServer,
     },
     safe_path,
@@ -64,7 +65,12 @@ const LOCK: &str = "lock";
 /// The admin socket in the state directory.
 pub const SOCKET: &str = "admin.sock";
 const DRAIN: Duration = Duration::from_secs(12);
-const LIMITS: Limits = Limits { connections: 20_000, strangers_per_address: 128, per_member: 64, http2: net::CONTROL };
+const LIMITS: Limits = Limits {
+    connections: 20_000,
+    strangers_per_address: 128,
+    per_member: 64,
+    http2: net::CONTROL,
+};
 
 /// How a tracker runs.
 #[derive(Clone, Debug)]
@@ -120,7 +126,10 @@ impl Tracker {
     pub fn init(state_dir: &Path) -> Result<String> {
         let _lock = take(state_dir)?;
         if state_dir.join(AUTHORITY).join("ca.crt").exists() {
-            let text = format!("{} already holds a tracker; it is never overwritten", state_dir.display());
+            let text = format!(
+                "{} already holds a tracker; it is never overwritten",
+                state_dir.display()
+            );
             return Err(Failed::new(Exit::Exists, text).into());
         }
         let authority = Authority::create(&state_dir.join(AUTHORITY))?;
@@ -141,14 +150,18 @@ impl Tracker {
             None => Authority::create(&state.join(AUTHORITY))?,
         };
         let registry = Arc::new(Registry::open(&state.join(DATABASE))?);
-        let listener = net::bind(options.listen, 0).map_err(|e| Failed::new(Exit::Failure, e.to_string()))?;
+        let listener =
+            net::bind(options.listen, 0).map_err(|e| Failed::new(Exit::Failure, e.to_string()))?;
         let operator = net::bind_http(options.operator, OPERATOR_PORT)?;
         let address = listener.local_addr()?;
         let advertised = advertised(&options, address, &registry).await?;
         let shown = show(&options, &advertised, &authority, &registry)?;
         let trust = Trust::new(authority.certificate().clone())?;
         trust.adopt(registry.trust_list()?);
-        let store: Arc<dyn Store> = Arc::new(MemoryStore::new(options.lease, Budget::new(options.memory_budget)));
+        let store: Arc<dyn Store> = Arc::new(MemoryStore::new(
+            options.lease,
+            Budget::new(options.memory_budget),
+        ));
         let authority = Arc::new(authority);
         let admin = Arc::new(Admin {
             authority: authority.clone(),
@@ -175,21 +188,40 @@ impl Tracker {
             tasks: TaskTracker::new(),
             _lock: lock,
         };
-        let activity = Arc::new(Activity::new(options.heartbeat, options.lease, Instant::now()));
-        let service = Service::new(store.clone(), authority.clone(), trust.clone(), activity.clone());
+        let activity = Arc::new(Activity::new(
+            options.heartbeat,
+            options.lease,
+            Instant::now(),
+        ));
+        let service = Service::new(
+            store.clone(),
+            authority.clone(),
+            trust.clone(),
+            activity.clone(),
+        );
         let enrollment = Enrollment::new(authority.clone(), registry.clone(), options.leaf_life);
-        tracker.serve(listener, &shown, &trust, (service, enrollment)).await?;
+        tracker
+            .serve(listener, &shown, &trust, (service, enrollment))
+            .await?;
         if let Err(error) = tracker.serve_admin(state) {
             tracker.stop().await;
             return Err(error);
         }
         tracker.tasks.spawn(keeper.run(tracker.cancel.clone()));
         if let Some(operator) = operator {
-            let dashboard = tracker.dashboard(&shown, &authority, (store.clone(), registry, activity.clone()))?;
+            let dashboard = tracker.dashboard(
+                &shown,
+                &authority,
+                (store.clone(), registry, activity.clone()),
+            )?;
             tracker.serve_operator(operator, dashboard);
         }
-        tracker.tasks.spawn(service::sweep(store, activity, tracker.cancel.clone()));
-        tracker.tasks.spawn(renew(shown, authority, tracker.cancel.clone()));
+        tracker
+            .tasks
+            .spawn(service::sweep(store, activity, tracker.cancel.clone()));
+        tracker
+            .tasks
+            .spawn(renew(shown, authority, tracker.cancel.clone()));
         Ok(tracker)
     }
 
@@ -200,13 +232,17 @@ impl Tracker {
         trust: &Arc<Trust>,
         (service, enrollment): (Service, Enrollment),
     ) -> Result<()> {
-        let service = TrackerServiceServer::new(service).max_decoding_message_size(proto::MAX_TRACKER_MESSAGE);
+        let service = TrackerServiceServer::new(service)
+            .max_decoding_message_size(proto::MAX_TRACKER_MESSAGE);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<TrackerServiceServer<Service>>().await;
-        let members =
-            proto::with_reflection(Routes::new(service).add_service(health_service), "sprat.v1.TrackerService")?;
+        let members = proto::with_reflection(
+            Routes::new(service).add_service(health_service),
+            "sprat.v1.TrackerService",
+        )?;
         let members = operator::beside(members, self.figures.clone());
-        let enrollment = EnrollmentServiceServer::new(enrollment).max_decoding_message_size(proto::MAX_JOIN_MESSAGE);
+        let enrollment = EnrollmentServiceServer::new(enrollment)
+            .max_decoding_message_size(proto::MAX_JOIN_MESSAGE);
         let listening = Listener {
             members: Front {
                 tls: tls::member_server(trust, shown.issued.clone(), shown.unnamed.clone())?,
@@ -226,10 +262,15 @@ impl Tracker {
     }
 
     fn serve_admin(&self, state: &Path) -> Result<()> {
-        let socket =
-            net::bind_unix(state, SOCKET).with_context(|| format!("binding {}", state.join(SOCKET).display()))?;
+        let socket = net::bind_unix(state, SOCKET)
+            .with_context(|| format!("binding {}", state.join(SOCKET).display()))?;
         let routes = Routes::new(AdminServiceServer::from_arc(self.admin.clone())).prepare();
-        self.tasks.spawn(net::serve_unix(socket, routes, self.cancel.clone(), self.tasks.clone()));
+        self.tasks.spawn(net::serve_unix(
+            socket,
+            routes,
+            self.cancel.clone(),
+            self.tasks.clone(),
+        ));
         Ok(())
     }
 
@@ -255,7 +296,12 @@ impl Tracker {
     fn serve_operator(&self, listener: TcpListener, dashboard: Arc<Dashboard>) {
         let router = operator::router(self.figures.clone()).merge(dashboard.clone().router());
         self.tasks.spawn(dashboard.run(self.cancel.clone()));
-        self.tasks.spawn(net::serve_http(listener, router, self.cancel.clone(), self.tasks.clone()));
+        self.tasks.spawn(net::serve_http(
+            listener,
+            router,
+            self.cancel.clone(),
+            self.tasks.clone(),
+        ));
     }
 
     /// Where the operator page is.
@@ -287,7 +333,9 @@ impl Tracker {
     /// # Errors
     /// If the database fails.
     pub fn join_link(&self, uses: u32, ttl: Duration) -> Result<String> {
-        self.admin.create_token(uses, ttl).map(|token| token.to_string())
+        self.admin
+            .create_token(uses, ttl)
+            .map(|token| token.to_string())
     }
 
     /// Stops accepting, lets calls finish for up to ten seconds, and ends.
@@ -311,14 +359,24 @@ pub async fn attach(state_dir: &Path) -> Result<Connection> {
         Failed::new(Exit::NotFound, text)
     };
     let certificate = state_dir.join(AUTHORITY).join("ca.crt");
-    let named = |e: io::Error| Failed::state_dir(&io::Error::new(e.kind(), format!("{}: {e}", certificate.display())));
+    let named = |e: io::Error| {
+        Failed::state_dir(&io::Error::new(
+            e.kind(),
+            format!("{}: {e}", certificate.display()),
+        ))
+    };
     if !certificate.try_exists().map_err(named)? {
         return Err(absent().into());
     }
     let Some(lock) = safe_path::lock(&state_dir.join(LOCK))? else {
-        return net::dial_unix(state_dir, SOCKET, net::CONTROL).await.with_context(|| {
-            format!("a tracker runs in {}, but its admin socket does not answer", state_dir.display())
-        });
+        return net::dial_unix(state_dir, SOCKET, net::CONTROL)
+            .await
+            .with_context(|| {
+                format!(
+                    "a tracker runs in {}, but its admin socket does not answer",
+                    state_dir.display()
+                )
+            });
     };
     let authority = Authority::load(&state_dir.join(AUTHORITY))?.ok_or_else(absent)?;
     let registry = Arc::new(Registry::open(&state_dir.join(DATABASE))?);
@@ -331,7 +389,14 @@ pub async fn attach(state_dir: &Path) -> Result<Connection> {
         Some(pin) => Pin::Tracker(pin),
         None => Pin::Authority(CertificateFacts::read(authority.certificate())?.pin()),
     };
-    let admin = Admin { authority: Arc::new(authority), registry, pin, address, live: None, _lock: Some(lock) };
+    let admin = Admin {
+        authority: Arc::new(authority),
+        registry,
+        pin,
+        address,
+        live: None,
+        _lock: Some(lock),
+    };
     let cancel = CancellationToken::new();
     let routes = Routes::new(AdminServiceServer::new(admin)).prepare();
     let connection = net::pipe(routes, net::CONTROL, cancel).await?;
@@ -345,18 +410,26 @@ const OPERATOR_PORT: u16 = 7790;
 
 /// Makes the state directory if need be, and takes its lock.
 fn take(state_dir: &Path) -> Result<File> {
-    let lock = safe_path::private_dir(state_dir).and_then(|()| safe_path::lock(&state_dir.join(LOCK)));
-    lock.map_err(|error| Failed::state_dir(&error))?.ok_or_else(|| {
-        let text = format!("another tracker already runs in {}", state_dir.display());
-        Failed::new(Exit::Failure, text).into()
-    })
+    let lock =
+        safe_path::private_dir(state_dir).and_then(|()| safe_path::lock(&state_dir.join(LOCK)));
+    lock.map_err(|error| Failed::state_dir(&error))?
+        .ok_or_else(|| {
+            let text = format!("another tracker already runs in {}", state_dir.display());
+            Failed::new(Exit::Failure, text).into()
+        })
 }
 
 fn fingerprint(authority: &Authority) -> Result<String> {
-    Ok(base32(&CertificateFacts::read(authority.certificate())?.pin()))
+    Ok(base32(
+        &CertificateFacts::read(authority.certificate())?.pin(),
+    ))
 }
 
-async fn advertised(options: &TrackerOptions, bound: SocketAddr, registry: &Registry) -> Result<Vec<String>> {
+async fn advertised(
+    options: &TrackerOptions,
+    bound: SocketAddr,
+    registry: &Registry,
+) -> Result<Vec<String>> {
     let advertised = if !options.advertise.is_empty() {
         options.advertise.clone()
     } else if bound.ip().is_unspecified() {
@@ -368,8 +441,17 @@ async fn advertised(options: &TrackerOptions, bound: SocketAddr, registry: &Regi
     Ok(advertised)
 }
 
-fn show(options: &TrackerOptions, advertised: &[String], authority: &Authority, registry: &Registry) -> Result<Shown> {
-    let renewal = IssuedCertificate::open(&options.state_dir.join("identity"), advertised, options.leaf_life)?;
+fn show(
+    options: &TrackerOptions,
+    advertised: &[String],
+    authority: &Authority,
+    registry: &Registry,
+) -> Result<Shown> {
+    let renewal = IssuedCertificate::open(
+        &options.state_dir.join("identity"),
+        advertised,
+        options.leaf_life,
+    )?;
     let (chain, key) = renewal.issue(authority)?;
     let issued = LiveCertificate::new(chain, key)?;
     let own = options.own.as_ref().map(OwnCertificate::load).transpose()?;
@@ -377,18 +459,35 @@ fn show(options: &TrackerOptions, advertised: &[String], authority: &Authority, 
     Ok(match own {
         Some((unnamed, pin)) => {
             registry.add_pin(pin)?;
-            Shown { issued, unnamed, pin: Pin::Tracker(pin), renewal }
+            Shown {
+                issued,
+                unnamed,
+                pin: Pin::Tracker(pin),
+                renewal,
+            }
         }
         None => {
             let pin = Pin::Authority(CertificateFacts::read(authority.certificate())?.pin());
-            Shown { unnamed: issued.clone(), issued, pin, renewal }
+            Shown {
+                unnamed: issued.clone(),
+                issued,
+                pin,
+                renewal,
+            }
         }
     })
 }
 
 async fn renew(shown: Shown, authority: Arc<Authority>, cancel: CancellationToken) {
-    while cancel.run_until_cancelled(tokio::time::sleep(shown.renewal.renew_after())).await.is_some() {
-        let renewed = shown.renewal.issue(&authority).and_then(|(chain, key)| Ok(shown.issued.replace(chain, key)?));
+    while cancel
+        .run_until_cancelled(tokio::time::sleep(shown.renewal.renew_after()))
+        .await
+        .is_some()
+    {
+        let renewed = shown
+            .renewal
+            .issue(&authority)
+            .and_then(|(chain, key)| Ok(shown.issued.replace(chain, key)?));
         match renewed {
             Ok(()) => tracing::info!("the tracker's certificate was renewed"),
             Err(error) => tracing::error!("renewing the tracker's certificate: {error:#}"),

@@ -13,8 +13,8 @@ use std::{
 
 use anyhow::{Context, Result};
 use redb::{
-    AccessGuard, Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction,
-    backends::FileBackend,
+    AccessGuard, Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition,
+    WriteTransaction, backends::FileBackend,
 };
 use serde::{Deserialize, Serialize};
 
@@ -98,7 +98,10 @@ impl Registry {
     /// # Errors
     /// If it is damaged, in use, or of a newer version; it is never replaced.
     pub fn open(path: &Path) -> Result<Self> {
-        let registry = Self { path: path.to_owned(), db: Mutex::new(Some(open(path)?)) };
+        let registry = Self {
+            path: path.to_owned(),
+            db: Mutex::new(Some(open(path)?)),
+        };
         let version = registry.write(|txn| {
             txn.open_table(TOKENS)?;
             txn.open_table(MEMBERS)?;
@@ -109,7 +112,11 @@ impl Registry {
             }
             Ok(version.unwrap_or_else(|| VERSION.1.to_owned()))
         })?;
-        anyhow::ensure!(version == VERSION.1, "{} was written by a newer sprat (version {version})", path.display());
+        anyhow::ensure!(
+            version == VERSION.1,
+            "{} was written by a newer sprat (version {version})",
+            path.display()
+        );
         Ok(registry)
     }
 
@@ -141,14 +148,30 @@ impl Registry {
     ///
     /// # Errors
     /// As the database answers.
-    pub fn add_token(&self, id: &TokenId, digest: [u8; 32], uses: u32, ttl: Duration) -> Result<()> {
+    pub fn add_token(
+        &self,
+        id: &TokenId,
+        digest: [u8; 32],
+        uses: u32,
+        ttl: Duration,
+    ) -> Result<()> {
         let expires_at = now() + ttl.as_secs();
-        let record = TokenRecord { digest: base32(&digest), uses, expires_at, redeemed_by: Vec::new() };
+        let record = TokenRecord {
+            digest: base32(&digest),
+            uses,
+            expires_at,
+            redeemed_by: Vec::new(),
+        };
         self.write(|txn| {
             let mut tokens = txn.open_table(TOKENS)?;
             // Tokens a month past their end tell nobody anything.
-            tokens.retain(|_, record| read::<TokenRecord>(record).is_ok_and(|r| r.expires_at + 30 * 86_400 > now()))?;
-            tokens.insert(base32(id).as_str(), serde_json::to_string(&record)?.as_str())?;
+            tokens.retain(|_, record| {
+                read::<TokenRecord>(record).is_ok_and(|r| r.expires_at + 30 * 86_400 > now())
+            })?;
+            tokens.insert(
+                base32(id).as_str(),
+                serde_json::to_string(&record)?.as_str(),
+            )?;
             Ok(())
         })
     }
@@ -158,11 +181,21 @@ impl Registry {
     ///
     /// # Errors
     /// The outer one as the database answers, the inner one says why not.
-    pub fn redeem(&self, id: &str, digest: [u8; 32], peer: PeerId, life: Duration) -> Result<Result<(), Refusal>> {
+    pub fn redeem(
+        &self,
+        id: &str,
+        digest: [u8; 32],
+        peer: PeerId,
+        life: Duration,
+    ) -> Result<Result<(), Refusal>> {
         let name = peer.to_string();
         self.write(|txn| {
             let mut tokens = txn.open_table(TOKENS)?;
-            let Some(mut record) = tokens.get(id)?.map(|r| read::<TokenRecord>(r.value())).transpose()? else {
+            let Some(mut record) = tokens
+                .get(id)?
+                .map(|r| read::<TokenRecord>(r.value()))
+                .transpose()?
+            else {
                 return Ok(Err(Refusal::Unknown));
             };
             if !same(record.digest.as_bytes(), base32(&digest).as_bytes()) {
@@ -182,7 +215,11 @@ impl Registry {
                 record.redeemed_by.push(name.clone());
                 tokens.insert(id, serde_json::to_string(&record)?.as_str())?;
             }
-            let member = MemberRecord { joined_at: now(), certified_until: now() + life.as_secs(), revoked: false };
+            let member = MemberRecord {
+                joined_at: now(),
+                certified_until: now() + life.as_secs(),
+                revoked: false,
+            };
             members.insert(name.as_str(), serde_json::to_string(&member)?.as_str())?;
             Ok(Ok(()))
         })
@@ -218,7 +255,9 @@ impl Registry {
         let name = peer.to_string();
         self.write(|txn| {
             let mut members = txn.open_table(MEMBERS)?;
-            let Some(mut record) = member(&members, &name)? else { return Ok(false) };
+            let Some(mut record) = member(&members, &name)? else {
+                return Ok(false);
+            };
             if record.revoked == revoked {
                 return Ok(false);
             }
@@ -237,7 +276,11 @@ impl Registry {
     pub fn add_pin(&self, pin: [u8; 32]) -> Result<()> {
         self.write(|txn| {
             let mut meta = txn.open_table(META)?;
-            let mut pins: Vec<String> = meta.get(PINS)?.map(|p| read(p.value())).transpose()?.unwrap_or_default();
+            let mut pins: Vec<String> = meta
+                .get(PINS)?
+                .map(|p| read(p.value()))
+                .transpose()?
+                .unwrap_or_default();
             if pins.contains(&base32(&pin)) {
                 return Ok(());
             }
@@ -254,7 +297,10 @@ impl Registry {
     /// As the database answers.
     pub fn own_pin(&self) -> Result<Option<[u8; 32]>> {
         self.read(|txn| {
-            let pin = txn.open_table(META)?.get(OWN_PIN)?.and_then(|pin| crate::identity::unbase32(pin.value()));
+            let pin = txn
+                .open_table(META)?
+                .get(OWN_PIN)?
+                .and_then(|pin| crate::identity::unbase32(pin.value()));
             Ok(pin)
         })
     }
@@ -281,12 +327,27 @@ impl Registry {
     pub fn trust_list(&self) -> Result<TrustList> {
         self.read(|txn| {
             let meta = txn.open_table(META)?;
-            let pins: Vec<String> = meta.get(PINS)?.map(|p| read(p.value())).transpose()?.unwrap_or_default();
+            let pins: Vec<String> = meta
+                .get(PINS)?
+                .map(|p| read(p.value()))
+                .transpose()?
+                .unwrap_or_default();
             let members = all_members(txn)?;
             Ok(TrustList {
-                epoch: meta.get(EPOCH)?.map(|e| e.value().parse()).transpose()?.unwrap_or(0),
-                tracker_pins: pins.iter().filter_map(|pin| crate::identity::unbase32(pin)).collect(),
-                denied: members.into_iter().filter(|(_, member)| member.revoked).map(|(peer, _)| peer).collect(),
+                epoch: meta
+                    .get(EPOCH)?
+                    .map(|e| e.value().parse())
+                    .transpose()?
+                    .unwrap_or(0),
+                tracker_pins: pins
+                    .iter()
+                    .filter_map(|pin| crate::identity::unbase32(pin))
+                    .collect(),
+                denied: members
+                    .into_iter()
+                    .filter(|(_, member)| member.revoked)
+                    .map(|(peer, _)| peer)
+                    .collect(),
             })
         })
     }
@@ -306,9 +367,12 @@ impl Registry {
     pub fn tokens(&self) -> Result<Vec<(String, TokenRecord)>> {
         self.read(|txn| {
             let rows = txn.open_table(TOKENS)?;
-            let row =
-                |(k, v): (AccessGuard<'_, &str>, AccessGuard<'_, &str>)| Ok((k.value().to_owned(), read(v.value())?));
-            rows.iter()?.map(|found| found.map_err(Into::into).and_then(row)).collect()
+            let row = |(k, v): (AccessGuard<'_, &str>, AccessGuard<'_, &str>)| {
+                Ok((k.value().to_owned(), read(v.value())?))
+            };
+            rows.iter()?
+                .map(|found| found.map_err(Into::into).and_then(row))
+                .collect()
         })
     }
 
@@ -318,7 +382,11 @@ impl Registry {
     /// As the database answers.
     pub fn advertised(&self) -> Result<Vec<String>> {
         self.read(|txn| {
-            let advertised = txn.open_table(META)?.get(ADVERTISE)?.map(|a| read(a.value())).transpose()?;
+            let advertised = txn
+                .open_table(META)?
+                .get(ADVERTISE)?
+                .map(|a| read(a.value()))
+                .transpose()?;
             Ok(advertised.unwrap_or_default())
         })
     }
@@ -329,7 +397,8 @@ impl Registry {
     /// As the database answers.
     pub fn set_advertised(&self, addresses: &[String]) -> Result<()> {
         self.write(|txn| {
-            txn.open_table(META)?.insert(ADVERTISE, serde_json::to_string(addresses)?.as_str())?;
+            txn.open_table(META)?
+                .insert(ADVERTISE, serde_json::to_string(addresses)?.as_str())?;
             Ok(())
         })
     }
@@ -337,27 +406,45 @@ impl Registry {
 
 fn open(path: &Path) -> Result<Database> {
     let named = || format!("opening {}", path.display());
-    let backend = FileBackend::new(safe_path::create_private(path).with_context(named)?).with_context(named)?;
+    let backend = FileBackend::new(safe_path::create_private(path).with_context(named)?)
+        .with_context(named)?;
     // Without the check, redb may panic on a file that something else has damaged.
-    Database::builder().set_check_integrity_on_open(true).create_with_backend(backend).with_context(named)
+    Database::builder()
+        .set_check_integrity_on_open(true)
+        .create_with_backend(backend)
+        .with_context(named)
 }
 
 /// By the clock, so that what a restored backup signs is newer than what the peers heard before.
 fn raise_epoch(txn: &WriteTransaction) -> Result<()> {
     let mut meta = txn.open_table(META)?;
-    let epoch: u64 = meta.get(EPOCH)?.map(|e| e.value().parse()).transpose()?.unwrap_or(0);
+    let epoch: u64 = meta
+        .get(EPOCH)?
+        .map(|e| e.value().parse())
+        .transpose()?
+        .unwrap_or(0);
     meta.insert(EPOCH, now().max(epoch + 1).to_string().as_str())?;
     Ok(())
 }
 
 fn all_members(txn: &ReadTransaction) -> Result<Vec<(PeerId, MemberRecord)>> {
     let rows = txn.open_table(MEMBERS)?;
-    let row = |(k, v): (AccessGuard<'_, &str>, AccessGuard<'_, &str>)| Ok((k.value().parse()?, read(v.value())?));
-    rows.iter()?.map(|found| found.map_err(Into::into).and_then(row)).collect()
+    let row = |(k, v): (AccessGuard<'_, &str>, AccessGuard<'_, &str>)| {
+        Ok((k.value().parse()?, read(v.value())?))
+    };
+    rows.iter()?
+        .map(|found| found.map_err(Into::into).and_then(row))
+        .collect()
 }
 
-fn member(members: &impl ReadableTable<&'static str, &'static str>, name: &str) -> Result<Option<MemberRecord>> {
-    members.get(name)?.map(|record| read(record.value())).transpose()
+fn member(
+    members: &impl ReadableTable<&'static str, &'static str>,
+    name: &str,
+) -> Result<Option<MemberRecord>> {
+    members
+        .get(name)?
+        .map(|record| read(record.value()))
+        .transpose()
 }
 
 fn read<T: for<'a> Deserialize<'a>>(text: &str) -> Result<T> {
@@ -370,7 +457,10 @@ fn same(a: &[u8], b: &[u8]) -> bool {
 }
 
 fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
 }
 
 #[cfg(test)]
@@ -394,14 +484,31 @@ mod tests {
     fn a_use_belongs_to_a_key() {
         let (_dir, registry) = registry();
         registry.add_token(&ID, [9; 32], 2, HOUR).unwrap();
-        let redeem = |digest, n| registry.redeem(&base32(&ID), digest, peer(n), HOUR).unwrap();
+        let redeem = |digest, n| {
+            registry
+                .redeem(&base32(&ID), digest, peer(n), HOUR)
+                .unwrap()
+        };
         assert_eq!(redeem([8; 32], 1), Err(Refusal::WrongSecret));
-        assert_eq!((redeem([9; 32], 1), redeem([9; 32], 1), redeem([9; 32], 2)), (Ok(()), Ok(()), Ok(())));
+        assert_eq!(
+            (redeem([9; 32], 1), redeem([9; 32], 1), redeem([9; 32], 2)),
+            (Ok(()), Ok(()), Ok(()))
+        );
         assert_eq!(redeem([9; 32], 3), Err(Refusal::UsedUp));
         assert_eq!(redeem([9; 32], 2), Ok(()));
-        assert_eq!(registry.redeem("nonsense", [9; 32], peer(1), HOUR).unwrap(), Err(Refusal::Unknown));
-        registry.add_token(&[2; 5], [9; 32], 1, Duration::ZERO).unwrap();
-        assert_eq!(registry.redeem(&base32(&[2; 5]), [9; 32], peer(1), HOUR).unwrap(), Err(Refusal::Expired));
+        assert_eq!(
+            registry.redeem("nonsense", [9; 32], peer(1), HOUR).unwrap(),
+            Err(Refusal::Unknown)
+        );
+        registry
+            .add_token(&[2; 5], [9; 32], 1, Duration::ZERO)
+            .unwrap();
+        assert_eq!(
+            registry
+                .redeem(&base32(&[2; 5]), [9; 32], peer(1), HOUR)
+                .unwrap(),
+            Err(Refusal::Expired)
+        );
     }
 
     #[test]
@@ -411,9 +518,19 @@ mod tests {
         let registry = &registry;
         let admitted: usize = std::thread::scope(|scope| {
             let joins: Vec<_> = (0..50)
-                .map(|n| scope.spawn(move || registry.redeem(&base32(&ID), [9; 32], peer(n), HOUR).unwrap().is_ok()))
+                .map(|n| {
+                    scope.spawn(move || {
+                        registry
+                            .redeem(&base32(&ID), [9; 32], peer(n), HOUR)
+                            .unwrap()
+                            .is_ok()
+                    })
+                })
                 .collect();
-            joins.into_iter().map(|join| usize::from(join.join().unwrap())).sum()
+            joins
+                .into_iter()
+                .map(|join| usize::from(join.join().unwrap()))
+                .sum()
         });
         assert_eq!(admitted, 1);
     }
@@ -423,30 +540,54 @@ mod tests {
         let (dir, registry) = registry();
         registry.add_token(&ID, [9; 32], 1, HOUR).unwrap();
         assert!(!registry.set_revoked(peer(1), true).unwrap());
-        registry.redeem(&base32(&ID), [9; 32], peer(1), HOUR).unwrap().unwrap();
+        registry
+            .redeem(&base32(&ID), [9; 32], peer(1), HOUR)
+            .unwrap()
+            .unwrap();
         assert!(registry.set_revoked(peer(1), true).unwrap());
         assert!(!registry.set_revoked(peer(1), true).unwrap());
         let first = registry.trust_list().unwrap().epoch;
-        assert!(first >= now() - 60, "a list of a restored backup must be newer than any before: {first}");
+        assert!(
+            first >= now() - 60,
+            "a list of a restored backup must be newer than any before: {first}"
+        );
         registry.add_pin([5; 32]).unwrap();
         registry.add_pin([5; 32]).unwrap();
         drop(registry);
         let registry = Registry::open(&dir.path().join("tracker.redb")).unwrap();
         let list = registry.trust_list().unwrap();
-        assert_eq!((list.denied.contains(&peer(1)), list.tracker_pins.len()), (true, 1));
+        assert_eq!(
+            (list.denied.contains(&peer(1)), list.tracker_pins.len()),
+            (true, 1)
+        );
         assert!(list.epoch > first, "{} after {first}", list.epoch);
-        assert_eq!(registry.renew(peer(1), HOUR).unwrap(), Err(Refusal::Revoked));
-        assert_eq!(registry.redeem(&base32(&ID), [9; 32], peer(1), HOUR).unwrap(), Err(Refusal::Revoked));
+        assert_eq!(
+            registry.renew(peer(1), HOUR).unwrap(),
+            Err(Refusal::Revoked)
+        );
+        assert_eq!(
+            registry
+                .redeem(&base32(&ID), [9; 32], peer(1), HOUR)
+                .unwrap(),
+            Err(Refusal::Revoked)
+        );
         assert!(registry.set_revoked(peer(1), false).unwrap());
         assert_eq!(registry.renew(peer(1), HOUR).unwrap(), Ok(()));
-        assert_eq!(registry.renew(peer(2), HOUR).unwrap(), Err(Refusal::NotAMember));
+        assert_eq!(
+            registry.renew(peer(2), HOUR).unwrap(),
+            Err(Refusal::NotAMember)
+        );
     }
 
     #[test]
     fn a_damaged_database_is_refused_and_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tracker.redb");
-        std::fs::write(&path, b"not a database at all, but longer than its header would be").unwrap();
+        std::fs::write(
+            &path,
+            b"not a database at all, but longer than its header would be",
+        )
+        .unwrap();
         assert!(Registry::open(&path).is_err());
         assert!(std::fs::read(&path).unwrap().starts_with(b"not a database"));
     }

@@ -30,9 +30,10 @@ use crate::{
     metrics::LEASES_EXPIRED,
     net::Caller,
     proto::{
-        self, HeartbeatRequest, HeartbeatResponse, ListFilesRequest, ListFilesResponse, RegisterHeader,
-        RegisterRequest, RegisterResponse, SignedTrustList, WatchFilesRequest, WatchFilesResponse, heartbeat_response,
-        register_request::Part, watch_files_response::Change as Told,
+        self, HeartbeatRequest, HeartbeatResponse, ListFilesRequest, ListFilesResponse,
+        RegisterHeader, RegisterRequest, RegisterResponse, SignedTrustList, WatchFilesRequest,
+        WatchFilesResponse, heartbeat_response, register_request::Part,
+        watch_files_response::Change as Told,
     },
     request::carried,
     trust::Trust,
@@ -63,9 +64,21 @@ pub struct Service {
 impl Service {
     /// Answers from `store`; what peers move, and the intervals that they are told, are in `activity`.
     #[must_use]
-    pub fn new(store: Arc<dyn Store>, authority: Arc<Authority>, trust: Arc<Trust>, activity: Arc<Activity>) -> Self {
+    pub fn new(
+        store: Arc<dyn Store>,
+        authority: Arc<Authority>,
+        trust: Arc<Trust>,
+        activity: Arc<Activity>,
+    ) -> Self {
         let watchers = Arc::new(Semaphore::new(WATCHERS));
-        Self { store, authority, trust, activity, watchers, listings: Semaphore::new(LISTINGS) }
+        Self {
+            store,
+            authority,
+            trust,
+            activity,
+            watchers,
+            listings: Semaphore::new(LISTINGS),
+        }
     }
 
     fn trust_list_after(&self, epoch: u64) -> Result<Option<SignedTrustList>, Status> {
@@ -73,20 +86,34 @@ impl Service {
         if list.epoch <= epoch {
             return Ok(None);
         }
-        self.authority.sign(&list).map(Some).map_err(|e| Status::internal(e.to_string()))
+        self.authority
+            .sign(&list)
+            .map(Some)
+            .map_err(|e| Status::internal(e.to_string()))
     }
 
-    fn announcement(&self, peer: PeerId, header: &RegisterHeader, caller: &Caller) -> Result<Announcement, Status> {
+    fn announcement(
+        &self,
+        peer: PeerId,
+        header: &RegisterHeader,
+        caller: &Caller,
+    ) -> Result<Announcement, Status> {
         own_id(&header.peer_id, peer)?;
         if header.generation == 0 || header.generation <= header.base_generation {
-            return Err(Status::invalid_argument("generation must be above 0 and above base_generation"));
+            return Err(Status::invalid_argument(
+                "generation must be above 0 and above base_generation",
+            ));
         }
         if header.addresses.len() > proto::MAX_ADDRESSES {
             return Err(proto::WireError::TooMany(proto::MAX_ADDRESSES, "addresses").into());
         }
-        let port = u16::try_from(header.port).map_err(|_| Status::invalid_argument("port is above 65,535"))?;
+        let port = u16::try_from(header.port)
+            .map_err(|_| Status::invalid_argument("port is above 65,535"))?;
         let announcement = proto::announcement(peer, &header.addresses, port, caller);
-        Ok(Announcement { generation: header.generation, ..announcement })
+        Ok(Announcement {
+            generation: header.generation,
+            ..announcement
+        })
     }
 
     async fn collect(
@@ -95,18 +122,25 @@ impl Service {
         peer: PeerId,
         caller: &Caller,
     ) -> Result<Registration, Status> {
-        let Some(Part::Header(header)) = next(&mut stream).await?.and_then(|message| message.part) else {
-            return Err(Status::invalid_argument("the first message must be the header"));
+        let Some(Part::Header(header)) = next(&mut stream).await?.and_then(|message| message.part)
+        else {
+            return Err(Status::invalid_argument(
+                "the first message must be the header",
+            ));
         };
         let announcement = self.announcement(peer, &header, caller)?;
         let base = (header.base_generation != 0).then_some(header.base_generation);
         let mut registration = Registration::new(announcement, base, self.store.budget());
         while let Some(message) = next(&mut stream).await? {
             let Some(Part::Batch(batch)) = message.part else {
-                return Err(Status::invalid_argument("after the header only batches may come"));
+                return Err(Status::invalid_argument(
+                    "after the header only batches may come",
+                ));
             };
             for key in batch.removed {
-                registration.remove(FileKey::try_from(key)?).map_err(exhausted)?;
+                registration
+                    .remove(FileKey::try_from(key)?)
+                    .map_err(exhausted)?;
             }
             for entry in batch.added {
                 registration.add(entry.try_into()?).map_err(exhausted)?;
@@ -117,7 +151,9 @@ impl Service {
 }
 
 async fn next(stream: &mut Streaming<RegisterRequest>) -> Result<Option<RegisterRequest>, Status> {
-    timeout(IDLE, stream.message()).await.map_err(|_| Status::deadline_exceeded("nothing came for 30 s"))?
+    timeout(IDLE, stream.message())
+        .await
+        .map_err(|_| Status::deadline_exceeded("nothing came for 30 s"))?
 }
 
 /// The caller's id, if its certificate has one of these roles.
@@ -126,14 +162,23 @@ fn require(caller: &Caller, roles: &[Role]) -> Result<PeerId, Status> {
         Some(subject) if roles.contains(&subject.role) => Ok(subject.id),
         Some(subject) => {
             tracing::warn!(id = %subject.id, role = subject.role.label(), "call refused: wrong role");
-            Err(Status::permission_denied(format!("this is not for {} certificates", subject.role.label())))
+            Err(Status::permission_denied(format!(
+                "this is not for {} certificates",
+                subject.role.label()
+            )))
         }
-        None => Err(Status::unauthenticated("a client certificate of this network is required")),
+        None => Err(Status::unauthenticated(
+            "a client certificate of this network is required",
+        )),
     }
 }
 
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
-    request.extensions().get::<Caller>().cloned().ok_or_else(|| Status::internal("a request without a caller"))
+    request
+        .extensions()
+        .get::<Caller>()
+        .cloned()
+        .ok_or_else(|| Status::internal("a request without a caller"))
 }
 
 fn own_id(claimed: &str, peer: PeerId) -> Result<(), Status> {
@@ -159,7 +204,11 @@ fn millis(duration: Duration) -> u32 {
 }
 
 /// Forgets peers whose lease is over, until cancelled.
-pub(super) async fn sweep(store: Arc<dyn Store>, activity: Arc<Activity>, cancel: CancellationToken) {
+pub(super) async fn sweep(
+    store: Arc<dyn Store>,
+    activity: Arc<Activity>,
+    cancel: CancellationToken,
+) {
     let mut ticks = interval(SWEEP_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while cancel.run_until_cancelled(ticks.tick()).await.is_some() {
@@ -183,7 +232,12 @@ impl proto::tracker_service_server::TrackerService for Service {
         let caller = caller(&request)?;
         let peer = require(&caller, &[Role::Peer])?;
         let registration = self.collect(request.into_inner(), peer, &caller).await?;
-        match self.store.register(registration, Instant::now()).await.map_err(exhausted)? {
+        match self
+            .store
+            .register(registration, Instant::now())
+            .await
+            .map_err(exhausted)?
+        {
             Registered::Accepted => {
                 self.activity.heard(peer, None, Instant::now());
                 let (heartbeat, lease) = self.activity.intervals();
@@ -193,24 +247,36 @@ impl proto::tracker_service_server::TrackerService for Service {
                     trust_list: self.trust_list_after(0)?,
                 }))
             }
-            Registered::Stale => {
-                Err(Status::failed_precondition("base_generation is not held here: send the full library"))
-            }
+            Registered::Stale => Err(Status::failed_precondition(
+                "base_generation is not held here: send the full library",
+            )),
         }
     }
 
-    async fn heartbeat(&self, request: Request<HeartbeatRequest>) -> Result<Response<HeartbeatResponse>, Status> {
+    async fn heartbeat(
+        &self,
+        request: Request<HeartbeatRequest>,
+    ) -> Result<Response<HeartbeatResponse>, Status> {
         let peer = require(&caller(&request)?, &[Role::Peer])?;
         let request = request.into_inner();
         own_id(&request.peer_id, peer)?;
         let report = request.activity.map(Report::try_from).transpose()?;
         let state = if request.leaving {
-            if self.store.leave(peer, request.generation).await.map_err(exhausted)? {
+            if self
+                .store
+                .leave(peer, request.generation)
+                .await
+                .map_err(exhausted)?
+            {
                 self.activity.left(peer);
             }
             heartbeat_response::State::Left
         } else {
-            let met = self.store.heartbeat(peer, request.generation, Instant::now()).await.map_err(exhausted)?;
+            let met = self
+                .store
+                .heartbeat(peer, request.generation, Instant::now())
+                .await
+                .map_err(exhausted)?;
             if met != Heartbeat::Unknown {
                 self.activity.heard(peer, report, Instant::now());
             }
@@ -230,18 +296,39 @@ impl proto::tracker_service_server::TrackerService for Service {
         }))
     }
 
-    async fn list_files(&self, request: Request<ListFilesRequest>) -> Result<Response<ListFilesResponse>, Status> {
+    async fn list_files(
+        &self,
+        request: Request<ListFilesRequest>,
+    ) -> Result<Response<ListFilesResponse>, Status> {
         let caller = caller(&request)?;
         require(&caller, &[Role::Peer, Role::Operator])?;
         let request = request.into_inner();
-        let matcher: Matcher = Query::try_from(&request)?.compile().map_err(proto::WireError::from)?;
+        let matcher: Matcher = Query::try_from(&request)?
+            .compile()
+            .map_err(proto::WireError::from)?;
         let after = match request.page_token.as_str() {
             "" => None,
             token => Some(FileKey::from_page_token(token).ok_or(proto::WireError::PageToken)?),
         };
-        let limit = if request.page_size == 0 { PAGE.0 } else { request.page_size.min(PAGE.1) };
-        let _turn = self.listings.acquire().await.map_err(|e| Status::internal(e.to_string()))?;
-        let page = self.store.list(&matcher, after.as_ref(), limit as usize, caller.is_loopback()).await;
+        let limit = if request.page_size == 0 {
+            PAGE.0
+        } else {
+            request.page_size.min(PAGE.1)
+        };
+        let _turn = self
+            .listings
+            .acquire()
+            .await
+            .map_err(|e| Status::internal(e.to_string()))?;
+        let page = self
+            .store
+            .list(
+                &matcher,
+                after.as_ref(),
+                limit as usize,
+                caller.is_loopback(),
+            )
+            .await;
         let page = page.map_err(exhausted)?;
         Ok(Response::new(ListFilesResponse {
             files: page.rows.into_iter().map(Into::into).collect(),
@@ -261,7 +348,11 @@ impl proto::tracker_service_server::TrackerService for Service {
         if request.content_ids.len() > MAX_WATCHED {
             return Err(proto::WireError::TooMany(MAX_WATCHED, "contents").into());
         }
-        let contents = request.content_ids.iter().map(|id| proto::content_id(id)).collect::<Result<Vec<_>, _>>()?;
+        let contents = request
+            .content_ids
+            .iter()
+            .map(|id| proto::content_id(id))
+            .collect::<Result<Vec<_>, _>>()?;
         let place = self.watchers.clone().try_acquire_owned();
         let place = place.map_err(|_| Status::resource_exhausted("too many watchers"))?;
         let (sender, receiver) = mpsc::channel(WATCH_QUEUE);
@@ -305,14 +396,19 @@ impl Watch {
             };
             match change {
                 Ok(Change::Changed(key)) if self.wants(&key) => {
-                    let rows =
-                        self.store.rows_at(std::slice::from_ref(&key), self.loopback).await.map_err(exhausted)?;
+                    let rows = self
+                        .store
+                        .rows_at(std::slice::from_ref(&key), self.loopback)
+                        .await
+                        .map_err(exhausted)?;
                     match rows.into_iter().next() {
                         Some(row) => self.tell(Told::Changed(row.into())).await?,
                         None => self.tell(Told::Removed((&key).into())).await?,
                     }
                 }
-                Ok(Change::Removed(key)) if self.wants(&key) => self.tell(Told::Removed((&key).into())).await?,
+                Ok(Change::Removed(key)) if self.wants(&key) => {
+                    self.tell(Told::Removed((&key).into())).await?
+                }
                 Ok(Change::Changed(_) | Change::Removed(_)) => {}
                 Ok(Change::Resync) | Err(broadcast::error::RecvError::Lagged(_)) => {
                     self.tell(Told::Resync(true)).await?;
@@ -328,7 +424,12 @@ impl Watch {
 
     async fn current(&self) -> Result<(), Status> {
         if !self.contents.is_empty() {
-            for row in self.store.rows_of(&self.contents, self.loopback).await.map_err(exhausted)? {
+            for row in self
+                .store
+                .rows_of(&self.contents, self.loopback)
+                .await
+                .map_err(exhausted)?
+            {
                 self.tell(Told::Changed(row.into())).await?;
             }
             return Ok(());
@@ -336,8 +437,11 @@ impl Watch {
         let all = Query::default().compile().map_err(proto::WireError::from)?;
         let mut after: Option<FileKey> = None;
         loop {
-            let page =
-                self.store.list(&all, after.as_ref(), PAGE.1 as usize, self.loopback).await.map_err(exhausted)?;
+            let page = self
+                .store
+                .list(&all, after.as_ref(), PAGE.1 as usize, self.loopback)
+                .await
+                .map_err(exhausted)?;
             for row in page.rows {
                 self.tell(Told::Changed(row.into())).await?;
             }
@@ -349,7 +453,12 @@ impl Watch {
     }
 
     async fn tell(&self, change: Told) -> Result<(), Status> {
-        let message = WatchFilesResponse { change: Some(change) };
-        self.sender.send(Ok(message)).await.map_err(|_| Status::cancelled("the watcher has gone"))
+        let message = WatchFilesResponse {
+            change: Some(change),
+        };
+        self.sender
+            .send(Ok(message))
+            .await
+            .map_err(|_| Status::cancelled("the watcher has gone"))
     }
 }

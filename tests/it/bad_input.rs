@@ -18,8 +18,14 @@ fn a_tracker_that_is_down_or_none() {
     let link = swarm.link(1);
     let address = swarm.address().to_owned();
     swarm.kill("tracker");
-    for args in [&["ls"][..], &["get", "film", "-o", "x"], &["search", "film"]] {
-        swarm.run("a", args).fails(10, &[&address, "is the tracker running"]);
+    for args in [
+        &["ls"][..],
+        &["get", "film", "-o", "x"],
+        &["search", "film"],
+    ] {
+        swarm
+            .run("a", args)
+            .fails(10, &[&address, "is the tracker running"]);
     }
     swarm.run("b", ["join", &link]).fails(10, &[&address]);
 
@@ -33,7 +39,9 @@ fn a_tracker_that_is_down_or_none() {
         }
     });
     swarm.run("a", ["ls"]).fails(10, &[&address, "not a sprat"]);
-    swarm.run("a", ["get", "film", "-o", "x"]).fails(10, &[&address]);
+    swarm
+        .run("a", ["get", "film", "-o", "x"])
+        .fails(10, &[&address]);
     swarm.run("b", ["join", &link]).fails(10, &[&address]);
     babbler.join().unwrap();
     assert!(!swarm.path("x").exists() && !swarm.path("b/identity/peer.crt").exists());
@@ -46,7 +54,10 @@ fn tls_of_somebody_else_is_no_tracker() {
     let other = tls_server();
     let mut astray = swarm.command("a", ["ls"]);
     astray.env("SPRAT_PEER_TRACKER", &other);
-    swarm.spawn_command(&mut astray, None).finish(PATIENCE).fails(11, &[&other, "certificate"]);
+    swarm
+        .spawn_command(&mut astray, None)
+        .finish(PATIENCE)
+        .fails(11, &[&other, "certificate"]);
     let link = swarm.link(1).replace(swarm.address(), &other);
     swarm.run("b", ["join", &link]).fails(2, &["typo"]);
 }
@@ -71,17 +82,34 @@ fn tls_server() -> String {
 fn ports_and_folders_that_cannot_be_used() {
     let mut swarm = Swarm::start();
     let address = swarm.address().to_owned();
-    swarm.run("second", ["tracker", "run", "--listen", &address]).fails(1, &[&address, "in use", "--listen"]);
+    swarm
+        .run("second", ["tracker", "run", "--listen", &address])
+        .fails(1, &[&address, "in use", "--listen"]);
     swarm.join("a");
-    swarm.run("a", ["peer", "--listen", &address]).fails(1, &[&address, "in use"]);
-    swarm.run("a", ["peer", "--listen", "127.0.0.1"]).fails(2, &["127.0.0.1", "HOST:PORT"]);
-    swarm.run("a", ["peer", "--listen", "nowhere.invalid:1"]).fails(2, &["nowhere.invalid"]);
+    swarm
+        .run("a", ["peer", "--listen", &address])
+        .fails(1, &[&address, "in use"]);
+    swarm
+        .run("a", ["peer", "--listen", "127.0.0.1"])
+        .fails(2, &["127.0.0.1", "HOST:PORT"]);
+    swarm
+        .run("a", ["peer", "--listen", "nowhere.invalid:1"])
+        .fails(2, &["nowhere.invalid"]);
 
     let any = ["--listen", "127.0.0.1:0"];
-    swarm.run("a", [&["peer", "--share", "missing"], &any[..]].concat()).fails(2, &["missing"]);
+    swarm
+        .run("a", [&["peer", "--share", "missing"], &any[..]].concat())
+        .fails(2, &["missing"]);
     fs::write(swarm.path("file"), "").unwrap();
-    swarm.run("a", [&["peer", "--share", "file"], &any[..]].concat()).fails(2, &["file"]);
-    swarm.run("a", [&["peer", "--downloads", "/proc/downloads"], &any[..]].concat()).fails(8, &["/proc/downloads"]);
+    swarm
+        .run("a", [&["peer", "--share", "file"], &any[..]].concat())
+        .fails(2, &["file"]);
+    swarm
+        .run(
+            "a",
+            [&["peer", "--downloads", "/proc/downloads"], &any[..]].concat(),
+        )
+        .fails(8, &["/proc/downloads"]);
     swarm.run("file", ["tracker", "init"]).fails(1, &["file"]);
     swarm.start_peer("a", &[]);
     swarm.run("a", ["share", "missing"]).fails(2, &["missing"]);
@@ -90,14 +118,28 @@ fn ports_and_folders_that_cannot_be_used() {
 #[test]
 fn who_has_not_joined_is_told_how() {
     let swarm = Swarm::empty();
-    for args in [&["ls"][..], &["get", "film"], &["peer", "--listen", "127.0.0.1:0"], &["search", "film"]] {
+    for args in [
+        &["ls"][..],
+        &["get", "film"],
+        &["peer", "--listen", "127.0.0.1:0"],
+        &["search", "film"],
+    ] {
         swarm.run("nobody", args).fails(11, &["sprat join"]);
     }
     swarm.run("nobody", ["status"]).fails(3, &["nothing runs"]);
-    for args in [&["tracker", "token", "create"][..], &["tracker", "members"], &["operator", "cert", "--out", "o"]] {
-        swarm.run("none", args).fails(3, &["no tracker", "sprat tracker init"]);
+    for args in [
+        &["tracker", "token", "create"][..],
+        &["tracker", "members"],
+        &["operator", "cert", "--out", "o"],
+    ] {
+        swarm
+            .run("none", args)
+            .fails(3, &["no tracker", "sprat tracker init"]);
     }
-    assert!(!swarm.path("none").exists(), "a question makes no state directory");
+    assert!(
+        !swarm.path("none").exists(),
+        "a question makes no state directory"
+    );
 }
 
 #[test]
@@ -109,31 +151,63 @@ fn configuration_with_mistakes() {
     };
     write("mine.json", r#"{"tracker": {"lisen": "[::]:1"}}"#);
     let config = ["--config", "mine.json", "config", "show"];
-    swarm.run("", config).fails(2, &["mine.json", "tracker.lisen", "did you mean `tracker.listen`?"]);
+    swarm.run("", config).fails(
+        2,
+        &[
+            "mine.json",
+            "tracker.lisen",
+            "did you mean `tracker.listen`?",
+        ],
+    );
     write("mine.json", r#"{"peer": {"rescan_seconds": "often"}}"#);
     swarm.run("", config).fails(2, &["peer.rescan_seconds"]);
     write("mine.json", "{");
     swarm.run("", config).fails(2, &["mine.json"]);
-    swarm.run("", ["--config", "missing.json", "config", "show"]).fails(2, &["missing.json"]);
+    swarm
+        .run("", ["--config", "missing.json", "config", "show"])
+        .fails(2, &["missing.json"]);
 
     // Somebody else's, where we happen to run.
     write("config.json", r#"{"name": "another program", "port": 80}"#);
     let shown = swarm.run("", ["config", "show"]).ok();
-    assert!(shown.stdout.contains("[::]:7700") && shown.stderr.is_empty(), "{shown:#?}");
+    assert!(
+        shown.stdout.contains("[::]:7700") && shown.stderr.is_empty(),
+        "{shown:#?}"
+    );
     let shown = swarm.run("", ["config", "show", "--verbose"]).ok();
-    assert!(shown.stderr.contains("config.json is ignored"), "{shown:#?}");
-    write("config.json", r#"{"tracker": {"listen": "127.0.0.1:1", "lease": 3}}"#);
-    swarm.run("", ["config", "show"]).fails(2, &["tracker.lease"]);
+    assert!(
+        shown.stderr.contains("config.json is ignored"),
+        "{shown:#?}"
+    );
+    write(
+        "config.json",
+        r#"{"tracker": {"listen": "127.0.0.1:1", "lease": 3}}"#,
+    );
+    swarm
+        .run("", ["config", "show"])
+        .fails(2, &["tracker.lease"]);
     write("config.json", r#"{"tracker": {"listen": "127.0.0.1:1"}}"#);
     let shown = swarm.run("", ["config", "show", "--origin"]).ok();
-    assert!(shown.stdout.contains("127.0.0.1:1") && shown.stdout.contains("config.json"), "{shown:#?}");
+    assert!(
+        shown.stdout.contains("127.0.0.1:1") && shown.stdout.contains("config.json"),
+        "{shown:#?}"
+    );
     fs::set_permissions(swarm.path("config.json"), fs::Permissions::from_mode(0o666)).unwrap();
-    assert!(swarm.run("", ["config", "show"]).ok().stdout.contains("[::]:7700"));
+    assert!(
+        swarm
+            .run("", ["config", "show"])
+            .ok()
+            .stdout
+            .contains("[::]:7700")
+    );
 
     let mut odd = swarm.command("", ["version"]);
     odd.env("SPRAT_TRACKER_LISEN", "x");
     let warned = swarm.spawn_command(&mut odd, None).finish(PATIENCE).ok();
-    assert!(warned.stderr.contains("SPRAT_TRACKER_LISTEN"), "{warned:#?}");
+    assert!(
+        warned.stderr.contains("SPRAT_TRACKER_LISTEN"),
+        "{warned:#?}"
+    );
 }
 
 #[test]
@@ -154,7 +228,11 @@ fn wrong_words_and_no_terminal() {
         &["get", "a", "--rename", "--skip"],
     ] {
         let wrong = swarm.run("nobody", args);
-        assert_eq!((wrong.code, wrong.stdout.as_str()), (Some(2), ""), "{wrong:#?}");
+        assert_eq!(
+            (wrong.code, wrong.stdout.as_str()),
+            (Some(2), ""),
+            "{wrong:#?}"
+        );
         assert!(!wrong.stderr.is_empty());
     }
     let help = swarm.run("", ["help"]).ok();

@@ -32,7 +32,10 @@ fn failing_source(swarm: &mut Swarm, after: u64, end: End) -> (String, SlowLink)
     let port = free_port();
     let link = SlowLink::ending(port, FAST, after, end);
     let (listen, advertise) = (format!("127.0.0.1:{port}"), link.address.to_string());
-    (swarm.sharing_peer("bad", &["--listen", &listen, "--advertise", &advertise]), link)
+    (
+        swarm.sharing_peer("bad", &["--listen", &listen, "--advertise", &advertise]),
+        link,
+    )
 }
 
 fn get(swarm: &Swarm) -> Process {
@@ -44,11 +47,27 @@ fn get(swarm: &Swarm) -> Process {
 fn assert_fetched(swarm: &Swarm, get: Process, from: &[&str], wasted: u64) -> Vec<Value> {
     let got = get.finish(PATIENCE).ok();
     swarm.assert_same("film", "copy.mkv");
-    assert_eq!(swarm.files_in(".").iter().filter(|name| name.starts_with("copy.mkv")).count(), 1);
+    assert_eq!(
+        swarm
+            .files_in(".")
+            .iter()
+            .filter(|name| name.starts_with("copy.mkv"))
+            .count(),
+        1
+    );
     let summary = got.summary();
     assert_eq!(summary["bytes_fetched"], SIZE, "{summary}");
-    assert_eq!(from.iter().map(|peer| bytes_from(&summary, peer)).sum::<u64>(), SIZE, "{summary}");
-    assert!(summary["bytes_wasted"].as_u64().unwrap() <= wasted, "{summary}");
+    assert_eq!(
+        from.iter()
+            .map(|peer| bytes_from(&summary, peer))
+            .sum::<u64>(),
+        SIZE,
+        "{summary}"
+    );
+    assert!(
+        summary["bytes_wasted"].as_u64().unwrap() <= wasted,
+        "{summary}"
+    );
     got.json()
 }
 
@@ -59,7 +78,12 @@ fn survives(lie: Lie) -> (Liar, Vec<Value>) {
     let (honest, link) = slow_source(&mut swarm, "honest", CRAWL);
     swarm.wait_listed("sink", FILM, 2);
     let get = get(&swarm);
-    let said = || get.stdout().lines().filter_map(|line| serde_json::from_str(line).ok()).collect::<Vec<_>>();
+    let said = || {
+        get.stdout()
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect::<Vec<_>>()
+    };
     let is_met = || liar.asked() > 0 || !notes(&said(), &liar.peer_id).is_empty();
     wait_until("the liar was met", PATIENCE, || is_met().then_some(()));
     link.set(FAST);
@@ -68,17 +92,26 @@ fn survives(lie: Lie) -> (Liar, Vec<Value>) {
 }
 
 fn notes<'a>(said: &'a [Value], peer_id: &str) -> Vec<&'a str> {
-    let of_peer = said.iter().filter(|event| event["event"] == "note" && event["peer"] == peer_id);
+    let of_peer = said
+        .iter()
+        .filter(|event| event["event"] == "note" && event["peer"] == peer_id);
     of_peer.map(|note| note["text"].as_str().unwrap()).collect()
 }
 
 #[test]
 fn wrong_bytes_cost_one_piece() {
     let (liar, said) = survives(Lie::Bytes);
-    assert_eq!(liar.asked(), 1, "one lane asks before the first piece was seen");
+    assert_eq!(
+        liar.asked(),
+        1,
+        "one lane asks before the first piece was seen"
+    );
     assert!(said.last().unwrap()["bytes_wasted"].as_u64().unwrap() > 0);
     let notes = notes(&said, &liar.peer_id);
-    assert!(matches!(notes[..], [note] if note.contains("banned for a while: sent wrong bytes")), "{notes:?}");
+    assert!(
+        matches!(notes[..], [note] if note.contains("banned for a while: sent wrong bytes")),
+        "{notes:?}"
+    );
 }
 
 #[test]
@@ -86,7 +119,10 @@ fn a_wrong_manifest_is_said() {
     let (liar, said) = survives(Lie::Hash);
     let notes = notes(&said, &liar.peer_id);
     // If the true manifest came first, it is asked for bytes.
-    assert!(matches!(notes[..], [note] if note.contains(": sent wrong bytes")), "{notes:?}");
+    assert!(
+        matches!(notes[..], [note] if note.contains(": sent wrong bytes")),
+        "{notes:?}"
+    );
 }
 
 #[test]
@@ -101,9 +137,14 @@ fn the_only_source_is_asked_again_for_what_it_did_not_have() {
         swarm.write(name, size, name);
         let liar = Liar::start(&swarm, name, name, Lie::Delay);
         swarm.wait_listed("sink", name, 1);
-        let got = swarm.run("sink", ["get", name, "-o", "copy", "--json"]).ok();
+        let got = swarm
+            .run("sink", ["get", name, "-o", "copy", "--json"])
+            .ok();
         swarm.assert_same(name, "copy");
-        assert_eq!((got.summary()["bytes_fetched"].as_u64(), liar.asked() > 2), (Some(size), true));
+        assert_eq!(
+            (got.summary()["bytes_fetched"].as_u64(), liar.asked() > 2),
+            (Some(size), true)
+        );
         std::fs::remove_file(swarm.path("copy")).unwrap();
     }
 }
@@ -140,7 +181,9 @@ fn a_line_that_is_reset_is_done_without() {
     let (honest, link) = slow_source(&mut swarm, "honest", CRAWL);
     swarm.wait_listed("sink", FILM, 2);
     let get = get(&swarm);
-    wait_until("a connection is lost", PATIENCE, || get.stdout().contains("lost, trying again").then_some(()));
+    wait_until("a connection is lost", PATIENCE, || {
+        get.stdout().contains("lost, trying again").then_some(())
+    });
     link.set(FAST);
     // While the honest one crawled, its pieces were raced for.
     assert_fetched(&swarm, get, &[&bad, &honest], SIZE / 2);

@@ -41,17 +41,36 @@ fn member_folder(member: &str) -> String {
 fn three_receivers_share_what_the_seed_sends_once() {
     let members = ["a", "b", "c"];
     let (swarm, ids, _link) = network(&members, 8 * MIB);
-    let gets: Vec<_> = members.iter().map(|member| swarm.spawn(member, ["get", FILM, "--json"])).collect();
-    let done: Vec<Value> = gets.into_iter().map(|get| summary(get.finish(PATIENCE))).collect();
+    let gets: Vec<_> = members
+        .iter()
+        .map(|member| swarm.spawn(member, ["get", FILM, "--json"]))
+        .collect();
+    let done: Vec<Value> = gets
+        .into_iter()
+        .map(|get| summary(get.finish(PATIENCE)))
+        .collect();
     for member in members {
         swarm.assert_same("film", &format!("{}/{FILM}", member_folder(member)));
     }
     for (done, id) in done.iter().zip(&ids) {
-        let from_others: u64 = ids.iter().filter(|other| *other != id).map(|other| bytes_from(done, other)).sum();
-        assert!(from_others > 4 * MIB, "a receiver had too little from the others: {done}");
+        let from_others: u64 = ids
+            .iter()
+            .filter(|other| *other != id)
+            .map(|other| bytes_from(done, other))
+            .sum();
+        assert!(
+            from_others > 4 * MIB,
+            "a receiver had too little from the others: {done}"
+        );
     }
-    let served = swarm.wait_status("seed", "tells what it served", |_| true)["bytes_uploaded"].as_u64().unwrap();
-    assert!(served < 24 * MIB * 3 / 2, "the seed sent {served} bytes of a file of {}", 24 * MIB);
+    let served = swarm.wait_status("seed", "tells what it served", |_| true)["bytes_uploaded"]
+        .as_u64()
+        .unwrap();
+    assert!(
+        served < 24 * MIB * 3 / 2,
+        "the seed sent {served} bytes of a file of {}",
+        24 * MIB
+    );
 }
 
 /// Leaves what an earlier download would have left of the film: these bytes, and nothing else.
@@ -73,17 +92,25 @@ fn two_halves_complete_one_another_without_the_seed() {
     let half = usize::try_from(12 * MIB).unwrap();
     leave_part(&swarm, "a", |i| i < half);
     leave_part(&swarm, "b", |i| i >= half);
-    let (mut a, mut b) = (swarm.spawn("a", ["get", FILM, "--json"]), swarm.spawn("b", ["get", FILM, "--json"]));
+    let (mut a, mut b) = (
+        swarm.spawn("a", ["get", FILM, "--json"]),
+        swarm.spawn("b", ["get", FILM, "--json"]),
+    );
     for get in [&mut a, &mut b] {
         wait_until("a download has begun", PATIENCE, || {
-            let begun =
-                get.stdout().lines().any(|line| line.contains("progress") && !line.contains("\"bytes_done\":0,"));
+            let begun = get
+                .stdout()
+                .lines()
+                .any(|line| line.contains("progress") && !line.contains("\"bytes_done\":0,"));
             (begun || !get.is_running()).then_some(())
         });
     }
     swarm.kill("seed");
     let (a, b) = (summary(a.finish(PATIENCE)), summary(b.finish(PATIENCE)));
-    assert!(bytes_from(&a, &ids[1]) > 0 && bytes_from(&b, &ids[0]) > 0, "{a} {b}");
+    assert!(
+        bytes_from(&a, &ids[1]) > 0 && bytes_from(&b, &ids[0]) > 0,
+        "{a} {b}"
+    );
     swarm.assert_same("film", &format!("a-downloads/{FILM}"));
     swarm.assert_same("film", &format!("b-downloads/{FILM}"));
 }
@@ -94,8 +121,14 @@ fn a_download_is_a_source_while_it_runs() {
     let mut get = swarm.spawn("a", ["get", FILM, "--json"]);
     wait_until("b is told of a's download", PATIENCE, || {
         let rows = swarm.ls("b");
-        assert!(get.is_running(), "it was over before it was listed: {}", get.said());
-        rows.iter().any(|row| row["name"] == FILM && row["peers"].to_string().contains(&ids[0])).then_some(())
+        assert!(
+            get.is_running(),
+            "it was over before it was listed: {}",
+            get.said()
+        );
+        rows.iter()
+            .any(|row| row["name"] == FILM && row["peers"].to_string().contains(&ids[0]))
+            .then_some(())
     });
     get.finish(PATIENCE).ok();
 }

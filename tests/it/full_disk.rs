@@ -28,26 +28,51 @@ impl SmallDisk {
     /// One in memory, whose files can have their space reserved; none where this user may not have it.
     pub fn in_memory(swarm: &mut Swarm, member: &str, at: &str) -> Option<Self> {
         let mount = format!("mount -t tmpfs -o size={DISK} none {at}");
-        Self::mount(swarm, member, at, "-rm", &["-U", "-m", "--preserve-credentials"], &mount)
+        Self::mount(
+            swarm,
+            member,
+            at,
+            "-rm",
+            &["-U", "-m", "--preserve-credentials"],
+            &mount,
+        )
     }
 
     /// One of an old kind, which cannot reserve space; none without root.
     fn without_fallocate(swarm: &mut Swarm, member: &str) -> Option<Self> {
-        File::create(swarm.path("image")).unwrap().set_len(DISK).unwrap();
+        File::create(swarm.path("image"))
+            .unwrap()
+            .set_len(DISK)
+            .unwrap();
         let mount = "mke2fs -q -t ext2 -m 0 image && mount -t ext2 -o loop image downloads";
         Self::mount(swarm, member, "downloads", "-m", &["-m"], mount)
     }
 
-    fn mount(swarm: &mut Swarm, member: &str, at: &str, unshare: &str, enter: &[&str], mount: &str) -> Option<Self> {
+    fn mount(
+        swarm: &mut Swarm,
+        member: &str,
+        at: &str,
+        unshare: &str,
+        enter: &[&str],
+        mount: &str,
+    ) -> Option<Self> {
         fs::create_dir(swarm.path(at)).unwrap();
         let mut command = Command::new("unshare");
-        command.args([unshare, "sh", "-c", &format!("{mount} && echo mounted && exec sleep infinity")]);
+        command.args([
+            unshare,
+            "sh",
+            "-c",
+            &format!("{mount} && echo mounted && exec sleep infinity"),
+        ]);
         let mut holder = swarm.spawn_command(command.current_dir(swarm.path("")), None);
         wait_until("a disk is mounted, or cannot be", PATIENCE, || {
             (!holder.is_running() || !holder.stdout().is_empty()).then_some(())
         });
         let process = holder.child().id().to_string();
-        swarm.wrap(member, &[&["nsenter", "--target", &process, "--wd"], enter].concat());
+        swarm.wrap(
+            member,
+            &[&["nsenter", "--target", &process, "--wd"], enter].concat(),
+        );
         let folder = format!("/proc/{process}/root{}", swarm.path(at).display());
         holder.is_running().then_some(Self { holder, folder })
     }
@@ -65,7 +90,10 @@ pub fn fill(filler: &Path) {
 fn wait_note(get: &mut Process, words: &str) {
     wait_until(&format!("a note says {words:?}"), PATIENCE, || {
         assert!(get.is_running(), "{}", get.said());
-        get.stdout().lines().any(|line| line.contains("\"note\"") && line.contains(words)).then_some(())
+        get.stdout()
+            .lines()
+            .any(|line| line.contains("\"note\"") && line.contains(words))
+            .then_some(())
     });
 }
 
@@ -75,7 +103,9 @@ fn filled_meanwhile(swarm: &mut Swarm, disk: &mut SmallDisk, what: &str) {
     swarm.join("sink");
     swarm.start_peer("sink", &["--downloads", "downloads"]);
     let names = swarm.files_in("a-files");
-    swarm.wait_ls("sink", PATIENCE, |rows| (rows.len() == names.len()).then_some(()));
+    swarm.wait_ls("sink", PATIENCE, |rows| {
+        (rows.len() == names.len()).then_some(())
+    });
     let mut get = swarm.spawn("sink", ["get", what, "--json"]);
     wait_progress(&mut get, 0.1);
     let filler = swarm.path(&format!("{}/filler", disk.folder));
@@ -85,9 +115,16 @@ fn filled_meanwhile(swarm: &mut Swarm, disk: &mut SmallDisk, what: &str) {
     let get = get.finish(PATIENCE).ok();
     assert!(get.stdout.contains("there is room again"), "{get:#?}");
     for name in &names {
-        swarm.assert_same(&format!("a-files/{name}"), &format!("{}/{name}", disk.folder));
+        swarm.assert_same(
+            &format!("a-files/{name}"),
+            &format!("{}/{name}", disk.folder),
+        );
     }
-    assert_eq!(swarm.files_in(&disk.folder), names, "no `.part` and no journal is left");
+    assert_eq!(
+        swarm.files_in(&disk.folder),
+        names,
+        "no `.part` and no journal is left"
+    );
     assert!(disk.holder.is_running());
 }
 

@@ -33,16 +33,23 @@ fn sigterm_ends_peer_and_tracker_politely() {
 
 #[test]
 fn a_peer_that_vanishes_is_forgotten_with_its_lease() {
-    let mut swarm = Swarm::with(&[("SPRAT_TRACKER_HEARTBEAT_SECONDS", "1"), ("SPRAT_TRACKER_LEASE_SECONDS", "3")]);
+    let mut swarm = Swarm::with(&[
+        ("SPRAT_TRACKER_HEARTBEAT_SECONDS", "1"),
+        ("SPRAT_TRACKER_LEASE_SECONDS", "3"),
+    ]);
     swarm.write("a-files/film", 2_000_000, "film");
     swarm.sharing_peer("a", &[]);
     swarm.join("b");
     swarm.wait_listed("b", "film", 1);
     swarm.kill("a");
     // Until then it is listed, and nobody answers.
-    swarm.run("b", ["get", "film", "-o", "copy"]).fails(4, &["no source"]);
+    swarm
+        .run("b", ["get", "film", "-o", "copy"])
+        .fails(4, &["no source"]);
     assert!(!swarm.path("copy").exists());
-    swarm.wait_ls("b", Duration::from_secs(10), |rows| rows.is_empty().then_some(()));
+    swarm.wait_ls("b", Duration::from_secs(10), |rows| {
+        rows.is_empty().then_some(())
+    });
 }
 
 #[test]
@@ -53,7 +60,10 @@ fn killed_services_leave_nothing_in_the_way() {
     let address = swarm.address().to_owned();
     swarm.kill("a");
     swarm.kill("tracker");
-    assert!(swarm.path("a/control.sock").exists(), "a dead owner's socket stays behind");
+    assert!(
+        swarm.path("a/control.sock").exists(),
+        "a dead owner's socket stays behind"
+    );
     swarm.start_tracker(&["--listen", &address]);
     assert_eq!(swarm.sharing_peer("a", &[]), id);
     swarm.wait_listed("a", "film", 1);

@@ -18,14 +18,28 @@ struct LongLine {
 impl LongLine {
     /// None if this machine does not let us.
     fn new(swarm: &Swarm, [delay_us, mbit, queue_kib]: [&str; 3]) -> Option<Self> {
-        let mut line = Self { name: format!("sprat-line{}", std::process::id()), carrier: None };
+        let mut line = Self {
+            name: format!("sprat-line{}", std::process::id()),
+            carrier: None,
+        };
         let (ends, program) = (["a", "b"].map(|end| line.of(end)), swarm.path("wanlink"));
-        ends.iter().try_for_each(|end| ip(&format!("netns add {end}")).map(drop))?;
+        ends.iter()
+            .try_for_each(|end| ip(&format!("netns add {end}")).map(drop))?;
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/bench/wanlink.c");
-        let made = Command::new("cc").args(["-O2", "-o"]).arg(&program).arg(source).status();
-        assert!(made.is_ok_and(|status| status.success()), "{source} compiles");
-        let carrier =
-            Command::new(program).args(&ends).args([delay_us, mbit, "0", queue_kib]).stderr(Stdio::null()).spawn();
+        let made = Command::new("cc")
+            .args(["-O2", "-o"])
+            .arg(&program)
+            .arg(source)
+            .status();
+        assert!(
+            made.is_ok_and(|status| status.success()),
+            "{source} compiles"
+        );
+        let carrier = Command::new(program)
+            .args(&ends)
+            .args([delay_us, mbit, "0", queue_kib])
+            .stderr(Stdio::null())
+            .spawn();
         line.carrier = Some(carrier.unwrap());
         for (i, end) in (1..).zip(&ends) {
             let carrier = line.carrier.as_mut()?;
@@ -38,7 +52,9 @@ impl LongLine {
             ip(&format!("-n {end} link set lo up"))?;
             ip(&format!("-n {end} link set tw0 mtu 1500 up"))?;
             // As most machines are; whoever has no cubic keeps what it has.
-            let _ = ip(&format!("netns exec {end} sysctl -qw net.ipv4.tcp_congestion_control=cubic"));
+            let _ = ip(&format!(
+                "netns exec {end} sysctl -qw net.ipv4.tcp_congestion_control=cubic"
+            ));
         }
         Some(line)
     }
@@ -61,7 +77,9 @@ impl Drop for LongLine {
             let _ = carrier.kill();
             let _ = carrier.wait();
         }
-        ["a", "b"].iter().for_each(|end| _ = ip(&format!("netns del {}", self.of(end))));
+        ["a", "b"]
+            .iter()
+            .for_each(|end| _ = ip(&format!("netns del {}", self.of(end))));
     }
 }
 
@@ -71,7 +89,9 @@ fn connections_that_share_a_slow_line_do_not_fetch_one_anothers_pieces() {
     let Some(line) = LongLine::new(&swarm, ["30000", "1", "32"]) else {
         return skip("a slow long line: needs root, the command ip and /dev/net/tun");
     };
-    ["tracker", "source"].iter().for_each(|member| swarm.wrap(member, &["ip", "netns", "exec", &line.of("a")]));
+    ["tracker", "source"]
+        .iter()
+        .for_each(|member| swarm.wrap(member, &["ip", "netns", "exec", &line.of("a")]));
     swarm.start_tracker(&["--listen", "10.76.0.1:0"]);
     swarm.write("film", MIB, "film");
     swarm.same("film", "source-files/film");
@@ -90,5 +110,8 @@ fn connections_that_share_a_slow_line_do_not_fetch_one_anothers_pieces() {
     }
     // With packet headers, handshakes, and a piece or two that were not whole when a connection was let go.
     let most = sinks.len() as u64 * MIB * 8 / 5;
-    assert!(crossed.iter().sum::<u64>() <= most, "bytes that crossed the line, for {MIB} each time: {crossed:?}");
+    assert!(
+        crossed.iter().sum::<u64>() <= most,
+        "bytes that crossed the line, for {MIB} each time: {crossed:?}"
+    );
 }

@@ -2,7 +2,10 @@
 //! own, on ports of its own. `swarm.rs` is the harness, the other helpers play a slow network (`slow_link.rs`), a source
 //! that lies (`liar.rs`) and callers from outside (`visitor.rs`).
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-#![allow(clippy::print_stderr, reason = "a failed test shows what its processes said")]
+#![allow(
+    clippy::print_stderr,
+    reason = "a failed test shows what its processes said"
+)]
 #![allow(unreachable_pub, reason = "a crate without users")]
 
 mod process;

@@ -29,10 +29,14 @@ pub fn wait_progress(get: &mut Process, share: f64) {
     wait_until(&format!("a download is at {share}"), PATIENCE, || {
         assert!(get.is_running(), "{}", get.said());
         let said = get.stdout();
-        let events = said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let events = said
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok());
         let done = events
             .filter(|event| event["event"] == "progress")
-            .filter_map(|event| Some(event["bytes_done"].as_f64()? / event["bytes_total"].as_f64()?));
+            .filter_map(|event| {
+                Some(event["bytes_done"].as_f64()? / event["bytes_total"].as_f64()?)
+            });
         (done.fold(0.0, f64::max) >= share).then_some(())
     });
 }
@@ -52,16 +56,39 @@ fn three_sources_share_the_work_for_one_sink() {
     let sources = ["a", "b", "c"].map(|member| slow_source(&mut swarm, member, 32 * MIB));
     swarm.join("sink");
     let row = swarm.wait_listed("sink", FILM, 3);
-    assert_eq!((row["size"].as_u64(), row["content_id"].as_str()), (Some(size), Some(&*id)));
+    assert_eq!(
+        (row["size"].as_u64(), row["content_id"].as_str()),
+        (Some(size), Some(&*id))
+    );
 
-    let get = swarm.run("sink", ["get", FILM, "-o", "copy.mkv", "--json"]).ok();
+    let get = swarm
+        .run("sink", ["get", FILM, "-o", "copy.mkv", "--json"])
+        .ok();
     swarm.assert_same("film", "copy.mkv");
     let summary = get.summary();
-    assert_eq!((summary["bytes_total"].as_u64(), summary["bytes_fetched"].as_u64()), (Some(size), Some(size)));
-    let shares = sources.each_ref().map(|(peer_id, _)| bytes_from(&summary, peer_id));
+    assert_eq!(
+        (
+            summary["bytes_total"].as_u64(),
+            summary["bytes_fetched"].as_u64()
+        ),
+        (Some(size), Some(size))
+    );
+    let shares = sources
+        .each_ref()
+        .map(|(peer_id, _)| bytes_from(&summary, peer_id));
     assert_eq!(shares.iter().sum::<u64>(), size, "{summary}");
-    assert!(shares.iter().all(|bytes| *bytes >= size / 10), "equal sources give alike: {shares:?}");
-    assert_eq!(swarm.files_in(".").iter().filter(|name| name.ends_with(".part")).count(), 0);
+    assert!(
+        shares.iter().all(|bytes| *bytes >= size / 10),
+        "equal sources give alike: {shares:?}"
+    );
+    assert_eq!(
+        swarm
+            .files_in(".")
+            .iter()
+            .filter(|name| name.ends_with(".part"))
+            .count(),
+        0
+    );
 }
 
 #[test]
@@ -83,7 +110,9 @@ fn a_killed_source_and_a_liar_are_survived() {
     assert!(liar.asked() > 0, "the liar was never asked");
     assert_eq!(bytes_from(&summary, &liar.peer_id), 0, "{summary}");
     assert!(summary["bytes_wasted"].as_u64().unwrap() > 0, "{summary}");
-    let shares = sources.each_ref().map(|(peer_id, _)| bytes_from(&summary, peer_id));
+    let shares = sources
+        .each_ref()
+        .map(|(peer_id, _)| bytes_from(&summary, peer_id));
     assert!(shares.iter().all(|bytes| *bytes > 0), "{shares:?}");
     assert_eq!(shares.iter().sum::<u64>(), size, "{summary}");
 }
@@ -96,9 +125,21 @@ fn liars_alone_are_told_by_the_exit_code() {
     let _liars = [(Lie::Size, 1), (Lie::Hash, 2), (Lie::Bytes, 3)].map(|(lie, n)| {
         let liar = Liar::start(&swarm, "film", FILM, lie);
         swarm.wait_listed("sink", FILM, n);
-        swarm.run("sink", ["get", FILM, "-o", "copy.mkv"]).fails(6, &["sent wrong bytes", "every source"]);
-        assert_eq!(liar.asked() > 0, lie == Lie::Bytes, "bytes are asked for once a manifest is proved");
-        assert!(swarm.files_in(".").iter().all(|name| !name.contains("copy.mkv")), "nothing wrong is kept");
+        swarm
+            .run("sink", ["get", FILM, "-o", "copy.mkv"])
+            .fails(6, &["sent wrong bytes", "every source"]);
+        assert_eq!(
+            liar.asked() > 0,
+            lie == Lie::Bytes,
+            "bytes are asked for once a manifest is proved"
+        );
+        assert!(
+            swarm
+                .files_in(".")
+                .iter()
+                .all(|name| !name.contains("copy.mkv")),
+            "nothing wrong is kept"
+        );
         liar
     });
 }
@@ -107,12 +148,16 @@ fn liars_alone_are_told_by_the_exit_code() {
 fn one_honest_source_among_liars_is_enough() {
     let mut swarm = Swarm::start();
     swarm.write("film", 4 * MIB, "film");
-    let _liars = [Lie::Size, Lie::Hash, Lie::Bytes].map(|lie| Liar::start(&swarm, "film", FILM, lie));
+    let _liars =
+        [Lie::Size, Lie::Hash, Lie::Bytes].map(|lie| Liar::start(&swarm, "film", FILM, lie));
     swarm.same("film", &format!("a-files/{FILM}"));
     let honest = swarm.sharing_peer("a", &[]);
     swarm.join("sink");
     swarm.wait_listed("sink", FILM, 4);
-    let summary = swarm.run("sink", ["get", FILM, "-o", "copy.mkv", "--json"]).ok().summary();
+    let summary = swarm
+        .run("sink", ["get", FILM, "-o", "copy.mkv", "--json"])
+        .ok()
+        .summary();
     swarm.assert_same("film", "copy.mkv");
     assert_eq!(bytes_from(&summary, &honest), 4 * MIB, "{summary}");
 }
@@ -181,8 +226,14 @@ fn a_last_source_that_dies_ends_the_download_and_its_return_completes_it() {
     drop(link);
     swarm.sharing_peer("a", &[]);
     swarm.wait_listed("sink", FILM, 1);
-    let summary = swarm.run("sink", ["get", FILM, "-o", "copy.mkv", "--json"]).ok().summary();
-    assert!(summary["bytes_resumed"].as_u64().unwrap() >= size / 4, "{summary}");
+    let summary = swarm
+        .run("sink", ["get", FILM, "-o", "copy.mkv", "--json"])
+        .ok()
+        .summary();
+    assert!(
+        summary["bytes_resumed"].as_u64().unwrap() >= size / 4,
+        "{summary}"
+    );
     swarm.assert_same("film", "copy.mkv");
 }
 
@@ -205,10 +256,17 @@ fn an_interrupted_get_says_so_and_continues() {
     let mut get = swarm.spawn("sink", ["get", FILM, "-o", "copy.mkv", "--json"]);
     wait_progress(&mut get, 0.7);
     get.kill();
-    let summary = swarm.run("sink", ["get", FILM, "-o", "copy.mkv", "--json"]).ok().summary();
-    let [resumed, fetched] = ["bytes_resumed", "bytes_fetched"].map(|name| summary[name].as_u64().unwrap());
+    let summary = swarm
+        .run("sink", ["get", FILM, "-o", "copy.mkv", "--json"])
+        .ok()
+        .summary();
+    let [resumed, fetched] =
+        ["bytes_resumed", "bytes_fetched"].map(|name| summary[name].as_u64().unwrap());
     // What the kill cost is what had not been synced since the last clean stop.
-    assert!(resumed >= size / 2 && resumed + fetched == size, "{summary}");
+    assert!(
+        resumed >= size / 2 && resumed + fetched == size,
+        "{summary}"
+    );
     swarm.assert_same("film", "copy.mkv");
     assert!(!swarm.path("copy.mkv.part").exists());
 }

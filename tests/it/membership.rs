@@ -18,7 +18,10 @@ use crate::{
 fn tokens_are_good_for_what_they_say() {
     let swarm = Swarm::start();
     let link = swarm.link(2);
-    assert!(link.starts_with(&format!("sprat://{}/a", swarm.address())), "{link}");
+    assert!(
+        link.starts_with(&format!("sprat://{}/a", swarm.address())),
+        "{link}"
+    );
     swarm.run("a", ["join", &link]).ok();
     // Joining again is no other machine, and a member stays who it is.
     let again = swarm.run("a", ["join", &link, "--json"]).ok().json();
@@ -29,9 +32,15 @@ fn tokens_are_good_for_what_they_say() {
 
     fs::write(swarm.path("piped"), swarm.link(1)).unwrap();
     let piped = fs::File::open(swarm.path("piped")).unwrap();
-    swarm.spawn_command(&mut swarm.command("d", ["join", "-"]), Some(piped.into())).finish(PATIENCE).ok();
+    swarm
+        .spawn_command(&mut swarm.command("d", ["join", "-"]), Some(piped.into()))
+        .finish(PATIENCE)
+        .ok();
 
-    let brief = swarm.run("tracker", ["tracker", "token", "create", "--ttl", "1s"]).ok().stdout;
+    let brief = swarm
+        .run("tracker", ["tracker", "token", "create", "--ttl", "1s"])
+        .ok()
+        .stdout;
     let made = Instant::now();
     wait_until("a second and a bit is over", PATIENCE, || {
         (made.elapsed() > Duration::from_millis(2_100)).then_some(())
@@ -40,14 +49,28 @@ fn tokens_are_good_for_what_they_say() {
 
     // No such token at this tracker, though everything else is right.
     let other = Swarm::start();
-    other.run("f", ["join", &link.replace(swarm.address(), other.address())]).fails(2, &["typo"]);
+    other
+        .run(
+            "f",
+            ["join", &link.replace(swarm.address(), other.address())],
+        )
+        .fails(2, &["typo"]);
     let mut typo = link.clone();
     typo.replace_range(40..41, if &link[40..41] == "x" { "y" } else { "x" });
-    for bad in [&typo, &link[..link.len() - 9], "sprat://nowhere", "https://example.org/", ""] {
+    for bad in [
+        &typo,
+        &link[..link.len() - 9],
+        "sprat://nowhere",
+        "https://example.org/",
+        "",
+    ] {
         swarm.run("g", ["join", bad]).fails(2, &["link"]);
     }
     for member in ["c", "e", "f", "g"] {
-        assert!(!swarm.path(member).join("identity/peer.crt").exists(), "{member}");
+        assert!(
+            !swarm.path(member).join("identity/peer.crt").exists(),
+            "{member}"
+        );
         swarm.run(member, ["ls"]).fails(11, &["sprat join"]);
     }
 }
@@ -57,13 +80,18 @@ fn a_link_leads_to_its_own_network_only() {
     let (swarm, other) = (Swarm::start(), Swarm::start());
     swarm.join("a");
     // A member of one network with the link of another.
-    swarm.run("a", ["join", &other.link(1)]).fails(9, &["another network"]);
+    swarm
+        .run("a", ["join", &other.link(1)])
+        .fails(9, &["another network"]);
     swarm.run("a", ["ls"]).ok();
     // Another tracker where this network's was: nothing is said to it.
     let flag = ["ls", "--json"];
     let mut astray = swarm.command("a", flag);
     astray.env("SPRAT_PEER_TRACKER", other.address());
-    swarm.spawn_command(&mut astray, None).finish(PATIENCE).fails(11, &["another network"]);
+    swarm
+        .spawn_command(&mut astray, None)
+        .finish(PATIENCE)
+        .fails(11, &["another network"]);
 }
 
 #[test]
@@ -71,29 +99,52 @@ fn what_is_secret_is_readable_by_its_owner_only() {
     let mut swarm = Swarm::start();
     swarm.write("a-files/film", 1000, "film");
     swarm.sharing_peer("a", &[]);
-    swarm.run("", ["join", &swarm.link(1), "--identity-only", "foreign"]).ok();
-    swarm.run("tracker", ["operator", "cert", "--out", "operator"]).ok();
-    assert_eq!(swarm.files_in("foreign"), ["ca.crt", "peer.crt", "peer.key"]);
-    assert_eq!(swarm.files_in("operator"), ["ca.crt", "operator.crt", "operator.key"]);
+    swarm
+        .run("", ["join", &swarm.link(1), "--identity-only", "foreign"])
+        .ok();
+    swarm
+        .run("tracker", ["operator", "cert", "--out", "operator"])
+        .ok();
+    assert_eq!(
+        swarm.files_in("foreign"),
+        ["ca.crt", "peer.crt", "peer.key"]
+    );
+    assert_eq!(
+        swarm.files_in("operator"),
+        ["ca.crt", "operator.crt", "operator.key"]
+    );
     for folder in ["tracker", "a", "foreign", "operator"] {
-        let mode = |name: &str| fs::symlink_metadata(swarm.path(name)).unwrap().permissions().mode() & 0o777;
+        let mode = |name: &str| {
+            fs::symlink_metadata(swarm.path(name))
+                .unwrap()
+                .permissions()
+                .mode()
+                & 0o777
+        };
         assert_eq!(mode(folder), 0o700, "{folder}");
         for file in swarm.files_in(folder) {
             let name = format!("{folder}/{file}");
             assert_eq!(mode(&name) & 0o077, 0, "{name} is {:o}", mode(&name));
         }
     }
-    swarm.run("tracker", ["operator", "cert", "--out", "operator"]).fails(9, &["exists"]);
-    swarm.run("tracker", ["tracker", "init"]).fails(1, &["already runs"]);
+    swarm
+        .run("tracker", ["operator", "cert", "--out", "operator"])
+        .fails(9, &["exists"]);
+    swarm
+        .run("tracker", ["tracker", "init"])
+        .fails(1, &["already runs"]);
     let fresh = swarm.run("second", ["tracker", "init"]).ok();
     assert!(!fresh.stdout.is_empty());
-    swarm.run("second", ["tracker", "init"]).fails(9, &["never overwritten"]);
+    swarm
+        .run("second", ["tracker", "init"])
+        .fails(9, &["never overwritten"]);
 }
 
 #[test]
 fn a_link_read_from_a_pipe_may_come_late() {
     let swarm = Swarm::start();
-    let mut join = swarm.spawn_command(&mut swarm.command("a", ["join", "-"]), Some(Stdio::piped()));
+    let mut join =
+        swarm.spawn_command(&mut swarm.command("a", ["join", "-"]), Some(Stdio::piped()));
     let mut stdin = join.child().stdin.take().unwrap();
     stdin.write_all(swarm.link(1).as_bytes()).unwrap();
     drop(stdin);
@@ -104,7 +155,11 @@ fn a_link_read_from_a_pipe_may_come_late() {
 fn state_directories_may_lie_deep_and_addresses_be_new() {
     let mut swarm = Swarm::empty();
     swarm.start_tracker(&["--listen", "[::1]:0"]);
-    assert!(swarm.link(1).starts_with("sprat://[::1]:"), "{}", swarm.link(1));
+    assert!(
+        swarm.link(1).starts_with("sprat://[::1]:"),
+        "{}",
+        swarm.link(1)
+    );
     let deep = format!("{}/{}", "d".repeat(150), "e".repeat(150));
     swarm.join(&deep);
     swarm.write("films/film", 10, "film");
@@ -123,20 +178,33 @@ fn one_minute_certificates_renew_themselves_while_a_peer_serves() {
     let (_, _link) = slow_source(&mut swarm, "a", 600 << 10);
     swarm.join("b");
     swarm.wait_listed("b", "movies/film.mkv", 1);
-    let certificate = |member: &str| fs::read(swarm.path(member).join("identity/peer.crt")).unwrap();
+    let certificate =
+        |member: &str| fs::read(swarm.path(member).join("identity/peer.crt")).unwrap();
     let first = certificate("a");
     let status = swarm.wait_status("a", "has a minute", |_| true);
-    assert!((1..=60).contains(&status["certificate_seconds_left"].as_i64().unwrap()), "{status}");
+    assert!(
+        (1..=60).contains(&status["certificate_seconds_left"].as_i64().unwrap()),
+        "{status}"
+    );
 
     // Lasts longer than any of the certificates it begins with.
     let get = swarm.spawn("b", ["get", "movies/film.mkv", "-o", "copy.mkv", "--json"]);
-    wait_until("the peer has another certificate", Duration::from_secs(55), || {
-        (certificate("a") != first).then_some(())
+    wait_until(
+        "the peer has another certificate",
+        Duration::from_secs(55),
+        || (certificate("a") != first).then_some(()),
+    );
+    wait_until("the first certificate has ended", PATIENCE, || {
+        (begun.elapsed().as_secs() > 62).then_some(())
     });
-    wait_until("the first certificate has ended", PATIENCE, || (begun.elapsed().as_secs() > 62).then_some(()));
     get.finish(PATIENCE).ok();
     swarm.assert_same("film", "copy.mkv");
     swarm.wait_listed("b", "movies/film.mkv", 1);
-    let status = swarm.wait_status("a", "is online", |status| status["tracker_state"] == "online");
-    assert!(status["certificate_seconds_left"].as_i64().unwrap() > 0, "{status}");
+    let status = swarm.wait_status("a", "is online", |status| {
+        status["tracker_state"] == "online"
+    });
+    assert!(
+        status["certificate_seconds_left"].as_i64().unwrap() > 0,
+        "{status}"
+    );
 }

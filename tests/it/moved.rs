@@ -19,7 +19,11 @@ fn network() -> Swarm {
 
 /// Joins with a new link, and says who that made of `member`.
 fn join_again(swarm: &Swarm, member: &str) -> String {
-    let joined = swarm.run(member, ["join", &swarm.link(2), "--json"]).ok().json().remove(0);
+    let joined = swarm
+        .run(member, ["join", &swarm.link(2), "--json"])
+        .ok()
+        .json()
+        .remove(0);
     assert_eq!(joined["tracker"][0], swarm.address());
     joined["peer_id"].as_str().unwrap().to_owned()
 }
@@ -42,7 +46,9 @@ fn a_new_link_teaches_a_new_certificate() {
     let mut swarm = network();
     let before = join_again(&swarm, "sink");
     let made = Command::new("openssl")
-        .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-days", "9"])
+        .args([
+            "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-days", "9",
+        ])
         .args(["-keyout", "key.pem", "-out", "cert.pem"])
         .current_dir(swarm.path(""))
         .output()
@@ -50,11 +56,20 @@ fn a_new_link_teaches_a_new_certificate() {
     assert!(made.status.success());
     drop((swarm.take(TRACKER), swarm.take("a")));
     let address = swarm.address().to_owned();
-    swarm.start_tracker(&["--certificate", "cert.pem", "--certificate-key", "key.pem", "--listen", &address]);
+    swarm.start_tracker(&[
+        "--certificate",
+        "cert.pem",
+        "--certificate-key",
+        "key.pem",
+        "--listen",
+        &address,
+    ]);
     swarm.run("sink", ["ls"]).fails(11, &["new link"]);
     assert_eq!(join_again(&swarm, "sink"), before);
     swarm.run("sink", ["ls"]).ok();
     // Another network is still another network.
     let other = Swarm::start();
-    swarm.run("sink", ["join", &other.link(1)]).fails(9, &["another network"]);
+    swarm
+        .run("sink", ["join", &other.link(1)])
+        .fails(9, &["another network"]);
 }

@@ -18,7 +18,10 @@ struct Machines {
 /// What the command `ip` prints; none if it fails.
 pub fn told_by_ip(words: &str) -> Option<String> {
     let output = Command::new("ip").args(words.split(' ')).output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+    output
+        .status
+        .success()
+        .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 fn ip(words: &str) -> bool {
@@ -28,7 +31,10 @@ fn ip(words: &str) -> bool {
 impl Machines {
     /// None if this machine does not let us.
     fn new(n: usize) -> Option<Self> {
-        let machines = Self { name: format!("sprat{}", std::process::id()), n };
+        let machines = Self {
+            name: format!("sprat{}", std::process::id()),
+            n,
+        };
         let (name, bridge) = (&machines.name, machines.of(0));
         let mut made = ip(&format!("netns add {bridge}"))
             && ip(&format!("-n {bridge} link add bridge type bridge"))
@@ -37,10 +43,14 @@ impl Machines {
             let machine = machines.of(i);
             made = made
                 && ip(&format!("netns add {name}-{i}"))
-                && ip(&format!("-n {machine} link add eth0 type veth peer name port{i} netns {bridge}"))
+                && ip(&format!(
+                    "-n {machine} link add eth0 type veth peer name port{i} netns {bridge}"
+                ))
                 && ip(&format!("-n {bridge} link set port{i} master bridge up"))
                 && ip(&format!("-n {machine} addr add 10.77.0.{i}/24 dev eth0"))
-                && ip(&format!("-n {machine} addr add fd77::{i}/64 dev eth0 nodad"))
+                && ip(&format!(
+                    "-n {machine} addr add fd77::{i}/64 dev eth0 nodad"
+                ))
                 && ip(&format!("-n {machine} link set lo up"))
                 && ip(&format!("-n {machine} link set eth0 up"))
                 && ip(&format!("-n {machine} route add default via 10.77.0.254"));
@@ -72,26 +82,47 @@ fn machines_with_different_addresses_swarm() {
         swarm.wrap(member, &["ip", "netns", "exec", &machines.of(i)]);
     }
     swarm.start_tracker(&[]);
-    assert_eq!(swarm.address(), "10.77.0.1:7700", "the address of the interface that leads out");
+    assert_eq!(
+        swarm.address(),
+        "10.77.0.1:7700",
+        "the address of the interface that leads out"
+    );
 
     let size = 64 * MIB + 5;
     swarm.write("film", size, "film");
     swarm.write("sequel", size, "sequel");
     let mut ids = Vec::new();
     for member in ["a", "b", "c"] {
-        ["film", "sequel"].iter().for_each(|film| swarm.same(film, &format!("{member}-files/{film}")));
+        ["film", "sequel"]
+            .iter()
+            .for_each(|film| swarm.same(film, &format!("{member}-files/{film}")));
         ids.push(swarm.sharing_peer(member, &["--listen", "[::]:7701"]));
     }
     swarm.join("sink");
-    ["film", "sequel"].iter().for_each(|film| _ = swarm.wait_listed("sink", film, 3));
+    ["film", "sequel"]
+        .iter()
+        .for_each(|film| _ = swarm.wait_listed("sink", film, 3));
     let peers = swarm.run("sink", ["ls", "--peers", "--json"]).ok().json();
     for peer in &peers {
         let addresses = peer["addresses"].to_string();
-        assert!(addresses.contains("10.77.0.") && addresses.contains("fd77::"), "{peer}");
-        assert!(!addresses.contains("127.0.0.1") && !addresses.contains("[::1]"), "loopback is nobody else's: {peer}");
+        assert!(
+            addresses.contains("10.77.0.") && addresses.contains("fd77::"),
+            "{peer}"
+        );
+        assert!(
+            !addresses.contains("127.0.0.1") && !addresses.contains("[::1]"),
+            "loopback is nobody else's: {peer}"
+        );
     }
-    let shares = |summary: &serde_json::Value| ids.iter().map(|id| bytes_from(summary, id)).collect::<Vec<_>>();
-    let summary = swarm.run("sink", ["get", "film", "-o", "copy", "--json"]).ok().summary();
+    let shares = |summary: &serde_json::Value| {
+        ids.iter()
+            .map(|id| bytes_from(summary, id))
+            .collect::<Vec<_>>()
+    };
+    let summary = swarm
+        .run("sink", ["get", "film", "-o", "copy", "--json"])
+        .ok()
+        .summary();
     swarm.assert_same("film", "copy");
     assert!(shares(&summary).iter().all(|bytes| *bytes > 0), "{summary}");
 

@@ -25,16 +25,29 @@ fn send(address: &str, request: &str) -> Answer {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut said = String::new();
     // A server that refuses may close before it has read everything.
-    let _ = stream.write_all(request.as_bytes()).and_then(|()| stream.read_to_string(&mut said));
+    let _ = stream
+        .write_all(request.as_bytes())
+        .and_then(|()| stream.read_to_string(&mut said));
     let (head, body) = said.split_once("\r\n\r\n").unwrap_or((&said, ""));
-    let status = head.split(' ').nth(1).and_then(|word| word.parse().ok()).unwrap_or_default();
-    Answer { status, head: head.to_lowercase(), body: body.to_owned() }
+    let status = head
+        .split(' ')
+        .nth(1)
+        .and_then(|word| word.parse().ok())
+        .unwrap_or_default();
+    Answer {
+        status,
+        head: head.to_lowercase(),
+        body: body.to_owned(),
+    }
 }
 
 /// What a page of a member's operator port says.
 pub fn page(swarm: &Swarm, member: &str, path: &str) -> Answer {
     let address = swarm.operator(member);
-    send(address, &format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"))
+    send(
+        address,
+        &format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"),
+    )
 }
 
 #[test]
@@ -45,7 +58,10 @@ fn pages_are_for_this_machine_and_for_reading() {
         let address = swarm.operator(member).to_owned();
         let port = address.rsplit_once(':').unwrap().1;
         let ask = |method: &str, path: &str, host: &str| {
-            send(&address, &format!("{method} {path} HTTP/1.1\r\n{host}Connection: close\r\n\r\n"))
+            send(
+                &address,
+                &format!("{method} {path} HTTP/1.1\r\n{host}Connection: close\r\n\r\n"),
+            )
         };
         let own = format!("Host: localhost:{port}\r\n");
         let rebound = format!("Host: attacker.example:{port}\r\n");
@@ -59,7 +75,14 @@ fn pages_are_for_this_machine_and_for_reading() {
             (ask("GET", "/healthz", "Host: localhost\r\n"), 403),
             (ask("GET", "/healthz", ""), 403),
             (ask("GET", "/healthz", &format!("{own}{rebound}")), 403),
-            (ask("GET", &format!("http://attacker.example:{port}/healthz"), &own), 403),
+            (
+                ask(
+                    "GET",
+                    &format!("http://attacker.example:{port}/healthz"),
+                    &own,
+                ),
+                403,
+            ),
             (ask("POST", "/healthz", &own), 405),
             (ask("DELETE", "/healthz", &own), 405),
             (ask("OPTIONS", "/healthz", &own), 405),
@@ -76,16 +99,30 @@ fn pages_are_for_this_machine_and_for_reading() {
                 "cross-origin-opener-policy: same-origin",
                 "cache-control: no-store",
             ] {
-                assert!(answer.head.lines().any(|line| line == header), "{header}: {answer:?}");
+                assert!(
+                    answer.head.lines().any(|line| line == header),
+                    "{header}: {answer:?}"
+                );
             }
             assert!(!answer.head.contains("access-control"), "{answer:?}");
         }
         // Neither long heads nor what is no HTTP gets anywhere.
-        let long = ask("GET", "/healthz", &format!("{own}X: {}\r\n", "x".repeat(64 << 10)));
+        let long = ask(
+            "GET",
+            "/healthz",
+            &format!("{own}X: {}\r\n", "x".repeat(64 << 10)),
+        );
         assert!(long.status != 200, "{long:?}");
-        let many = ask("GET", "/healthz", &format!("{own}{}", "X: x\r\n".repeat(100)));
+        let many = ask(
+            "GET",
+            "/healthz",
+            &format!("{own}{}", "X: x\r\n".repeat(100)),
+        );
         assert!(many.status != 200, "{many:?}");
-        assert_ne!(send(&address, "\x16\x03\x01 GET / HTTP/9\r\n\r\n").status, 200);
+        assert_ne!(
+            send(&address, "\x16\x03\x01 GET / HTTP/9\r\n\r\n").status,
+            200
+        );
         assert_eq!(page(&swarm, member, "/healthz").body, "alive\n");
     }
 }
@@ -94,11 +131,15 @@ fn pages_are_for_this_machine_and_for_reading() {
 fn a_crowd_is_turned_away_and_makes_room_when_it_leaves() {
     let swarm = Swarm::start();
     let address = swarm.operator(TRACKER).to_owned();
-    let crowd: Vec<TcpStream> = (0..64).map(|_| TcpStream::connect(&address).unwrap()).collect();
+    let crowd: Vec<TcpStream> = (0..64)
+        .map(|_| TcpStream::connect(&address).unwrap())
+        .collect();
     // The places are taken in order, so this one is the first that finds none.
     assert_eq!(page(&swarm, TRACKER, "/healthz").status, 0);
     drop(crowd);
-    wait_until("there is room again", PATIENCE, || (page(&swarm, TRACKER, "/healthz").status == 200).then_some(()));
+    wait_until("there is room again", PATIENCE, || {
+        (page(&swarm, TRACKER, "/healthz").status == 200).then_some(())
+    });
 }
 
 #[test]
@@ -106,9 +147,15 @@ fn a_request_that_does_not_come_is_not_waited_for() {
     let swarm = Swarm::start();
     let address = swarm.operator(TRACKER).to_owned();
     // No `Connection: close`, and no empty line: the server alone can end this.
-    let answer = send(&address, &format!("GET /healthz HTTP/1.1\r\nHost: {address}\r\nX: "));
+    let answer = send(
+        &address,
+        &format!("GET /healthz HTTP/1.1\r\nHost: {address}\r\nX: "),
+    );
     assert_ne!(answer.status, 200, "{answer:?}");
-    let idle = send(&address, &format!("GET /healthz HTTP/1.1\r\nHost: {address}\r\n\r\n"));
+    let idle = send(
+        &address,
+        &format!("GET /healthz HTTP/1.1\r\nHost: {address}\r\n\r\n"),
+    );
     assert_eq!(idle.status, 200, "{idle:?}");
 }
 
@@ -126,22 +173,52 @@ fn readiness_follows_the_tracker() {
         let answer = page(&swarm, "a", "/readyz");
         (answer.status == 503 && answer.body.contains(&address)).then_some(answer)
     });
-    assert_eq!((said.body.lines().count(), page(&swarm, "a", "/healthz").status), (1, 200), "{said:?}");
+    assert_eq!(
+        (
+            said.body.lines().count(),
+            page(&swarm, "a", "/healthz").status
+        ),
+        (1, 200),
+        "{said:?}"
+    );
     swarm.start_tracker(&["--listen", &address]);
-    wait_until("the peer is ready again", PATIENCE, || (page(&swarm, "a", "/readyz").status == 200).then_some(()));
+    wait_until("the peer is ready again", PATIENCE, || {
+        (page(&swarm, "a", "/readyz").status == 200).then_some(())
+    });
 }
 
 #[test]
 fn an_operator_port_that_cannot_be_had_is_one_clear_line() {
     let mut swarm = Swarm::start();
     let taken = swarm.operator(TRACKER).to_owned();
-    let run = |flag: &str| swarm.run("second", ["tracker", "run", "--listen", "127.0.0.1:0", "--operator", flag]);
+    let run = |flag: &str| {
+        swarm.run(
+            "second",
+            [
+                "tracker",
+                "run",
+                "--listen",
+                "127.0.0.1:0",
+                "--operator",
+                flag,
+            ],
+        )
+    };
     run(&taken).fails(1, &[&taken, "in use", "--operator"]);
     run("0.0.0.0:7790").fails(2, &["0.0.0.0:7790", "loopback"]);
     run("[::]:0").fails(2, &["[::]:0", "loopback"]);
     run("7790").fails(2, &["7790", "HOST:PORT"]);
     swarm.join("a");
-    swarm.run("a", ["peer", "--listen", "127.0.0.1:0", "--operator", &taken]).fails(1, &[&taken, "in use"]);
+    swarm
+        .run(
+            "a",
+            ["peer", "--listen", "127.0.0.1:0", "--operator", &taken],
+        )
+        .fails(1, &[&taken, "in use"]);
     swarm.start_peer("a", &["--operator", "none"]);
-    assert!(swarm.running("a").stdout().contains("\"operator\":null"), "{}", swarm.running("a").said());
+    assert!(
+        swarm.running("a").stdout().contains("\"operator\":null"),
+        "{}",
+        swarm.running("a").said()
+    );
 }

@@ -15,13 +15,16 @@ use crate::{
 };
 
 /// As it is typed everywhere.
-const ONE_LINER: &str = "openssl req -x509 -newkey rsa:4096 -keyout key.pem -out cert.pem -days 365";
+const ONE_LINER: &str =
+    "openssl req -x509 -newkey rsa:4096 -keyout key.pem -out cert.pem -days 365";
 const PASSPHRASE: &str = "correct horse";
 
 /// Types the line in the swarm's folder: the passphrase twice, and Enter to every question.
 fn type_one_liner(swarm: &Swarm) {
     let mut script = Command::new("script");
-    script.args(["--quiet", "--return", "--command", ONE_LINER, "/dev/null"]).current_dir(swarm.path(""));
+    script
+        .args(["--quiet", "--return", "--command", ONE_LINER, "/dev/null"])
+        .current_dir(swarm.path(""));
     let mut terminal = Process::spawn(&mut script, &swarm.path(""), Some(Stdio::piped()));
     let mut keyboard = terminal.child().stdin.take().unwrap();
     // A question is answered when it is asked: a terminal forgets what was typed before its echo went off.
@@ -36,12 +39,18 @@ fn type_one_liner(swarm: &Swarm) {
         ("Common Name", ""),
         ("Email Address", ""),
     ] {
-        crate::process::wait_until(question, PATIENCE, || terminal.stdout().contains(question).then_some(()));
+        crate::process::wait_until(question, PATIENCE, || {
+            terminal.stdout().contains(question).then_some(())
+        });
         writeln!(keyboard, "{answer}").unwrap();
     }
     drop(keyboard);
     terminal.finish(PATIENCE).ok();
-    assert!(fs::read_to_string(swarm.path("key.pem")).unwrap().contains("BEGIN ENCRYPTED PRIVATE KEY"));
+    assert!(
+        fs::read_to_string(swarm.path("key.pem"))
+            .unwrap()
+            .contains("BEGIN ENCRYPTED PRIVATE KEY")
+    );
 }
 
 #[test]
@@ -58,17 +67,26 @@ fn the_one_liner_and_the_older_file_run_a_network() {
     });
     fs::write(swarm.path("config.json"), file.to_string()).unwrap();
     fs::set_permissions(swarm.path("config.json"), fs::Permissions::from_mode(0o644)).unwrap();
-    ["shared", "downloads"].iter().for_each(|name| fs::create_dir(swarm.path(name)).unwrap());
+    ["shared", "downloads"]
+        .iter()
+        .for_each(|name| fs::create_dir(swarm.path(name)).unwrap());
 
     // Nobody is asked where there is no terminal.
-    swarm.run("tracker", ["tracker", "run"]).fails(2, &["key.pem", "SPRAT_KEY_PASSPHRASE"]);
+    swarm
+        .run("tracker", ["tracker", "run"])
+        .fails(2, &["key.pem", "SPRAT_KEY_PASSPHRASE"]);
     swarm.set("SPRAT_KEY_PASSPHRASE", "wrong");
-    swarm.run("tracker", ["tracker", "run"]).fails(1, &["passphrase", "key.pem"]);
+    swarm
+        .run("tracker", ["tracker", "run"])
+        .fails(1, &["passphrase", "key.pem"]);
     swarm.set("SPRAT_KEY_PASSPHRASE", PASSPHRASE);
     swarm.start_tracker(&[]);
     assert_eq!(swarm.address(), format!("127.0.0.1:{port}"));
     let link = swarm.link(1);
-    assert!(link.starts_with(&format!("sprat://127.0.0.1:{port}/t")), "{link}");
+    assert!(
+        link.starts_with(&format!("sprat://127.0.0.1:{port}/t")),
+        "{link}"
+    );
 
     swarm.write("shared/film", 700_000, "film");
     swarm.join("a");
@@ -92,13 +110,22 @@ fn the_one_liner_and_the_older_file_run_a_network() {
     let listen = format!("127.0.0.1:{port}");
     swarm.start_tracker(&["--listen", &listen]);
     swarm.wait_listed("b", "film", 1);
-    assert!(swarm.link(1).starts_with(&format!("sprat://127.0.0.1:{port}/a")));
+    assert!(
+        swarm
+            .link(1)
+            .starts_with(&format!("sprat://127.0.0.1:{port}/a"))
+    );
 }
 
 #[test]
 fn a_certificate_that_does_not_fit_is_named() {
     let swarm = Swarm::empty();
-    let run = |args: &[&str]| swarm.run("tracker", [&["tracker", "run", "--listen", "127.0.0.1:0"], args].concat());
+    let run = |args: &[&str]| {
+        swarm.run(
+            "tracker",
+            [&["tracker", "run", "--listen", "127.0.0.1:0"], args].concat(),
+        )
+    };
     run(&["--certificate", "cert.pem", "--certificate-key", "key.pem"]).fails(1, &["key.pem"]);
     run(&["--certificate", "cert.pem"]).fails(2, &["--certificate-key"]);
     for (name, text) in [("cert.pem", "no certificate"), ("key.pem", "no key")] {

@@ -44,11 +44,24 @@ impl Process {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let file = folder.join(COUNT.fetch_add(1, Ordering::Relaxed).to_string());
         let (stdout, stderr) = (file.with_extension("out"), file.with_extension("err"));
-        let what = command.get_args().map(|arg| arg.to_string_lossy()).collect::<Vec<_>>().join(" ");
+        let what = command
+            .get_args()
+            .map(|arg| arg.to_string_lossy())
+            .collect::<Vec<_>>()
+            .join(" ");
         command.stdin(stdin.unwrap_or_else(Stdio::null));
-        command.stdout(File::create(&stdout).unwrap()).stderr(File::create(&stderr).unwrap());
-        let child = command.spawn().unwrap_or_else(|error| panic!("{:?}: {error}", command.get_program()));
-        Self { child, what, stdout, stderr }
+        command
+            .stdout(File::create(&stdout).unwrap())
+            .stderr(File::create(&stderr).unwrap());
+        let child = command
+            .spawn()
+            .unwrap_or_else(|error| panic!("{:?}: {error}", command.get_program()));
+        Self {
+            child,
+            what,
+            stdout,
+            stderr,
+        }
     }
 
     pub fn stdout(&self) -> String {
@@ -81,12 +94,22 @@ impl Process {
     pub fn finish(mut self, within: Duration) -> Outcome {
         let what = format!("`sprat {}` ends\n{}", self.what, self.said());
         let end = wait_until(&what, within, || self.child.try_wait().unwrap());
-        Outcome { what: self.what.clone(), code: end.code(), stdout: self.stdout(), stderr: self.stderr() }
+        Outcome {
+            what: self.what.clone(),
+            code: end.code(),
+            stdout: self.stdout(),
+            stderr: self.stderr(),
+        }
     }
 
     /// Everything it said so far, for a person.
     pub fn said(&self) -> String {
-        format!("--- sprat {}\n{}{}", self.what, self.stdout(), self.stderr())
+        format!(
+            "--- sprat {}\n{}{}",
+            self.what,
+            self.stdout(),
+            self.stderr()
+        )
     }
 }
 
@@ -120,9 +143,17 @@ impl Outcome {
     #[track_caller]
     pub fn fails(self, code: i32, words: &[&str]) -> Self {
         assert_eq!(self.code, Some(code), "{self:#?}");
-        let last = self.stderr.trim_end().lines().next_back().unwrap_or_default();
+        let last = self
+            .stderr
+            .trim_end()
+            .lines()
+            .next_back()
+            .unwrap_or_default();
         // Wrong flags are explained at more length.
-        assert!((last.starts_with("sprat: ") || code == 2) && !self.stderr.contains("panicked"), "{self:#?}");
+        assert!(
+            (last.starts_with("sprat: ") || code == 2) && !self.stderr.contains("panicked"),
+            "{self:#?}"
+        );
         for word in words {
             assert!(self.stderr.contains(word), "{word:?} is not in {self:#?}");
         }
@@ -132,7 +163,9 @@ impl Outcome {
     /// The JSON objects of stdout, a line each.
     #[track_caller]
     pub fn json(&self) -> Vec<Value> {
-        let read = |line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}\n{self:#?}"));
+        let read = |line| {
+            serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}\n{self:#?}"))
+        };
         self.stdout.lines().map(read).collect()
     }
 

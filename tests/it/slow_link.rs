@@ -54,11 +54,20 @@ impl SlowLink {
 
     /// A link that ends when so many bytes have come back.
     pub fn ending(port: u16, bytes_per_second: u64, after: u64, end: End) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
         let address = listener.local_addr().unwrap();
         let bytes_per_second = AtomicU64::new(bytes_per_second);
-        let line = Line { bytes_per_second, busy_until: Mutex::new(Instant::now()), left: AtomicU64::new(after), end };
+        let line = Line {
+            bytes_per_second,
+            busy_until: Mutex::new(Instant::now()),
+            left: AtomicU64::new(after),
+            end,
+        };
         let line = Arc::new(line);
         let shared = line.clone();
         runtime.spawn(async move {
@@ -68,8 +77,11 @@ impl SlowLink {
                     near.set_zero_linger().unwrap();
                 }
                 tokio::spawn(async move {
-                    let Ok(far) = TcpStream::connect(("127.0.0.1", port)).await else { return };
-                    let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
+                    let Ok(far) = TcpStream::connect(("127.0.0.1", port)).await else {
+                        return;
+                    };
+                    let ((near_in, near_out), (far_in, far_out)) =
+                        (near.into_split(), far.into_split());
                     tokio::select! {
                         () = relay(near_in, far_out, None) => {}
                         () = relay(far_in, near_out, Some(line)) => {}
@@ -77,19 +89,27 @@ impl SlowLink {
                 });
             }
         });
-        Self { address, line, _runtime: runtime }
+        Self {
+            address,
+            line,
+            _runtime: runtime,
+        }
     }
 
     /// From now on so many bytes a second come back.
     pub fn set(&self, bytes_per_second: u64) {
-        self.line.bytes_per_second.store(bytes_per_second, Ordering::Relaxed);
+        self.line
+            .bytes_per_second
+            .store(bytes_per_second, Ordering::Relaxed);
     }
 }
 
 async fn relay(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, line: Option<Arc<Line>>) {
     let mut buffer = vec![0; 16 << 10];
     loop {
-        let Ok(n @ 1..) = from.read(&mut buffer).await else { return };
+        let Ok(n @ 1..) = from.read(&mut buffer).await else {
+            return;
+        };
         if let Some(line) = &line {
             sleep_until(line.busy_until(n as u64)).await;
             if !line.carries(n as u64) {
@@ -115,8 +135,11 @@ impl Line {
 
     /// False once too many bytes came back.
     fn carries(&self, bytes: u64) -> bool {
-        let left =
-            self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(bytes)));
+        let left = self
+            .left
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                Some(left.saturating_sub(bytes))
+            });
         left.unwrap() >= bytes
     }
 }

@@ -4,8 +4,8 @@
 use sprat::{
     identity::{OPERATOR_FILES, Role, Subject},
     proto::{
-        FileEntry, HeartbeatRequest, RegisterBatch, RegisterHeader, RegisterRequest, register_request::Part,
-        tracker_service_client::TrackerServiceClient,
+        FileEntry, HeartbeatRequest, RegisterBatch, RegisterHeader, RegisterRequest,
+        register_request::Part, tracker_service_client::TrackerServiceClient,
     },
 };
 use tonic::Code;
@@ -40,13 +40,26 @@ fn strangers_are_refused_at_every_call() {
     foreign.join("m");
     swarm.join("revoked");
     let member = Badge::of_peer(&swarm.path("a"));
-    let name = |role| move |key: &sprat::identity::Key| vec![Subject { id: key.peer_id(), role }.name()];
+    let name = |role| {
+        move |key: &sprat::identity::Key| {
+            vec![
+                Subject {
+                    id: key.peer_id(),
+                    role,
+                }
+                .name(),
+            ]
+        }
+    };
     let tracker_key = Badge::self_signed(name(Role::Tracker));
     let strangers = [
         ("nobody", None),
         ("self-signed", Some(Badge::self_signed(name(Role::Peer)))),
         ("self-signed as tracker", Some(tracker_key)),
-        ("of another network", Some(Badge::of_peer(&foreign.path("m")))),
+        (
+            "of another network",
+            Some(Badge::of_peer(&foreign.path("m"))),
+        ),
         (
             "with a stolen certificate",
             Some(Badge::of_peer(&swarm.path("a")).with_key_of(&Badge::self_signed(|_| vec![]))),
@@ -57,43 +70,106 @@ fn strangers_are_refused_at_every_call() {
             for address in [swarm.address(), &peer] {
                 for (who, badge) in &strangers {
                     for name in [None, NAMED] {
-                        let answer = call(connect(address, badge.as_ref(), name).await, &path).await;
-                        assert_eq!(answer, Answer::Refused, "{who} called {path} at {address} as {name:?}");
+                        let answer =
+                            call(connect(address, badge.as_ref(), name).await, &path).await;
+                        assert_eq!(
+                            answer,
+                            Answer::Refused,
+                            "{who} called {path} at {address} as {name:?}"
+                        );
                     }
                 }
             }
             // A peer enrolls nobody.
             let answer = call(connect(&peer, None, JOIN).await, &path).await;
-            assert_eq!(answer, Answer::Refused, "nobody called {path} at the peer, to join");
+            assert_eq!(
+                answer,
+                Answer::Refused,
+                "nobody called {path} at the peer, to join"
+            );
         }
-        let answer = call(connect(&peer, Some(&member), None).await, "/grpc.health.v1.Health/Check").await;
-        assert_eq!(answer, Answer::Status(Code::Ok), "the peer is alive, and lets members in");
+        let answer = call(
+            connect(&peer, Some(&member), None).await,
+            "/grpc.health.v1.Health/Check",
+        )
+        .await;
+        assert_eq!(
+            answer,
+            Answer::Status(Code::Ok),
+            "the peer is alive, and lets members in"
+        );
     });
 }
 
 /// Who, where, with which certificate, under which server name; and the services that are there.
-type Door<'a> = (&'a str, &'a str, Option<&'a Badge>, Option<&'static str>, &'a [&'a str]);
+type Door<'a> = (
+    &'a str,
+    &'a str,
+    Option<&'a Badge>,
+    Option<&'static str>,
+    &'a [&'a str],
+);
 
 #[test]
 fn every_door_leads_to_its_own_services_only() {
     let (swarm, peer) = network();
     let member = Badge::of_peer(&swarm.path("a"));
-    swarm.run("tracker", ["operator", "cert", "--out", "operator"]).ok();
+    swarm
+        .run("tracker", ["operator", "cert", "--out", "operator"])
+        .ok();
     let operator = Badge::load(&swarm.path("operator"), OPERATOR_FILES);
     let open = ["grpc.health.v1.Health", "grpc.reflection"];
     let doors: [Door<'_>; 6] = [
-        ("a member at the tracker", swarm.address(), Some(&member), None, &["TrackerService", open[0], open[1]]),
-        ("an operator at the tracker", swarm.address(), Some(&operator), NAMED, &["TrackerService", open[0], open[1]]),
-        ("a member at a peer", &peer, Some(&member), None, &["ChunkService", open[0], open[1]]),
-        ("an operator at a peer", &peer, Some(&operator), None, &["ChunkService", open[0], open[1]]),
-        ("nobody at the join door", swarm.address(), None, JOIN, &["EnrollmentService"]),
-        ("a member at the join door", swarm.address(), Some(&member), JOIN, &["EnrollmentService"]),
+        (
+            "a member at the tracker",
+            swarm.address(),
+            Some(&member),
+            None,
+            &["TrackerService", open[0], open[1]],
+        ),
+        (
+            "an operator at the tracker",
+            swarm.address(),
+            Some(&operator),
+            NAMED,
+            &["TrackerService", open[0], open[1]],
+        ),
+        (
+            "a member at a peer",
+            &peer,
+            Some(&member),
+            None,
+            &["ChunkService", open[0], open[1]],
+        ),
+        (
+            "an operator at a peer",
+            &peer,
+            Some(&operator),
+            None,
+            &["ChunkService", open[0], open[1]],
+        ),
+        (
+            "nobody at the join door",
+            swarm.address(),
+            None,
+            JOIN,
+            &["EnrollmentService"],
+        ),
+        (
+            "a member at the join door",
+            swarm.address(),
+            Some(&member),
+            JOIN,
+            &["EnrollmentService"],
+        ),
     ];
     block_on(async {
         for (who, address, badge, name, services) in doors {
             for path in paths() {
                 let answer = call(connect(address, badge, name).await, &path).await;
-                let Answer::Status(code) = answer else { panic!("{who} was refused at {path}") };
+                let Answer::Status(code) = answer else {
+                    panic!("{who} was refused at {path}")
+                };
                 let is_there = services.iter().any(|service| path.contains(service));
                 let expected = match (who, &*path) {
                     (_, "/sprat.v1.ChunkService/WatchHave") if is_there => continue,
@@ -101,7 +177,10 @@ fn every_door_leads_to_its_own_services_only() {
                         "an operator at the tracker",
                         "/sprat.v1.TrackerService/Register" | "/sprat.v1.TrackerService/Heartbeat",
                     ) => code == Code::PermissionDenied,
-                    _ if is_there => !matches!(code, Code::Unimplemented | Code::Unauthenticated | Code::Unavailable),
+                    _ if is_there => !matches!(
+                        code,
+                        Code::Unimplemented | Code::Unauthenticated | Code::Unavailable
+                    ),
                     _ => code == Code::Unimplemented,
                 };
                 assert!(expected, "{who} called {path}: {code:?}");
@@ -119,11 +198,27 @@ fn a_member_acts_for_itself_only() {
         let connection = connect(swarm.address(), Some(&member), None).await.unwrap();
         let origin = connection.origin();
         let mut client = TrackerServiceClient::with_origin(connection, origin);
-        let claim = HeartbeatRequest { peer_id: victim.clone(), leaving: true, ..HeartbeatRequest::default() };
-        assert_eq!(client.heartbeat(claim).await.unwrap_err().code(), Code::PermissionDenied);
-        let header = RegisterHeader { peer_id: victim.clone(), generation: u64::MAX, ..RegisterHeader::default() };
-        let claim = RegisterRequest { part: Some(Part::Header(header)) };
-        let refused = client.register(tokio_stream::iter([claim])).await.unwrap_err();
+        let claim = HeartbeatRequest {
+            peer_id: victim.clone(),
+            leaving: true,
+            ..HeartbeatRequest::default()
+        };
+        assert_eq!(
+            client.heartbeat(claim).await.unwrap_err().code(),
+            Code::PermissionDenied
+        );
+        let header = RegisterHeader {
+            peer_id: victim.clone(),
+            generation: u64::MAX,
+            ..RegisterHeader::default()
+        };
+        let claim = RegisterRequest {
+            part: Some(Part::Header(header)),
+        };
+        let refused = client
+            .register(tokio_stream::iter([claim]))
+            .await
+            .unwrap_err();
         assert_eq!(refused.code(), Code::PermissionDenied);
     });
     swarm.wait_listed("victim", "film", 1);
@@ -133,7 +228,11 @@ fn a_member_acts_for_itself_only() {
 fn names_that_escape_are_refused() {
     let (swarm, _) = network();
     let member = Badge::of_peer(&swarm.path("a"));
-    let long = ["x".repeat(256), "x/".repeat(513) + "x", "x/".repeat(32) + "x"];
+    let long = [
+        "x".repeat(256),
+        "x/".repeat(513) + "x",
+        "x/".repeat(32) + "x",
+    ];
     let mut names: Vec<&str> = vec![
         "../x",
         "a/../../x",
@@ -165,13 +264,31 @@ fn names_that_escape_are_refused() {
             let connection = connect(swarm.address(), Some(&member), None).await.unwrap();
             let origin = connection.origin();
             let mut client = TrackerServiceClient::with_origin(connection, origin);
-            let header = RegisterHeader { generation: u64::MAX - 1, ..RegisterHeader::default() };
-            let entry = FileEntry { name: name.into(), size: 1, content_id: "0".repeat(64), partial: false };
-            let batch = RegisterBatch { added: vec![entry], removed: vec![] };
-            let parts = [Part::Header(header), Part::Batch(batch)].map(|part| RegisterRequest { part: Some(part) });
-            let refused = client.register(tokio_stream::iter(parts)).await.unwrap_err();
+            let header = RegisterHeader {
+                generation: u64::MAX - 1,
+                ..RegisterHeader::default()
+            };
+            let entry = FileEntry {
+                name: name.into(),
+                size: 1,
+                content_id: "0".repeat(64),
+                partial: false,
+            };
+            let batch = RegisterBatch {
+                added: vec![entry],
+                removed: vec![],
+            };
+            let parts = [Part::Header(header), Part::Batch(batch)]
+                .map(|part| RegisterRequest { part: Some(part) });
+            let refused = client
+                .register(tokio_stream::iter(parts))
+                .await
+                .unwrap_err();
             assert_eq!(refused.code(), Code::InvalidArgument, "{name:?}: {refused}");
-            assert!(!refused.message().contains(['\u{1b}', '\n', '\u{202e}']), "{refused:?}");
+            assert!(
+                !refused.message().contains(['\u{1b}', '\n', '\u{202e}']),
+                "{refused:?}"
+            );
         }
     });
     swarm.wait_listed("a", "film", 1);
@@ -180,7 +297,10 @@ fn names_that_escape_are_refused() {
 
 #[test]
 fn a_revoked_member_is_out_within_a_heartbeat() {
-    let mut swarm = Swarm::with(&[("SPRAT_TRACKER_HEARTBEAT_SECONDS", "1"), ("SPRAT_TRACKER_LEASE_SECONDS", "30")]);
+    let mut swarm = Swarm::with(&[
+        ("SPRAT_TRACKER_HEARTBEAT_SECONDS", "1"),
+        ("SPRAT_TRACKER_LEASE_SECONDS", "30"),
+    ]);
     swarm.write("a-files/film", 2_000_000, "film");
     swarm.sharing_peer("a", &[]);
     swarm.write("bad-files/other", 1000, "other");
@@ -193,15 +313,28 @@ fn a_revoked_member_is_out_within_a_heartbeat() {
 
     swarm.run("tracker", ["tracker", "revoke", &bad]).ok();
     swarm.run("bad", ["ls"]).fails(11, &[]);
-    assert!(swarm.ls("a").iter().all(|row| row["name"] == "film"), "a revoked peer is listed no more");
+    assert!(
+        swarm.ls("a").iter().all(|row| row["name"] == "film"),
+        "a revoked peer is listed no more"
+    );
     let health = "/grpc.health.v1.Health/Check";
     crate::process::wait_until("the peer refuses it, too", PATIENCE, || {
-        let answer = block_on(async { call(connect(&peer, Some(&badge), None).await, health).await });
+        let answer =
+            block_on(async { call(connect(&peer, Some(&badge), None).await, health).await });
         (answer == Answer::Refused).then_some(())
     });
-    let members = swarm.run("tracker", ["tracker", "members", "--json"]).ok().json();
-    assert!(members.iter().any(|member| member["peer_id"] == *bad && member["revoked"] == true));
-    swarm.run("tracker", ["tracker", "revoke", &bad]).fails(3, &["revoked already"]);
+    let members = swarm
+        .run("tracker", ["tracker", "members", "--json"])
+        .ok()
+        .json();
+    assert!(
+        members
+            .iter()
+            .any(|member| member["peer_id"] == *bad && member["revoked"] == true)
+    );
+    swarm
+        .run("tracker", ["tracker", "revoke", &bad])
+        .fails(3, &["revoked already"]);
 
     swarm.run("tracker", ["tracker", "approve", &bad]).ok();
     swarm.run("bad", ["ls"]).ok();

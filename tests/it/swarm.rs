@@ -58,7 +58,10 @@ pub struct Swarm {
 impl Swarm {
     /// A folder, and nothing running yet.
     pub fn empty() -> Self {
-        let folder = tempfile::Builder::new().prefix("sprat-it-").tempdir().unwrap();
+        let folder = tempfile::Builder::new()
+            .prefix("sprat-it-")
+            .tempdir()
+            .unwrap();
         Self {
             folder,
             environment: BTreeMap::new(),
@@ -77,7 +80,9 @@ impl Swarm {
     /// A running tracker; these variables are in the environment of every process.
     pub fn with(variables: &[(&str, &str)]) -> Self {
         let mut swarm = Self::empty();
-        variables.iter().for_each(|(name, value)| swarm.set(name, value));
+        variables
+            .iter()
+            .for_each(|(name, value)| swarm.set(name, value));
         swarm.start_tracker(&["--listen", "127.0.0.1:0"]);
         swarm
     }
@@ -89,7 +94,10 @@ impl Swarm {
 
     /// Runs the commands of a member behind these words.
     pub fn wrap(&mut self, member: &str, words: &[&str]) {
-        self.wrappers.insert(member.into(), words.iter().map(ToString::to_string).collect());
+        self.wrappers.insert(
+            member.into(),
+            words.iter().map(ToString::to_string).collect(),
+        );
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -102,29 +110,51 @@ impl Swarm {
     }
 
     /// `sprat --state-dir MEMBER ARGS`, clean of the settings of whoever runs the test.
-    pub fn command<A: AsRef<OsStr>>(&self, member: &str, args: impl IntoIterator<Item = A>) -> Command {
+    pub fn command<A: AsRef<OsStr>>(
+        &self,
+        member: &str,
+        args: impl IntoIterator<Item = A>,
+    ) -> Command {
         let mut words: Vec<OsString> = Vec::new();
-        words.extend(self.wrappers.get(member).into_iter().flatten().map(OsString::from));
+        words.extend(
+            self.wrappers
+                .get(member)
+                .into_iter()
+                .flatten()
+                .map(OsString::from),
+        );
         words.push(SPRAT.into());
         if !member.is_empty() {
             words.extend(["--state-dir".into(), self.path(member).into()]);
         }
         words.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
         let mut command = Command::new(&words[0]);
-        command.args(&words[1..]).current_dir(self.folder.path()).env("HOME", self.folder.path());
+        command
+            .args(&words[1..])
+            .current_dir(self.folder.path())
+            .env("HOME", self.folder.path());
         for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("SPRAT_") || name.to_string_lossy().starts_with("XDG_") {
+            if name.to_string_lossy().starts_with("SPRAT_")
+                || name.to_string_lossy().starts_with("XDG_")
+            {
                 command.env_remove(name);
             }
         }
         // Side by side, tests would fight for the default ports.
-        command.envs([("SPRAT_TRACKER_OPERATOR", "127.0.0.1:0"), ("SPRAT_PEER_OPERATOR", "127.0.0.1:0")]);
+        command.envs([
+            ("SPRAT_TRACKER_OPERATOR", "127.0.0.1:0"),
+            ("SPRAT_PEER_OPERATOR", "127.0.0.1:0"),
+        ]);
         command.envs(&self.environment);
         command
     }
 
     /// Starts a command of a member; an empty name means no state directory.
-    pub fn spawn<A: AsRef<OsStr>>(&self, member: &str, args: impl IntoIterator<Item = A>) -> Process {
+    pub fn spawn<A: AsRef<OsStr>>(
+        &self,
+        member: &str,
+        args: impl IntoIterator<Item = A>,
+    ) -> Process {
         self.spawn_command(&mut self.command(member, args), None)
     }
 
@@ -149,26 +179,47 @@ impl Swarm {
 
     /// A link for `uses` machines.
     pub fn link(&self, uses: u32) -> String {
-        let made = self.run(TRACKER, ["tracker", "token", "create", "--ttl", "1h", "--uses", &uses.to_string()]);
+        let made = self.run(
+            TRACKER,
+            [
+                "tracker",
+                "token",
+                "create",
+                "--ttl",
+                "1h",
+                "--uses",
+                &uses.to_string(),
+            ],
+        );
         made.ok().stdout.trim_end().to_owned()
     }
 
     /// Lets a member join and gives its peer id.
     pub fn join(&self, member: &str) -> String {
-        let joined = self.run(member, ["join", &self.link(1), "--json"]).ok().json().remove(0);
+        let joined = self
+            .run(member, ["join", &self.link(1), "--json"])
+            .ok()
+            .json()
+            .remove(0);
         joined["peer_id"].as_str().unwrap().to_owned()
     }
 
     /// Starts a peer that has joined, and waits until the tracker knows it; gives its peer id.
     pub fn start_peer(&mut self, member: &str, flags: &[&str]) -> String {
         let peer_id = self.start_alone(member, flags);
-        self.wait_status(member, "is online", |status| status["tracker_state"] == "online");
+        self.wait_status(member, "is online", |status| {
+            status["tracker_state"] == "online"
+        });
         peer_id
     }
 
     /// Starts a peer that has joined, whether or not there is a tracker; gives its peer id.
     pub fn start_alone(&mut self, member: &str, flags: &[&str]) -> String {
-        let listen: &[&str] = if flags.contains(&"--listen") { &[] } else { &["--listen", "127.0.0.1:0"] };
+        let listen: &[&str] = if flags.contains(&"--listen") {
+            &[]
+        } else {
+            &["--listen", "127.0.0.1:0"]
+        };
         let mut process = self.spawn(member, [&["peer", "--json"], listen, flags].concat());
         let started = first_line(&mut process);
         self.keep(member, process, &started);
@@ -176,13 +227,19 @@ impl Swarm {
     }
 
     fn keep(&mut self, member: &str, process: Process, started: &Value) {
-        self.operators.extend(started["operator"].as_str().map(|page| (member.to_owned(), page.to_owned())));
+        self.operators.extend(
+            started["operator"]
+                .as_str()
+                .map(|page| (member.to_owned(), page.to_owned())),
+        );
         self.running.insert(member.into(), process);
     }
 
     /// `HOST:PORT` of a member's operator page.
     pub fn operator(&self, member: &str) -> &str {
-        self.operators.get(member).unwrap_or_else(|| panic!("{member} has no operator page"))
+        self.operators
+            .get(member)
+            .unwrap_or_else(|| panic!("{member} has no operator page"))
     }
 
     /// Joins and starts a peer that shares the folder `MEMBER-files`; gives its peer id.
@@ -197,12 +254,16 @@ impl Swarm {
 
     /// The running process of a member.
     pub fn running(&mut self, member: &str) -> &mut Process {
-        self.running.get_mut(member).unwrap_or_else(|| panic!("{member} was not started"))
+        self.running
+            .get_mut(member)
+            .unwrap_or_else(|| panic!("{member} was not started"))
     }
 
     /// Takes the process of a member out, to watch its end.
     pub fn take(&mut self, member: &str) -> Process {
-        self.running.remove(member).unwrap_or_else(|| panic!("{member} was not started"))
+        self.running
+            .remove(member)
+            .unwrap_or_else(|| panic!("{member} was not started"))
     }
 
     /// Ends a member as a power cut would.
@@ -211,7 +272,12 @@ impl Swarm {
     }
 
     /// Waits until `status --json` of a member is as wanted.
-    pub fn wait_status(&self, member: &str, what: &str, mut wanted: impl FnMut(&Value) -> bool) -> Value {
+    pub fn wait_status(
+        &self,
+        member: &str,
+        what: &str,
+        mut wanted: impl FnMut(&Value) -> bool,
+    ) -> Value {
         let what = format!("{member} {what}");
         wait_until(&what, PATIENCE, || {
             let asked = self.run(member, ["status", "--json"]);
@@ -234,12 +300,21 @@ impl Swarm {
     }
 
     /// Waits until the listing is as wanted.
-    pub fn wait_ls<T>(&self, member: &str, within: Duration, mut wanted: impl FnMut(&[Value]) -> Option<T>) -> T {
+    pub fn wait_ls<T>(
+        &self,
+        member: &str,
+        within: Duration,
+        mut wanted: impl FnMut(&[Value]) -> Option<T>,
+    ) -> T {
         let mut last = Vec::new();
-        wait_until(&format!("the listing as {member} sees it is as wanted"), within, || {
-            last = self.ls(member);
-            wanted(&last)
-        })
+        wait_until(
+            &format!("the listing as {member} sees it is as wanted"),
+            within,
+            || {
+                last = self.ls(member);
+                wanted(&last)
+            },
+        )
     }
 
     /// Writes a file of `size` bytes that look random; the same `seed` gives the same bytes. Gives their content id.
@@ -271,9 +346,14 @@ impl Swarm {
     /// Demands that two files hold the same bytes.
     #[track_caller]
     pub fn assert_same(&self, a: &str, b: &str) {
-        let open = |name: &str| File::open(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let open = |name: &str| {
+            File::open(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+        };
         let (mut a, mut b) = (open(a), open(b));
-        assert_eq!(a.seek(SeekFrom::End(0)).unwrap(), b.seek(SeekFrom::End(0)).unwrap());
+        assert_eq!(
+            a.seek(SeekFrom::End(0)).unwrap(),
+            b.seek(SeekFrom::End(0)).unwrap()
+        );
         a.rewind().unwrap();
         b.rewind().unwrap();
         let (mut left, mut right) = (vec![0; 1 << 20], vec![0; 1 << 20]);
@@ -295,7 +375,12 @@ impl Swarm {
                 if path.is_dir() {
                     walk(root, &path, found);
                 } else {
-                    found.push(path.strip_prefix(root).unwrap().to_string_lossy().into_owned());
+                    found.push(
+                        path.strip_prefix(root)
+                            .unwrap()
+                            .to_string_lossy()
+                            .into_owned(),
+                    );
                 }
             }
         }
@@ -326,14 +411,22 @@ impl Drop for Swarm {
             }
         }
         let folder = self.folder.path().to_string_lossy().into_owned();
-        let of_ours = |pid: &str| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| contains(&line, &folder));
+        let of_ours = |pid: &str| {
+            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| contains(&line, &folder))
+        };
         let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
         let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-        let alive: Vec<String> = names.filter(|name| name.parse::<u32>().is_ok() && of_ours(name)).collect();
-        assert!(alive.is_empty() || thread::panicking(), "still alive: {alive:?}");
+        let alive: Vec<String> = names
+            .filter(|name| name.parse::<u32>().is_ok() && of_ours(name))
+            .collect();
+        assert!(
+            alive.is_empty() || thread::panicking(),
+            "still alive: {alive:?}"
+        );
     }
 }
 
 fn contains(line: &[u8], text: &str) -> bool {
-    line.windows(text.len()).any(|window| window == text.as_bytes())
+    line.windows(text.len())
+        .any(|window| window == text.as_bytes())
 }

@@ -19,7 +19,10 @@ fn network() -> (Swarm, impl Sized) {
 }
 
 fn two_gets(swarm: &Swarm) {
-    let mut first = swarm.spawn("sink", ["get", "movies/film.mkv", "-o", "film.copy", "--json"]);
+    let mut first = swarm.spawn(
+        "sink",
+        ["get", "movies/film.mkv", "-o", "film.copy", "--json"],
+    );
     wait_progress(&mut first, 0.01);
     let second = swarm.spawn("sink", ["get", "second.mkv", "-o", "second.copy", "--json"]);
     let third = swarm.spawn("sink", ["get", "second.mkv", "-o", "third.copy", "--json"]);
@@ -38,7 +41,9 @@ fn two_gets(swarm: &Swarm) {
 fn gets_share_a_state_directory_without_a_running_peer() {
     let (swarm, _link) = network();
     two_gets(&swarm);
-    swarm.run("sink", ["status", "--check"]).fails(3, &["nothing runs"]);
+    swarm
+        .run("sink", ["status", "--check"])
+        .fails(3, &["nothing runs"]);
 }
 
 #[test]
@@ -47,14 +52,20 @@ fn gets_share_a_running_peer() {
     swarm.start_peer("sink", &[]);
     two_gets(&swarm);
     let status = swarm.wait_status("sink", "has fetched", |_| true);
-    assert!(status["bytes_downloaded"].as_u64().unwrap() >= 28 * MIB, "{status}");
+    assert!(
+        status["bytes_downloaded"].as_u64().unwrap() >= 28 * MIB,
+        "{status}"
+    );
 }
 
 #[test]
 fn gets_started_together_settle_who_is_first() {
     let (swarm, _link) = network();
-    let gets: Vec<_> = (0..4).map(|i| swarm.spawn("sink", ["get", "second.mkv", "-o", &format!("copy-{i}")])).collect();
-    gets.into_iter().for_each(|get| drop(get.finish(PATIENCE).ok()));
+    let gets: Vec<_> = (0..4)
+        .map(|i| swarm.spawn("sink", ["get", "second.mkv", "-o", &format!("copy-{i}")]))
+        .collect();
+    gets.into_iter()
+        .for_each(|get| drop(get.finish(PATIENCE).ok()));
     (0..4).for_each(|i| swarm.assert_same("a-files/second.mkv", &format!("copy-{i}")));
 }
 
@@ -80,10 +91,14 @@ fn a_tree_that_two_members_fetch_into_one_folder_is_whole() {
     swarm.join("b");
     swarm.wait_ls("a", PATIENCE, |rows| (rows.len() == 500).then_some(()));
     let gets = ["a", "b"].map(|member| swarm.spawn(member, ["get", "**", "-o", "copy/"]));
-    gets.into_iter().for_each(|get| drop(get.finish(PATIENCE).ok()));
+    gets.into_iter()
+        .for_each(|get| drop(get.finish(PATIENCE).ok()));
     assert_eq!(swarm.files_in("copy").len(), 500);
     for i in [0, 250, 499] {
-        swarm.assert_same(&format!("c-files/{}/{i}", i % 7), &format!("copy/{}/{i}", i % 7));
+        swarm.assert_same(
+            &format!("c-files/{}/{i}", i % 7),
+            &format!("copy/{}/{i}", i % 7),
+        );
     }
 }
 
@@ -113,6 +128,10 @@ fn a_killed_get_is_taken_over_by_the_next_while_the_peer_still_ends_it() {
 fn a_second_peer_or_tracker_on_a_state_directory_is_refused() {
     let (mut swarm, _link) = network();
     swarm.start_peer("sink", &[]);
-    swarm.run("sink", ["peer", "--listen", "127.0.0.1:0"]).fails(1, &["already runs"]);
-    swarm.run("tracker", ["tracker", "run", "--listen", "127.0.0.1:0"]).fails(1, &["already runs"]);
+    swarm
+        .run("sink", ["peer", "--listen", "127.0.0.1:0"])
+        .fails(1, &["already runs"]);
+    swarm
+        .run("tracker", ["tracker", "run", "--listen", "127.0.0.1:0"])
+        .fails(1, &["already runs"]);
 }

@@ -27,8 +27,15 @@ pub struct Badge {
 impl Badge {
     /// The identity in a folder with files of these names.
     pub fn load(folder: &Path, files: [&str; 3]) -> Self {
-        let Identity { key, certificate, authority } = Identity::load(folder, files).unwrap().unwrap();
-        Self { chain: vec![certificate, authority], key }
+        let Identity {
+            key,
+            certificate,
+            authority,
+        } = Identity::load(folder, files).unwrap().unwrap();
+        Self {
+            chain: vec![certificate, authority],
+            key,
+        }
     }
 
     /// The identity of a peer with this state directory.
@@ -40,20 +47,35 @@ impl Badge {
     pub fn self_signed(names: impl FnOnce(&Key) -> Vec<String>) -> Self {
         let key = Key::generate().unwrap();
         let pair = rcgen::KeyPair::from_pem(&key.to_pem()).unwrap();
-        let certificate = rcgen::CertificateParams::new(names(&key)).unwrap().self_signed(&pair).unwrap();
-        Self { chain: vec![certificate.der().clone()], key }
+        let certificate = rcgen::CertificateParams::new(names(&key))
+            .unwrap()
+            .self_signed(&pair)
+            .unwrap();
+        Self {
+            chain: vec![certificate.der().clone()],
+            key,
+        }
     }
 
     /// The rules of a server that shows it to everybody.
     pub fn server(&self) -> Arc<ServerConfig> {
-        let builder =
-            ServerConfig::builder_with_provider(tls::provider()).with_safe_default_protocol_versions().unwrap();
-        Arc::new(builder.with_no_client_auth().with_single_cert(self.chain.clone(), self.key.to_der()).unwrap())
+        let builder = ServerConfig::builder_with_provider(tls::provider())
+            .with_safe_default_protocol_versions()
+            .unwrap();
+        Arc::new(
+            builder
+                .with_no_client_auth()
+                .with_single_cert(self.chain.clone(), self.key.to_der())
+                .unwrap(),
+        )
     }
 
     /// This certificate with a key that is not its own.
     pub fn with_key_of(self, other: &Self) -> Self {
-        Self { chain: self.chain, key: Key::from_pem(&other.key.to_pem()).unwrap() }
+        Self {
+            chain: self.chain,
+            key: Key::from_pem(&other.key.to_pem()).unwrap(),
+        }
     }
 }
 
@@ -67,9 +89,20 @@ pub enum Answer {
 }
 
 /// Connects to `address` with this certificate, or none; `name` is the server name to ask for.
-pub async fn connect(address: &str, badge: Option<&Badge>, name: Option<&'static str>) -> Option<Connection> {
+pub async fn connect(
+    address: &str,
+    badge: Option<&Badge>,
+    name: Option<&'static str>,
+) -> Option<Connection> {
     let config = config(badge, name.is_some());
-    net::dial(&[address.to_owned()], config, name.unwrap_or("nobody.invalid"), net::CONTROL).await.ok()
+    net::dial(
+        &[address.to_owned()],
+        config,
+        name.unwrap_or("nobody.invalid"),
+        net::CONTROL,
+    )
+    .await
+    .ok()
 }
 
 fn config(badge: Option<&Badge>, sends_name: bool) -> Arc<ClientConfig> {
@@ -80,9 +113,9 @@ fn config(badge: Option<&Badge>, sends_name: bool) -> Arc<ClientConfig> {
         .with_custom_certificate_verifier(Arc::new(Anybody));
     let mut config = match badge {
         None => builder.with_no_client_auth(),
-        Some(badge) => {
-            builder.with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certified(badge))))
-        }
+        Some(badge) => builder.with_client_cert_resolver(Arc::new(
+            rustls::sign::SingleCertAndKey::from(certified(badge)),
+        )),
     };
     config.alpn_protocols = vec![b"h2".to_vec()];
     config.enable_sni = sends_name;
@@ -92,19 +125,26 @@ fn config(badge: Option<&Badge>, sends_name: bool) -> Arc<ClientConfig> {
 /// Certificate and key, whether they belong together or not.
 fn certified(badge: &Badge) -> rustls::sign::CertifiedKey {
     let key: PrivateKeyDer<'static> = badge.key.to_der();
-    rustls::sign::CertifiedKey::new(badge.chain.clone(), tls::provider().key_provider.load_private_key(key).unwrap())
+    rustls::sign::CertifiedKey::new(
+        badge.chain.clone(),
+        tls::provider().key_provider.load_private_key(key).unwrap(),
+    )
 }
 
 /// Calls `path` with one empty message.
 pub async fn call(connection: Option<Connection>, path: &str) -> Answer {
-    let Some(connection) = connection else { return Answer::Refused };
+    let Some(connection) = connection else {
+        return Answer::Refused;
+    };
     let mut client = Grpc::with_origin(connection.clone(), connection.origin());
     if client.ready().await.is_err() {
         return Answer::Refused;
     }
     let first = async {
         let codec = ProstCodec::<(), ()>::default();
-        let answer = client.server_streaming(Request::new(()), path.parse().unwrap(), codec).await?;
+        let answer = client
+            .server_streaming(Request::new(()), path.parse().unwrap(), codec)
+            .await?;
         answer.into_inner().message().await
     };
     match tokio::time::timeout(Duration::from_secs(10), first).await {
@@ -132,7 +172,10 @@ pub fn paths() -> Vec<String> {
             match line.split_whitespace().collect::<Vec<_>>()[..] {
                 ["service", name, ..] => service = name.into(),
                 ["rpc", call, ..] => {
-                    paths.push(format!("/sprat.v1.{service}/{}", call.split('(').next().unwrap()));
+                    paths.push(format!(
+                        "/sprat.v1.{service}/{}",
+                        call.split('(').next().unwrap()
+                    ));
                 }
                 _ => {}
             }
@@ -172,10 +215,17 @@ impl ServerCertVerifier for Anybody {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signed, &tls::provider().signature_verification_algorithms)
+        verify_tls13_signature(
+            message,
+            certificate,
+            signed,
+            &tls::provider().signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        tls::provider().signature_verification_algorithms.supported_schemes()
+        tls::provider()
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }

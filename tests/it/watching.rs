@@ -13,7 +13,9 @@ use crate::{process::PATIENCE, swarm::Swarm};
 const SOON: Duration = Duration::from_secs(6);
 
 fn names(rows: &[Value]) -> Vec<&str> {
-    rows.iter().map(|row| row["name"].as_str().unwrap()).collect()
+    rows.iter()
+        .map(|row| row["name"].as_str().unwrap())
+        .collect()
 }
 
 #[test]
@@ -24,21 +26,39 @@ fn create_edit_rename_and_delete_are_seen() {
     assert_eq!(swarm.ls("b"), [] as [Value; 0]);
 
     let id = swarm.write("a-files/deep/er/new.bin", 700_000, "new");
-    swarm.wait_ls("b", SOON, |rows| (names(rows) == ["deep/er/new.bin"] && rows[0]["content_id"] == *id).then_some(()));
+    swarm.wait_ls("b", SOON, |rows| {
+        (names(rows) == ["deep/er/new.bin"] && rows[0]["content_id"] == *id).then_some(())
+    });
 
     let id = swarm.write("a-files/deep/er/new.bin", 800_001, "edited");
-    swarm.wait_ls("b", SOON, |rows| (rows.len() == 1 && rows[0]["content_id"] == *id).then_some(()));
+    swarm.wait_ls("b", SOON, |rows| {
+        (rows.len() == 1 && rows[0]["content_id"] == *id).then_some(())
+    });
     assert_eq!(swarm.ls("b")[0]["size"], 800_001);
 
-    fs::rename(swarm.path("a-files/deep/er/new.bin"), swarm.path("a-files/moved.bin")).unwrap();
-    swarm.wait_ls("b", SOON, |rows| (names(rows) == ["moved.bin"]).then_some(()));
+    fs::rename(
+        swarm.path("a-files/deep/er/new.bin"),
+        swarm.path("a-files/moved.bin"),
+    )
+    .unwrap();
+    swarm.wait_ls("b", SOON, |rows| {
+        (names(rows) == ["moved.bin"]).then_some(())
+    });
     fs::create_dir(swarm.path("a-files/one")).unwrap();
-    fs::rename(swarm.path("a-files/moved.bin"), swarm.path("a-files/one/moved.bin")).unwrap();
+    fs::rename(
+        swarm.path("a-files/moved.bin"),
+        swarm.path("a-files/one/moved.bin"),
+    )
+    .unwrap();
     fs::rename(swarm.path("a-files/one"), swarm.path("a-files/two")).unwrap();
-    swarm.wait_ls("b", SOON, |rows| (names(rows) == ["two/moved.bin"]).then_some(()));
+    swarm.wait_ls("b", SOON, |rows| {
+        (names(rows) == ["two/moved.bin"]).then_some(())
+    });
     assert_eq!(swarm.ls("b")[0]["content_id"], *id);
 
-    swarm.run("b", ["get", "two/moved.bin", "-o", "copy.bin"]).ok();
+    swarm
+        .run("b", ["get", "two/moved.bin", "-o", "copy.bin"])
+        .ok();
     swarm.assert_same("a-files/two/moved.bin", "copy.bin");
 
     fs::remove_dir_all(swarm.path("a-files/two")).unwrap();
@@ -60,7 +80,10 @@ fn a_download_becomes_a_source_and_stays_one() {
     assert_eq!(row["content_id"], *id);
 
     swarm.kill("a");
-    let summary = swarm.run("c", ["get", "film", "-o", "copy", "--json"]).ok().summary();
+    let summary = swarm
+        .run("c", ["get", "film", "-o", "copy", "--json"])
+        .ok()
+        .summary();
     assert_eq!(summary["sources"][0]["peer"], *b);
     swarm.assert_same("a-files/film", "copy");
 
@@ -86,7 +109,9 @@ fn two_names_are_one_swarm_and_one_name_may_be_two_contents() {
     swarm.wait_listed("c", "y", 2);
     swarm.wait_ls("c", SOON, |rows| (rows.len() == 4).then_some(()));
 
-    let refused = swarm.run("c", ["get", "both", "-o", "out"]).fails(3, &[&first[..16], &second[..16]]);
+    let refused = swarm
+        .run("c", ["get", "both", "-o", "out"])
+        .fails(3, &[&first[..16], &second[..16]]);
     assert_eq!(refused.stdout, "");
     swarm.run("c", ["get", &second[..16], "-o", "out"]).ok();
     swarm.assert_same("b-files/both", "out");
@@ -115,15 +140,28 @@ fn a_file_is_read_once_and_not_again_after_a_restart() {
     let mut swarm = Swarm::start();
     swarm.write("a-files/film", SIZE, "film");
     let an_hour_ago = SystemTime::now() - Duration::from_secs(3600);
-    File::options().write(true).open(swarm.path("a-files/film")).unwrap().set_modified(an_hour_ago).unwrap();
+    File::options()
+        .write(true)
+        .open(swarm.path("a-files/film"))
+        .unwrap()
+        .set_modified(an_hour_ago)
+        .unwrap();
     let read = |swarm: &mut Swarm| -> u64 {
-        let io = fs::read_to_string(format!("/proc/{}/io", swarm.running("a").child().id())).unwrap();
-        io.lines().find_map(|line| line.strip_prefix("rchar: ")).unwrap().parse().unwrap()
+        let io =
+            fs::read_to_string(format!("/proc/{}/io", swarm.running("a").child().id())).unwrap();
+        io.lines()
+            .find_map(|line| line.strip_prefix("rchar: "))
+            .unwrap()
+            .parse()
+            .unwrap()
     };
     swarm.sharing_peer("a", &[]);
     swarm.wait_listed("a", "film", 1);
     let first = read(&mut swarm);
-    assert!((SIZE..SIZE * 5 / 4).contains(&first), "read {first} bytes to hash {SIZE}");
+    assert!(
+        (SIZE..SIZE * 5 / 4).contains(&first),
+        "read {first} bytes to hash {SIZE}"
+    );
     swarm.kill("a");
     swarm.sharing_peer("a", &[]);
     swarm.wait_listed("a", "film", 1);
@@ -136,7 +174,17 @@ fn share_without_a_running_peer_becomes_one() {
     let mut swarm = Swarm::start();
     swarm.write("films/film", 10, "film");
     swarm.join("a");
-    let share = swarm.spawn("a", ["share", "films", "--name", "more", "--listen", "127.0.0.1:0"]);
+    let share = swarm.spawn(
+        "a",
+        [
+            "share",
+            "films",
+            "--name",
+            "more",
+            "--listen",
+            "127.0.0.1:0",
+        ],
+    );
     swarm.wait_listed("a", "more/film", 1);
     share.signal(rustix::process::Signal::TERM);
     share.finish(PATIENCE).ok();
@@ -147,7 +195,11 @@ fn share_without_a_running_peer_becomes_one() {
 #[test]
 fn listings_can_be_narrowed() {
     let mut swarm = Swarm::start();
-    for (name, size) in [("movies/alien.mkv", 3000), ("movies/old/brazil.mkv", 2000), ("notes.TXT", 1)] {
+    for (name, size) in [
+        ("movies/alien.mkv", 3000),
+        ("movies/old/brazil.mkv", 2000),
+        ("notes.TXT", 1),
+    ] {
         swarm.write(&format!("a-files/{name}"), size, name);
     }
     let a = swarm.sharing_peer("a", &[]);
@@ -156,10 +208,22 @@ fn listings_can_be_narrowed() {
     swarm.wait_ls("b", PATIENCE, |rows| (rows.len() == 4).then_some(()));
     for (args, expected) in [
         (&["ls", "movies/*.mkv"][..], &["movies/alien.mkv"][..]),
-        (&["ls", "**/*.mkv"], &["movies/alien.mkv", "movies/old/brazil.mkv", "other.mkv"]),
-        (&["ls", "movies/"], &["movies/alien.mkv", "movies/old/brazil.mkv"]),
-        (&["ls", "movies"], &["movies/alien.mkv", "movies/old/brazil.mkv"]),
-        (&["ls", "--min-size", "2000", "--max-size", "2KiB"], &["movies/old/brazil.mkv"]),
+        (
+            &["ls", "**/*.mkv"],
+            &["movies/alien.mkv", "movies/old/brazil.mkv", "other.mkv"],
+        ),
+        (
+            &["ls", "movies/"],
+            &["movies/alien.mkv", "movies/old/brazil.mkv"],
+        ),
+        (
+            &["ls", "movies"],
+            &["movies/alien.mkv", "movies/old/brazil.mkv"],
+        ),
+        (
+            &["ls", "--min-size", "2000", "--max-size", "2KiB"],
+            &["movies/old/brazil.mkv"],
+        ),
         (&["ls", "--peer", &b], &["other.mkv"]),
         (&["ls", "--peer", &a, "--max-size", "1"], &["notes.TXT"]),
         (&["search", "BRAZ"], &["movies/old/brazil.mkv"]),
@@ -170,5 +234,8 @@ fn listings_can_be_narrowed() {
         assert_eq!(names(&rows), expected, "{args:?}");
     }
     let shown = swarm.run("b", ["ls"]).ok();
-    assert!(shown.stdout.contains("movies/alien.mkv") && shown.stdout.lines().count() == 5, "{shown:#?}");
+    assert!(
+        shown.stdout.contains("movies/alien.mkv") && shown.stdout.lines().count() == 5,
+        "{shown:#?}"
+    );
 }

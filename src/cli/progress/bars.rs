@@ -21,13 +21,22 @@ impl Bars {
     pub(super) fn new() -> Self {
         let all = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
         let total = all.add(bar("{bar:20} {wide_msg}"));
-        Self { all, total, files: Vec::new() }
+        Self {
+            all,
+            total,
+            files: Vec::new(),
+        }
     }
 
     pub(super) fn show(&mut self, progress: &Progress) {
         set(&self.total, progress.bytes_done, progress.bytes_total);
-        self.total.set_message(format!("{} %  {}", percent(progress), summary(progress)));
-        let files = if progress.files_total > 1 { &progress.files[..] } else { &[] };
+        self.total
+            .set_message(format!("{} %  {}", percent(progress), summary(progress)));
+        let files = if progress.files_total > 1 {
+            &progress.files[..]
+        } else {
+            &[]
+        };
         let n_bars = files.len().min(FILE_BARS);
         for gone in self.files.drain(n_bars.min(self.files.len())..) {
             gone.finish_and_clear();
@@ -54,7 +63,8 @@ impl Bars {
 }
 
 fn bar(template: &str) -> ProgressBar {
-    let style = ProgressStyle::with_template(template).expect("the templates are ours and well-formed");
+    let style =
+        ProgressStyle::with_template(template).expect("the templates are ours and well-formed");
     ProgressBar::no_length().with_style(style.progress_chars("=> "))
 }
 

@@ -54,7 +54,12 @@ impl Run {
         let is_soon = jobs.iter().all(|job| job.want.size <= MAX_SINGLE.into())
             && self.found.covers(jobs.iter().map(|job| &job.want.id));
         let pause = if is_soon { SOON } else { Duration::ZERO };
-        let mut finder = Finder::start(self.get.tracker.clone(), self.get.membership.id(), contents, pause);
+        let mut finder = Finder::start(
+            self.get.tracker.clone(),
+            self.get.membership.id(),
+            contents,
+            pause,
+        );
         let manifests = self.manifests(&jobs, &mut finder).await?;
         let (work, local) = self.open(jobs, manifests).await?;
         let (reports, mut received) = mpsc::channel(1024);
@@ -86,8 +91,15 @@ impl Run {
             }
         }
         fetching.wind_up(is_last).await?;
-        let works = fetching.disputed.iter().map(|at| &fetching.swarm.work()[*at]);
-        let again = works.map(|work| Job { want: work.want.clone(), target: work.target.clone(), is_disputed: true });
+        let works = fetching
+            .disputed
+            .iter()
+            .map(|at| &fetching.swarm.work()[*at]);
+        let again = works.map(|work| Job {
+            want: work.want.clone(),
+            target: work.target.clone(),
+            is_disputed: true,
+        });
         Ok(again.collect())
     }
 
@@ -102,16 +114,23 @@ impl Run {
         let jobs: Vec<_> = jobs.into_iter().filter_map(with_manifest).collect();
         for (manifest, want, _) in &jobs {
             let (said, is) = (want.size, manifest.layout().size());
-            self.progress.bytes_total.fetch_add(is.wrapping_sub(said), Ordering::Relaxed);
+            self.progress
+                .bytes_total
+                .fetch_add(is.wrapping_sub(said), Ordering::Relaxed);
         }
         let get = self.get.clone();
         let (work, local): (Vec<_>, Vec<_>) = blocking(move || {
-            let files: Vec<_> = jobs.iter().map(|(manifest, want, target)| (want, target, manifest.clone())).collect();
+            let files: Vec<_> = jobs
+                .iter()
+                .map(|(manifest, want, target)| (want, target, manifest.clone()))
+                .collect();
             let opened = get.disk.open(&files)?;
-            let work = jobs.into_iter().zip(opened).map(|((_, want, target), Opened { storage, local })| {
-                let partial = get.disk.offer_partial(&storage, &want, &target);
-                (Work::new(want, target, storage, partial), local)
-            });
+            let work = jobs.into_iter().zip(opened).map(
+                |((_, want, target), Opened { storage, local })| {
+                    let partial = get.disk.offer_partial(&storage, &want, &target);
+                    (Work::new(want, target, storage, partial), local)
+                },
+            );
             Ok(work.unzip())
         })
         .await?;
@@ -121,7 +140,11 @@ impl Run {
                 continue;
             }
             let have = work.storage.have();
-            let bytes = have.iter().filter_map(|i| layout.piece(i)).map(|piece| u64::from(layout.len_of(piece))).sum();
+            let bytes = have
+                .iter()
+                .filter_map(|i| layout.piece(i))
+                .map(|piece| u64::from(layout.len_of(piece)))
+                .sum();
             Progress::add(&self.progress.bytes_done, bytes);
             Progress::add(&self.progress.bytes_resumed, bytes);
         }
@@ -171,12 +194,17 @@ impl Fetching<'_> {
                 self.complete(at);
             }
         }
-        for (at, mut pieces) in local.into_iter().enumerate().filter(|(_, pieces)| !pieces.is_empty()) {
+        for (at, mut pieces) in local
+            .into_iter()
+            .enumerate()
+            .filter(|(_, pieces)| !pieces.is_empty())
+        {
             self.swarm.keep_for_local(at, &pieces);
             let other_half = pieces.split_off(pieces.len() / 2);
             for pieces in [pieces, other_half] {
                 let swarm = self.swarm.clone();
-                self.helpers.spawn(async move { swarm.bring(at, pieces).await });
+                self.helpers
+                    .spawn(async move { swarm.bring(at, pieces).await });
             }
         }
         let all: Vec<PeerId> = self.run.found.peers().collect();
@@ -192,7 +220,9 @@ impl Fetching<'_> {
     /// New sources, or new contents of known ones.
     fn meet(&mut self, peers: &[PeerId]) {
         for &peer in peers {
-            let Some(candidate) = self.run.found.of(peer) else { continue };
+            let Some(candidate) = self.run.found.of(peer) else {
+                continue;
+            };
             let of_use = |id| candidate.complete.contains(id) || candidate.partial.contains(id);
             let is_me = peer == self.run.get.membership.id();
             if is_me || !self.swarm.work().iter().any(|work| of_use(&work.want.id)) {
@@ -200,14 +230,24 @@ impl Fetching<'_> {
             }
             self.swarm.is_at(peer, &candidate.addresses);
             self.swarm.holds(peer, &candidate.complete);
-            let gone = self.accounts().get(&peer).is_some_and(|known| known.lies > 0 && known.state == State::Gone);
+            let gone = self
+                .accounts()
+                .get(&peer)
+                .is_some_and(|known| known.lies > 0 && known.state == State::Gone);
             if gone || self.working.len() >= MAX_SOURCES || !self.working.insert(peer) {
                 continue;
             }
-            let connected = self.run.connected.remove(&peer).filter(|source| !source.is_closed());
-            let connected = connected.map(|source| (source, self.run.begun.take_if(|begun| begun.peer == peer)));
+            let connected = self
+                .run
+                .connected
+                .remove(&peer)
+                .filter(|source| !source.is_closed());
+            let connected = connected
+                .map(|source| (source, self.run.begun.take_if(|begun| begun.peer == peer)));
             let swarm = self.swarm.clone();
-            self.workers.spawn(carried(async move { (peer, swarm.work_with(peer, connected).await) }));
+            self.workers.spawn(carried(async move {
+                (peer, swarm.work_with(peer, connected).await)
+            }));
         }
     }
 
@@ -223,7 +263,12 @@ impl Fetching<'_> {
     async fn wind_up(&mut self, is_last: bool) -> Result<()> {
         self.publish();
         self.run.begun = None;
-        self.run.progress.in_work.lock().expect("no panic while the lock is held").clear();
+        self.run
+            .progress
+            .in_work
+            .lock()
+            .expect("no panic while the lock is held")
+            .clear();
         let (workers, run) = (&mut self.workers, &mut self.run);
         let mut idle = vec![];
         let resting = timeout(WIND_UP, async {
@@ -273,7 +318,10 @@ impl Fetching<'_> {
         let (fetched, resumed) = self.swarm.take_counts();
         Progress::add(&progress.bytes_done, fetched + resumed);
         Progress::add(&progress.bytes_resumed, resumed);
-        *progress.in_work.lock().expect("no panic while the lock is held") = self.swarm.in_work();
+        *progress
+            .in_work
+            .lock()
+            .expect("no panic while the lock is held") = self.swarm.in_work();
     }
 
     /// Publishes progress, and gives up when nobody is left to ask.
@@ -287,7 +335,9 @@ impl Fetching<'_> {
         }
         let accounts = self.accounts();
         let is_alive = |peer: &PeerId| {
-            accounts.get(peer).is_none_or(|account| !matches!(account.state, State::Banned | State::Gone))
+            accounts
+                .get(peer)
+                .is_none_or(|account| !matches!(account.state, State::Banned | State::Gone))
         };
         let alive = self.working.iter().any(is_alive) && self.swarm.unavailable() == 0;
         let alive = alive || self.swarm.is_waiting();
@@ -310,13 +360,18 @@ fn nobody(accounts: &HashMap<PeerId, Account>, wants: &[Want]) -> anyhow::Error 
     };
     let liars = accounts.values().filter(|account| account.lies > 0).count();
     if liars > 0 && liars == accounts.len() {
-        let text = format!("{what}: every source ({liars}) sent wrong bytes; nothing wrong was kept");
+        let text =
+            format!("{what}: every source ({liars}) sent wrong bytes; nothing wrong was kept");
         return Failed::new(Exit::Integrity, text).into();
     }
-    let trouble = accounts.iter().find(|(_, account)| !account.trouble.is_empty());
-    let why =
-        trouble.map(|(peer, account)| format!(" (source {}: {})", peer.short(), account.trouble)).unwrap_or_default();
-    let text =
-        format!("{what}: no source is left to fetch from{why}; what arrived is kept, run the same command to continue");
+    let trouble = accounts
+        .iter()
+        .find(|(_, account)| !account.trouble.is_empty());
+    let why = trouble
+        .map(|(peer, account)| format!(" (source {}: {})", peer.short(), account.trouble))
+        .unwrap_or_default();
+    let text = format!(
+        "{what}: no source is left to fetch from{why}; what arrived is kept, run the same command to continue"
+    );
     Failed::new(Exit::NoSource, text).into()
 }

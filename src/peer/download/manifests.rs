@@ -74,7 +74,14 @@ impl Run {
         let opening = self.opening(jobs, unknown);
         let (connected, accounts) = (&mut self.connected, &self.progress.accounts);
         let manifests = HashMap::new();
-        let mut learning = Learning { connected, accounts, liars: vec![], opening, begun: None, manifests };
+        let mut learning = Learning {
+            connected,
+            accounts,
+            liars: vec![],
+            opening,
+            begun: None,
+            manifests,
+        };
         let until = Instant::now() + GRACE;
         // Those that the caller named will do, if they answer.
         let mut is_current = !self.found.covers(unknown.iter());
@@ -83,14 +90,21 @@ impl Run {
         }
         let learnt = loop {
             match learn(&self.get.membership, unknown, &self.found, &mut learning).await {
-                Err(_) if !std::mem::replace(&mut is_current, true) => finder.current(&mut self.found).await?,
+                Err(_) if !std::mem::replace(&mut is_current, true) => {
+                    finder.current(&mut self.found).await?
+                }
                 Err(error) if is_no_source(&error) && Instant::now() < until => {
                     let _ = timeout(AGAIN, finder.next(&mut self.found)).await;
                 }
                 learnt => break learnt,
             }
         };
-        let Learning { liars, begun, manifests, .. } = learning;
+        let Learning {
+            liars,
+            begun,
+            manifests,
+            ..
+        } = learning;
         self.begun = begun;
         for (peer, why) in liars {
             let text = format!("source {}: given up: {why}", peer.short());
@@ -102,16 +116,26 @@ impl Run {
     /// What a far source may be asked for together with the manifest: the first long content, unless a limit has a say in
     /// when it comes, or sizes are given that this would not have.
     fn opening(&self, jobs: &[Job], unknown: &[ContentId]) -> Option<Opening> {
-        let job = jobs.iter().find(|job| unknown.contains(&job.want.id) && job.want.size > MAX_SINGLE.into())?;
-        let is_free = self.get.limit.rates() == Rates::default() && self.get.fixed == Fixed::default();
+        let job = jobs
+            .iter()
+            .find(|job| unknown.contains(&job.want.id) && job.want.size > MAX_SINGLE.into())?;
+        let is_free =
+            self.get.limit.rates() == Rates::default() && self.get.fixed == Fixed::default();
         let layout = Layout::new(job.want.size).ok().filter(|_| is_free)?;
         let here = (self.get.here.addresses.clone(), self.get.here.port);
         // Those who hold it are where the tracker is, or on the way there, and if not, little is lost.
         let is_far = self.get.tracker.is_far();
-        Some(Opening { id: job.want.id, layout, here, is_far })
+        Some(Opening {
+            id: job.want.id,
+            layout,
+            here,
+            is_far,
+        })
     }
 }
 
 fn is_no_source(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<Failed>().is_some_and(|failed| failed.exit == Exit::NoSource)
+    error
+        .downcast_ref::<Failed>()
+        .is_some_and(|failed| failed.exit == Exit::NoSource)
 }

@@ -55,7 +55,9 @@ impl Reader {
     /// The same of a download in progress, if the kernel has the bytes in memory; else, and if anything is wrong, none. Does
     /// not block.
     pub fn read_at_once(&self, offset: u64, len: u32) -> Option<Bytes> {
-        let Source::Part { file, token } = &self.source else { return None };
+        let Source::Part { file, token } = &self.source else {
+            return None;
+        };
         if !self.has(offset, len) || self.holds(*token, offset, len).is_err() {
             return None;
         }
@@ -63,7 +65,9 @@ impl Reader {
     }
 
     fn has(&self, offset: u64, len: u32) -> bool {
-        offset.checked_add(len.into()).is_some_and(|end| end <= self.manifest.layout().size())
+        offset
+            .checked_add(len.into())
+            .is_some_and(|end| end <= self.manifest.layout().size())
     }
 
     /// Reads from the present source; [`ServeError::Changed`] means that it is of no use any more.
@@ -89,17 +93,33 @@ impl Reader {
         let piece_len = u64::from(self.manifest.layout().piece_len());
         let mut pieces = offset / piece_len..(offset + u64::from(len)).div_ceil(piece_len);
         let mut state = self.library.lock();
-        let part = state.part(&self.manifest.id(), token).ok_or(ServeError::Changed)?;
-        let held = pieces.all(|piece| u32::try_from(piece).is_ok_and(|piece| part.have.contains(piece)));
-        if held { Ok(()) } else { Err(ServeError::NotFound) }
+        let part = state
+            .part(&self.manifest.id(), token)
+            .ok_or(ServeError::Changed)?;
+        let held =
+            pieces.all(|piece| u32::try_from(piece).is_ok_and(|piece| part.have.contains(piece)));
+        if held {
+            Ok(())
+        } else {
+            Err(ServeError::NotFound)
+        }
     }
 }
 
 /// Reads exactly `len` bytes, unless not all of them are in the page cache or the file system cannot tell.
 fn read_cached(file: &File, offset: u64, len: usize) -> io::Result<Bytes> {
     let mut bytes = vec![0; len];
-    let n = rustix::io::preadv2(file, &mut [IoSliceMut::new(&mut bytes)], offset, ReadWriteFlags::NOWAIT)?;
-    if n == len { Ok(bytes.into()) } else { Err(Errno::AGAIN.into()) }
+    let n = rustix::io::preadv2(
+        file,
+        &mut [IoSliceMut::new(&mut bytes)],
+        offset,
+        ReadWriteFlags::NOWAIT,
+    )?;
+    if n == len {
+        Ok(bytes.into())
+    } else {
+        Err(Errno::AGAIN.into())
+    }
 }
 
 /// Reads exactly `len` bytes, without clearing the memory first.

@@ -92,9 +92,14 @@ impl State {
         let id = manifest.id();
         if let Some(listed) = self.names.get_mut(&location.name) {
             match &mut listed.location {
-                Some(held) if held.path() != location.path() => return Published::Clash(held.path()),
+                Some(held) if held.path() != location.path() => {
+                    return Published::Clash(held.path());
+                }
                 Some(held) if listed.id == id => {
-                    let entry = self.contents.get_mut(&id).expect("a listed content has an entry");
+                    let entry = self
+                        .contents
+                        .get_mut(&id)
+                        .expect("a listed content has an entry");
                     entry.files.insert(location.name.clone(), location.clone());
                     *held = location;
                     return Published::Same;
@@ -108,7 +113,13 @@ impl State {
     }
 
     /// Begins a download's offer; the token names it.
-    pub(super) fn start_part(&mut self, manifest: Manifest, name: &SafeName, file: Arc<File>, have: HaveMap) -> u64 {
+    pub(super) fn start_part(
+        &mut self,
+        manifest: Manifest,
+        name: &SafeName,
+        file: Arc<File>,
+        have: HaveMap,
+    ) -> u64 {
         let id = manifest.id();
         let token = self.next_token;
         self.next_token += 1;
@@ -132,7 +143,11 @@ impl State {
             entry.part = None;
             self.n_parts -= 1;
         }
-        if self.names.get(name).is_some_and(|listed| listed.id == *id && listed.location.is_none()) {
+        if self
+            .names
+            .get(name)
+            .is_some_and(|listed| listed.id == *id && listed.location.is_none())
+        {
             self.unlist(name);
         }
         self.drop_unused(id);
@@ -140,7 +155,11 @@ impl State {
 
     /// The download in progress that this token names, if it is still on offer.
     pub(super) fn part(&mut self, id: &ContentId, token: u64) -> Option<&mut Part> {
-        self.contents.get_mut(id)?.part.as_mut().filter(|part| part.token == token)
+        self.contents
+            .get_mut(id)?
+            .part
+            .as_mut()
+            .filter(|part| part.token == token)
     }
 
     /// Where the complete file of this name lies.
@@ -155,8 +174,11 @@ impl State {
         let folder = path.join("").into_os_string();
         let from = (Bound::Included(folder.as_os_str()), Bound::Unbounded);
         let beneath = self.paths.range::<OsStr, _>(from);
-        let beneath = beneath.take_while(move |(found, _)| found.as_bytes().starts_with(folder.as_bytes()));
-        at.into_iter().chain(beneath).map(|(path, names)| (Path::new(path), names))
+        let beneath =
+            beneath.take_while(move |(found, _)| found.as_bytes().starts_with(folder.as_bytes()));
+        at.into_iter()
+            .chain(beneath)
+            .map(|(path, names)| (Path::new(path), names))
     }
 
     /// Something to read the content from, except the files of the names in `tried`; a download comes last.
@@ -164,66 +186,108 @@ impl State {
         let entry = self.contents.get(id)?;
         let held = match entry.files.iter().find(|(name, _)| !tried.contains(name)) {
             Some((_, location)) => Held::File(Arc::clone(location)),
-            None => entry.part.as_ref().map(|part| Held::Part { file: Arc::clone(&part.file), token: part.token })?,
+            None => entry.part.as_ref().map(|part| Held::Part {
+                file: Arc::clone(&part.file),
+                token: part.token,
+            })?,
         };
         Some((entry.manifest.clone(), held))
     }
 
     pub(super) fn files(&self) -> Vec<FileInfo> {
-        self.names.iter().filter_map(|(name, listed)| self.row(name, listed)).collect()
+        self.names
+            .iter()
+            .filter_map(|(name, listed)| self.row(name, listed))
+            .collect()
     }
 
     /// See [`super::Library::changes_since`].
     pub(super) fn changes_since(&self, version: u64) -> Changes {
         let oldest = self.version - self.log.len() as u64;
-        let behind = version.checked_sub(oldest).and_then(|at| usize::try_from(at).ok());
+        let behind = version
+            .checked_sub(oldest)
+            .and_then(|at| usize::try_from(at).ok());
         let Some(at) = behind.filter(|at| *at <= self.log.len()) else {
-            return Changes { version: self.version, update: Update::Full(self.files()) };
+            return Changes {
+                version: self.version,
+                update: Update::Full(self.files()),
+            };
         };
         let mut touched = BTreeMap::new();
         for Change { key, before } in self.log.range(at..) {
-            touched.entry((&key.name, key.content_id)).or_insert(*before);
+            touched
+                .entry((&key.name, key.content_id))
+                .or_insert(*before);
         }
         let (mut added, mut removed) = (vec![], vec![]);
         for ((name, content_id), before) in touched {
-            let listed = self.names.get(name).filter(|listed| listed.id == content_id);
+            let listed = self
+                .names
+                .get(name)
+                .filter(|listed| listed.id == content_id);
             match listed.and_then(|listed| self.row(name, listed)) {
                 Some(row) if before != Some(row.partial) => added.push(row),
-                None if before.is_some() => removed.push(FileKey { name: name.clone(), content_id }),
+                None if before.is_some() => removed.push(FileKey {
+                    name: name.clone(),
+                    content_id,
+                }),
                 _ => {}
             }
         }
-        Changes { version: self.version, update: Update::Delta { added, removed } }
+        Changes {
+            version: self.version,
+            update: Update::Delta { added, removed },
+        }
     }
 
     fn row(&self, name: &SafeName, listed: &Listed) -> Option<FileInfo> {
         let size = self.contents.get(&listed.id)?.manifest.layout().size();
-        Some(FileInfo { name: name.clone(), size, content_id: listed.id, partial: listed.location.is_none() })
+        Some(FileInfo {
+            name: name.clone(),
+            size,
+            content_id: listed.id,
+            partial: listed.location.is_none(),
+        })
     }
 
     fn entry(&mut self, manifest: Manifest) -> &mut Entry {
-        self.contents.entry(manifest.id()).or_insert_with(|| Entry { manifest, files: HashMap::new(), part: None })
+        self.contents.entry(manifest.id()).or_insert_with(|| Entry {
+            manifest,
+            files: HashMap::new(),
+            part: None,
+        })
     }
 
     /// Puts a row into the listing. The name must be free and the content have its entry.
     fn list(&mut self, name: SafeName, id: ContentId, location: Option<Arc<Location>>) {
         self.note(&name, id, None);
         if let Some(location) = &location {
-            let entry = self.contents.get_mut(&id).expect("a content has an entry before it is listed");
+            let entry = self
+                .contents
+                .get_mut(&id)
+                .expect("a content has an entry before it is listed");
             entry.files.insert(name.clone(), location.clone());
             self.n_files += 1;
             self.n_bytes += entry.manifest.layout().size();
-            self.paths.entry(location.path().into_os_string()).or_default().push(name.clone());
+            self.paths
+                .entry(location.path().into_os_string())
+                .or_default()
+                .push(name.clone());
         }
         self.names.insert(name, Listed { id, location });
     }
 
     /// Takes a row out of the listing, and its file out of the library.
     pub(super) fn unlist(&mut self, name: &SafeName) {
-        let Some(Listed { id, location }) = self.names.remove(name) else { return };
+        let Some(Listed { id, location }) = self.names.remove(name) else {
+            return;
+        };
         self.note(name, id, Some(location.is_none()));
         let Some(location) = location else { return };
-        let entry = self.contents.get_mut(&id).expect("a listed content has an entry");
+        let entry = self
+            .contents
+            .get_mut(&id)
+            .expect("a listed content has an entry");
         entry.files.remove(name);
         self.n_files -= 1;
         self.n_bytes -= entry.manifest.layout().size();
@@ -238,7 +302,11 @@ impl State {
     }
 
     fn drop_unused(&mut self, id: &ContentId) {
-        if self.contents.get(id).is_some_and(|entry| entry.files.is_empty() && entry.part.is_none()) {
+        if self
+            .contents
+            .get(id)
+            .is_some_and(|entry| entry.files.is_empty() && entry.part.is_none())
+        {
             self.contents.remove(id);
         }
     }
@@ -246,7 +314,13 @@ impl State {
     /// Logs a change of a row.
     fn note(&mut self, name: &SafeName, content_id: ContentId, before: Option<bool>) {
         self.version += 1;
-        self.log.push_back(Change { key: FileKey { name: name.clone(), content_id }, before });
+        self.log.push_back(Change {
+            key: FileKey {
+                name: name.clone(),
+                content_id,
+            },
+            before,
+        });
         if self.log.len() > MAX_LOG {
             self.log.pop_front();
         }

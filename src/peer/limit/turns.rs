@@ -79,7 +79,13 @@ impl Turns {
             let latest = self.now_at;
             self.peers.retain(|_, peer| peer.counts(latest, now));
             let bucket = self.rates.per_peer.map(|rate| Bucket::full(rate, now));
-            self.peers.insert(id, Peer { bucket, ..Peer::default() });
+            self.peers.insert(
+                id,
+                Peer {
+                    bucket,
+                    ..Peer::default()
+                },
+            );
         }
         self.n_tickets += 1;
         let ticket = Ticket(self.n_tickets);
@@ -96,8 +102,13 @@ impl Turns {
         let mut first: Option<((u64, Ticket), PeerId, u32)> = None;
         let mut soonest: Option<Instant> = None;
         for (id, peer) in &self.peers {
-            let Some(&(ticket, bytes)) = peer.waiting.front() else { continue };
-            let at = peer.bucket.as_ref().map_or(now, |bucket| bucket.ready_at(bytes));
+            let Some(&(ticket, bytes)) = peer.waiting.front() else {
+                continue;
+            };
+            let at = peer
+                .bucket
+                .as_ref()
+                .map_or(now, |bucket| bucket.ready_at(bytes));
             if at > now {
                 soonest = Some(soonest.map_or(at, |soonest| soonest.min(at)));
             } else if first.is_none_or(|(order, ..)| (peer.start, ticket) < order) {
@@ -109,7 +120,12 @@ impl Turns {
                 return Next::At(at);
             }
             // Nobody was kept waiting for what another had: all are even.
-            self.now_at = self.peers.values().map(|peer| peer.start).max().unwrap_or(self.now_at);
+            self.now_at = self
+                .peers
+                .values()
+                .map(|peer| peer.start)
+                .max()
+                .unwrap_or(self.now_at);
             return Next::Idle;
         };
         if let Some(total) = &mut self.total {
@@ -132,8 +148,13 @@ impl Turns {
 
     /// Leaves the queue; false if the bytes were granted.
     pub(super) fn cancel(&mut self, id: PeerId, ticket: Ticket) -> bool {
-        let Some(peer) = self.peers.get_mut(&id) else { return false };
-        let place = peer.waiting.iter().position(|(waiting, _)| *waiting == ticket);
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return false;
+        };
+        let place = peer
+            .waiting
+            .iter()
+            .position(|(waiting, _)| *waiting == ticket);
         place.and_then(|place| peer.waiting.remove(place)).is_some()
     }
 
@@ -166,7 +187,10 @@ impl Peer {
     fn counts(&self, latest: u64, now: Instant) -> bool {
         !self.waiting.is_empty()
             || self.start > latest
-            || self.bucket.as_ref().is_some_and(|bucket| !bucket.is_full(now))
+            || self
+                .bucket
+                .as_ref()
+                .is_some_and(|bucket| !bucket.is_full(now))
     }
 }
 
@@ -181,7 +205,11 @@ struct Bucket {
 impl Bucket {
     fn full(rate: u64, now: Instant) -> Self {
         let rate = rate.max(1) as f64;
-        Self { rate, level: rate * BURST, at: now }
+        Self {
+            rate,
+            level: rate * BURST,
+            at: now,
+        }
     }
 
     fn level(&self, now: Instant) -> f64 {
@@ -210,7 +238,10 @@ impl Bucket {
             let new = Self::full(rate, now);
             match bucket.take() {
                 None => new,
-                Some(old) => Self { level: old.level(now) * (new.rate / old.rate).min(1.0), ..new },
+                Some(old) => Self {
+                    level: old.level(now) * (new.rate / old.rate).min(1.0),
+                    ..new
+                },
             }
         });
     }
@@ -230,7 +261,10 @@ mod tests {
     }
 
     fn rates(total: impl Into<Option<u64>>, per_peer: impl Into<Option<u64>>) -> Rates {
-        Rates { total: total.into(), per_peer: per_peer.into() }
+        Rates {
+            total: total.into(),
+            per_peer: per_peer.into(),
+        }
     }
 
     /// A peer that asks for so many bytes at a time, over some streams; each asks again when it was granted, after a
@@ -243,20 +277,32 @@ mod tests {
     }
 
     fn greedy(bytes: u32) -> Demand {
-        Demand { bytes, streams: 2, pause: Duration::ZERO }
+        Demand {
+            bytes,
+            streams: 2,
+            pause: Duration::ZERO,
+        }
     }
 
     /// What was granted: when, to whom, how much.
     type Log = Vec<(Duration, usize, u64)>;
 
     /// Plays demands against limits that change at times; the driver always looks late by `late`.
-    fn play(demands: &[Demand], changes: &[(Duration, Rates)], late: Duration, end: Duration) -> Log {
+    fn play(
+        demands: &[Demand],
+        changes: &[(Duration, Rates)],
+        late: Duration,
+        end: Duration,
+    ) -> Log {
         let start = Instant::now();
         let (mut turns, mut log, mut now) = (Turns::default(), Log::new(), start);
         let mut owners: HashMap<Ticket, usize> = HashMap::new();
         // Who asks when.
-        let mut asking: Vec<(Instant, usize)> =
-            demands.iter().enumerate().flat_map(|(i, demand)| vec![(start, i); demand.streams]).collect();
+        let mut asking: Vec<(Instant, usize)> = demands
+            .iter()
+            .enumerate()
+            .flat_map(|(i, demand)| vec![(start, i); demand.streams])
+            .collect();
         let mut changes = changes.iter();
         let mut change = changes.next();
         while now < start + end {
@@ -285,14 +331,26 @@ mod tests {
                 }
                 Next::Idle => None,
             };
-            let news = asking.iter().map(|(at, _)| *at).chain(change.map(|(at, _)| start + *at)).min();
-            now = wake.into_iter().chain(news).min().unwrap().max(now + Duration::from_nanos(1));
+            let news = asking
+                .iter()
+                .map(|(at, _)| *at)
+                .chain(change.map(|(at, _)| start + *at))
+                .min();
+            now = wake
+                .into_iter()
+                .chain(news)
+                .min()
+                .unwrap()
+                .max(now + Duration::from_nanos(1));
         }
         log
     }
 
     fn sum(log: &[(Duration, usize, u64)], of: impl Fn(Duration, usize) -> bool) -> u64 {
-        log.iter().filter(|(at, i, _)| of(*at, *i)).map(|(.., bytes)| bytes).sum()
+        log.iter()
+            .filter(|(at, i, _)| of(*at, *i))
+            .map(|(.., bytes)| bytes)
+            .sum()
     }
 
     fn assert_near(is: u64, wanted: u64, percent: f64) {
@@ -304,7 +362,9 @@ mod tests {
     fn without_limits_everything_goes_at_once() {
         let now = Instant::now();
         let mut turns = Turns::default();
-        let tickets: Vec<_> = (0..100).map(|i| turns.ask(peer(i % 7), u32::MAX, now)).collect();
+        let tickets: Vec<_> = (0..100)
+            .map(|i| turns.ask(peer(i % 7), u32::MAX, now))
+            .collect();
         let granted: Vec<_> = std::iter::from_fn(|| match turns.next(now) {
             Next::Granted(ticket) => Some(ticket),
             _ => None,
@@ -316,11 +376,20 @@ mod tests {
 
     #[test]
     fn more_than_a_bucket_holds_is_debt() {
-        let log = play(&[greedy(1 << 20)], &[(Duration::ZERO, rates(50_000, None))], Duration::ZERO, 210 * SECOND);
+        let log = play(
+            &[greedy(1 << 20)],
+            &[(Duration::ZERO, rates(50_000, None))],
+            Duration::ZERO,
+            210 * SECOND,
+        );
         assert_eq!(log[0].0, Duration::ZERO);
         assert_near(sum(&log, |at, _| at > Duration::ZERO), 210 * 50_000, 10.0);
         for pair in log.windows(2).skip(1) {
-            assert_near(u64::try_from((pair[1].0 - pair[0].0).as_millis()).unwrap(), MIB / 50, 0.1);
+            assert_near(
+                u64::try_from((pair[1].0 - pair[0].0).as_millis()).unwrap(),
+                MIB / 50,
+                0.1,
+            );
         }
     }
 
@@ -332,21 +401,41 @@ mod tests {
         let s = Duration::from_secs;
         let changes = [(s(0), slow), (s(1), fast), (s(2), slow), (s(32), none)];
         // Without a limit only the pause makes time pass.
-        let demand = Demand { pause: Duration::from_micros(1), ..greedy(1 << 20) };
-        let log = play(&[demand], &changes, Duration::ZERO, s(32) + Duration::from_millis(1));
+        let demand = Demand {
+            pause: Duration::from_micros(1),
+            ..greedy(1 << 20)
+        };
+        let log = play(
+            &[demand],
+            &changes,
+            Duration::ZERO,
+            s(32) + Duration::from_millis(1),
+        );
         assert_eq!(sum(&log, |at, _| at < s(1)), MIB, "in debt");
         assert_near(sum(&log, |at, _| at >= s(1) && at < s(2)), 50_000_000, 4.0);
         let crawl = sum(&log, |at, _| at >= s(2) && at < s(32));
-        assert!((MIB..=3 * MIB).contains(&crawl), "the fast one's debt was scaled: {crawl}");
+        assert!(
+            (MIB..=3 * MIB).contains(&crawl),
+            "the fast one's debt was scaled: {crawl}"
+        );
         assert!(sum(&log, |at, _| at >= s(32)) >= 100 * MIB, "released");
     }
 
     #[test]
     fn what_is_not_used_goes_to_the_others() {
         // The second asks for 64 KiB five times a second and gets them; the others share the rest.
-        let modest = Demand { bytes: 64 << 10, streams: 1, pause: Duration::from_millis(200) };
+        let modest = Demand {
+            bytes: 64 << 10,
+            streams: 1,
+            pause: Duration::from_millis(200),
+        };
         let demands = [greedy(64 << 10), modest, greedy(64 << 10)];
-        let log = play(&demands, &[(Duration::ZERO, rates(10 * MIB, None))], Duration::ZERO, 10 * SECOND);
+        let log = play(
+            &demands,
+            &[(Duration::ZERO, rates(10 * MIB, None))],
+            Duration::ZERO,
+            10 * SECOND,
+        );
         let of = |i| sum(&log, |_, of| of == i);
         assert!(of(1) >= 45 * 64 * KIB, "{}", of(1));
         assert_near(of(0), (100 * MIB - of(1)) / 2, 2.0);
@@ -356,10 +445,20 @@ mod tests {
     #[test]
     fn both_limits_hold() {
         let demands = vec![greedy(64 << 10); 3];
-        let log = play(&demands, &[(Duration::ZERO, rates(10 * MIB, 2 * MIB))], Duration::ZERO, 10 * SECOND);
+        let log = play(
+            &demands,
+            &[(Duration::ZERO, rates(10 * MIB, 2 * MIB))],
+            Duration::ZERO,
+            10 * SECOND,
+        );
         (0..3).for_each(|i| assert_near(sum(&log, |_, of| of == i), 20 * MIB, 2.0));
         let demands = vec![greedy(64 << 10); 10];
-        let log = play(&demands, &[(Duration::ZERO, rates(10 * MIB, 2 * MIB))], Duration::ZERO, 10 * SECOND);
+        let log = play(
+            &demands,
+            &[(Duration::ZERO, rates(10 * MIB, 2 * MIB))],
+            Duration::ZERO,
+            10 * SECOND,
+        );
         assert_near(sum(&log, |_, _| true), 100 * MIB, 2.0);
     }
 
@@ -372,7 +471,11 @@ mod tests {
         assert_eq!(turns.next(now), Next::Granted(first));
         let (second, third) = (turns.ask(peer(1), 5, now), turns.ask(peer(1), 7, now));
         assert!(matches!(turns.next(now), Next::At(at) if at > now + 9 * SECOND));
-        assert!(turns.cancel(peer(1), second) && !turns.cancel(peer(1), second) && !turns.cancel(peer(2), third));
+        assert!(
+            turns.cancel(peer(1), second)
+                && !turns.cancel(peer(1), second)
+                && !turns.cancel(peer(2), third)
+        );
         // The long one went unused.
         turns.correct(peer(1), 1_000_000, 0, now);
         assert_eq!(turns.next(now), Next::Granted(third));
@@ -396,8 +499,16 @@ mod tests {
     }
 
     fn demand() -> impl Strategy<Value = Demand> {
-        (prop_oneof![Just(16_u32 << 10), 1_u32..=300_000], 1_usize..4, 0_u64..30)
-            .prop_map(|(bytes, streams, pause)| Demand { bytes, streams, pause: Duration::from_millis(pause) })
+        (
+            prop_oneof![Just(16_u32 << 10), 1_u32..=300_000],
+            1_usize..4,
+            0_u64..30,
+        )
+            .prop_map(|(bytes, streams, pause)| Demand {
+                bytes,
+                streams,
+                pause: Duration::from_millis(pause),
+            })
     }
 
     proptest! {

@@ -94,7 +94,11 @@ impl Board {
 
     /// Pieces that are neither done nor local and that no counted source has.
     pub(super) fn unavailable(&self) -> u32 {
-        if self.n_complete > 0 { 0 } else { self.n_without_partial }
+        if self.n_complete > 0 {
+            0
+        } else {
+            self.n_without_partial
+        }
     }
 
     /// Pieces that sources shall bring and can.
@@ -123,7 +127,11 @@ impl Board {
 
     /// Who is to bring this piece.
     pub(super) fn owners(&self, piece: u32) -> impl Iterator<Item = SourceKey> {
-        self.local.get(&piece).copied().into_iter().chain(self.claims.owners(piece))
+        self.local
+            .get(&piece)
+            .copied()
+            .into_iter()
+            .chain(self.claims.owners(piece))
     }
 
     /// The piece is done, whoever was asked for it; false if it was already, or is none.
@@ -199,7 +207,11 @@ impl Board {
 
     /// Whether any piece of `have` is free.
     pub(super) fn has_free_in(&self, have: &Have) -> bool {
-        self.n_free > 0 && self.free.iter().any(|class| !class.is_empty() && have.next_in(class, 0).is_some())
+        self.n_free > 0
+            && self
+                .free
+                .iter()
+                .any(|class| !class.is_empty() && have.next_in(class, 0).is_some())
     }
 
     /// Up to `limit` free pieces of `have`, the rarest first; of equal ones those from `preferred` on if that is free,
@@ -212,11 +224,15 @@ impl Board {
         limit: usize,
     ) -> Vec<u32> {
         let (unpromised, promised) = self.free.split_at(RARITY_CLASSES);
-        let classes =
-            unpromised.iter().zip(promised).flat_map(|(one, other)| [(one, true), (other, among == Among::All)]);
+        let classes = unpromised
+            .iter()
+            .zip(promised)
+            .flat_map(|(one, other)| [(one, true), (other, among == Among::All)]);
         let mut found = Vec::new();
         for (class, _) in classes.filter(|(class, allowed)| *allowed && !class.is_empty()) {
-            let from = preferred.filter(|at| class.contains(*at) && have.contains(*at)).unwrap_or(start);
+            let from = preferred
+                .filter(|at| class.contains(*at) && have.contains(*at))
+                .unwrap_or(start);
             for (mut at, end) in [(from, self.n_pieces), (0, from)] {
                 while found.len() < limit
                     && let Some(piece) = have.next_in(class, at)
@@ -235,7 +251,9 @@ impl Board {
         match have {
             Have::All if more => self.n_complete += 1,
             Have::All => self.n_complete -= 1,
-            Have::Some(pieces) => pieces.iter().for_each(|piece| self.count_piece(piece, more)),
+            Have::Some(pieces) => pieces
+                .iter()
+                .for_each(|piece| self.count_piece(piece, more)),
         }
     }
 
@@ -258,7 +276,11 @@ impl Board {
 
     fn class(&self, piece: u32) -> usize {
         let rarity = usize::from(self.n_partial[piece as usize]).min(RARITY_CLASSES - 1);
-        if self.promises.since(piece).is_some() { RARITY_CLASSES + rarity } else { rarity }
+        if self.promises.since(piece).is_some() {
+            RARITY_CLASSES + rarity
+        } else {
+            rarity
+        }
     }
 
     fn put_free(&mut self, piece: u32) {
@@ -293,8 +315,17 @@ impl Board {
         for piece in 0..self.n_pieces {
             let is_free = self.free[self.class(piece)].contains(piece);
             let is_local = self.local.contains_key(&piece);
-            let states = [self.is_done(piece), is_local, self.claims.contains(piece), is_free];
-            assert_eq!(states.into_iter().filter(|is| *is).count(), 1, "piece {piece} is in one state: {states:?}");
+            let states = [
+                self.is_done(piece),
+                is_local,
+                self.claims.contains(piece),
+                is_free,
+            ];
+            assert_eq!(
+                states.into_iter().filter(|is| *is).count(),
+                1,
+                "piece {piece} is in one state: {states:?}"
+            );
             n_free += u32::from(is_free);
             let is_bare = !self.is_done(piece) && !is_local && self.n_partial[piece as usize] == 0;
             n_without_partial += u32::from(is_bare);
@@ -303,7 +334,11 @@ impl Board {
                 promised.extend(is_free.then_some((since, piece)));
             }
         }
-        assert_eq!((n_free, n_free), (self.n_free, self.free.iter().map(PieceSet::len).sum()), "free in one set only");
+        assert_eq!(
+            (n_free, n_free),
+            (self.n_free, self.free.iter().map(PieceSet::len).sum()),
+            "free in one set only"
+        );
         assert_eq!(n_without_partial, self.n_without_partial);
         assert_eq!(promised, self.promised);
         self.claims.check();

@@ -41,7 +41,8 @@ impl Picker {
         if self.is_done() {
             return Next::Done;
         }
-        let is_doubtful = |offences: &Offences| offences.on_probation || now < offences.banned_until;
+        let is_doubtful =
+            |offences: &Offences| offences.on_probation || now < offences.banned_until;
         let is_doubtful = self.offences.get(&source).is_some_and(is_doubtful);
         if is_doubtful || !self.put_beside(source, key) {
             return Next::Wait(None);
@@ -51,10 +52,15 @@ impl Picker {
 
     /// Lets a further connection of `source` have what the source has. False if that is nobody.
     fn put_beside(&mut self, source: SourceKey, key: SourceKey) -> bool {
-        let Some(first) = self.sources.get_mut(&source) else { return false };
+        let Some(first) = self.sources.get_mut(&source) else {
+            return false;
+        };
         first.has_beside = true;
         let have = first.have.clone();
-        let beside = self.sources.entry(key).or_insert_with(|| Source::new(source, have.clone()));
+        let beside = self
+            .sources
+            .entry(key)
+            .or_insert_with(|| Source::new(source, have.clone()));
         (beside.have, beside.idle_since, beside.has_beside) = (have, None, true);
         true
     }
@@ -77,19 +83,34 @@ impl Picker {
     ) -> bool {
         let is_free = |piece: &u32| !self.has(*piece) && self.owners(*piece).next().is_none();
         let n = u32::try_from(pieces.len()).unwrap_or(u32::MAX).max(1);
-        let has = |source: &Source| source.counted && pieces.iter().all(|piece| source.have.contains(*piece));
-        let fits = pieces.iter().all(|piece| *piece < self.board.n_pieces() && is_free(piece));
-        if !fits || !self.sources.get(&source).is_some_and(has) || key != source && !self.put_beside(source, key) {
+        let has = |source: &Source| {
+            source.counted && pieces.iter().all(|piece| source.have.contains(*piece))
+        };
+        let fits = pieces
+            .iter()
+            .all(|piece| *piece < self.board.n_pieces() && is_free(piece));
+        if !fits
+            || !self.sources.get(&source).is_some_and(has)
+            || key != source && !self.put_beside(source, key)
+        {
             return false;
         }
-        let Some(connection) = self.sources.get_mut(&key) else { return false };
+        let Some(connection) = self.sources.get_mut(&key) else {
+            return false;
+        };
         connection.piece_time = (expected / n).clamp(Duration::from_nanos(1), MAX_PIECE_TIME);
         self.claim(key, pieces, now);
         true
     }
 
     /// What the source shall do about the free pieces that it has; none if there are none.
-    pub(super) fn free_for(&mut self, key: SourceKey, max_pieces: u32, start: u32, now: Instant) -> Option<Next> {
+    pub(super) fn free_for(
+        &mut self,
+        key: SourceKey,
+        max_pieces: u32,
+        start: u32,
+        now: Instant,
+    ) -> Option<Next> {
         let source = &self.sources[&key];
         let order = (source.cursor, start);
         if !self.board.has_free_in(&source.have) {
@@ -104,7 +125,9 @@ impl Picker {
         }
         if matches!(source.have, Have::Some(_)) {
             let limit = share.clamp(1, max_pieces);
-            let pieces = self.board.free_in(&source.have, Among::All, order, limit as usize);
+            let pieces = self
+                .board
+                .free_in(&source.have, Among::All, order, limit as usize);
             self.claim(key, &pieces, now);
             return Some(Next::Claim(pieces));
         }
@@ -121,20 +144,36 @@ impl Picker {
             return Some(Next::Wait(None));
         }
         let limit = share.clamp(1, max_pieces).min(room);
-        let among = if is_repeat { Among::All } else { Among::Unpromised };
-        let pieces = self.board.free_in(&source.have, among, order, limit as usize);
+        let among = if is_repeat {
+            Among::All
+        } else {
+            Among::Unpromised
+        };
+        let pieces = self
+            .board
+            .free_in(&source.have, among, order, limit as usize);
         self.claim(key, &pieces, now);
-        Some(if is_repeat { Next::Repeat(pieces) } else { Next::Claim(pieces) })
+        Some(if is_repeat {
+            Next::Repeat(pieces)
+        } else {
+            Next::Claim(pieces)
+        })
     }
 
     /// Is anybody known who could have been promised a piece? Else the promise is a lie, or was made to one who left.
     fn can_come_from_others(&self) -> bool {
-        self.sources.values().any(|source| source.counted && matches!(source.have, Have::Some(_)))
+        self.sources
+            .values()
+            .any(|source| source.counted && matches!(source.have, Have::Some(_)))
     }
 
     /// Sources that fetch the same themselves.
     fn n_receivers(&self) -> u32 {
-        let receivers = self.sources.values().filter(|source| source.counted && source.is_receiver).count();
+        let receivers = self
+            .sources
+            .values()
+            .filter(|source| source.counted && source.is_receiver)
+            .count();
         u32::try_from(receivers).unwrap_or(u32::MAX)
     }
 
@@ -154,7 +193,10 @@ impl Picker {
 
     pub(super) fn claim(&mut self, key: SourceKey, pieces: &[u32], now: Instant) {
         let n_claimed = self.board.claims().n_of(key);
-        let source = self.sources.get_mut(&key).expect("only a known source claims");
+        let source = self
+            .sources
+            .get_mut(&key)
+            .expect("only a known source claims");
         let mut due = source.free_at(n_claimed, now);
         for &piece in pieces {
             due += source.piece_time;
@@ -170,28 +212,46 @@ impl Picker {
         let at_work = |other: SourceKey, source: &Source| {
             other == key || self.board.claims().n_of(other) > 0 && !source.is_behind(now)
         };
-        let rates = self.sources.iter().filter(|(other, source)| at_work(**other, source));
+        let rates = self
+            .sources
+            .iter()
+            .filter(|(other, source)| at_work(**other, source));
         let all: u64 = rates.map(|(_, source)| source.pieces_per_hour()).sum();
         let work = u64::from(self.board.wanted());
         let share = (work * self.sources[&key].pieces_per_hour()).div_ceil(all);
-        u32::try_from(share).unwrap_or(u32::MAX).saturating_sub(self.board.claims().n_of(key))
+        u32::try_from(share)
+            .unwrap_or(u32::MAX)
+            .saturating_sub(self.board.claims().n_of(key))
     }
 
     /// Pieces that others were asked for and that the source should fetch as well: the late ones first, then those whose
     /// owner needs longest.
     pub(super) fn worth_stealing(&self, key: SourceKey, limit: usize, now: Instant) -> Vec<u32> {
         let source = &self.sources[&key];
-        let race_gain = if source.has_beside { RACE_BESIDE_GAIN } else { RACE_MIN_GAIN };
-        let is_line_busy = self.sources.get(&source.first).is_some_and(|first| first.is_line_busy);
+        let race_gain = if source.has_beside {
+            RACE_BESIDE_GAIN
+        } else {
+            RACE_MIN_GAIN
+        };
+        let is_line_busy = self
+            .sources
+            .get(&source.first)
+            .is_some_and(|first| first.is_line_busy);
         let is_cheap = source.piece_time < RACE_MIN_GAIN;
-        let keeps_up = |owner: &Source| !is_cheap || owner.piece_time <= source.piece_time * FAR_BEHIND;
+        let keeps_up =
+            |owner: &Source| !is_cheap || owner.piece_time <= source.piece_time * FAR_BEHIND;
         let is_beside = |owner: &Source| owner.first == source.first && keeps_up(owner);
         let is_beside = |owner| self.sources.get(&owner).is_some_and(is_beside);
         let fits = |piece| {
             self.is_others(key, &source.have, piece)
                 && !(is_line_busy && self.board.claims().owners(piece).any(is_beside))
         };
-        let late = self.board.claims().late(now).filter(|piece| fits(*piece)).take(limit);
+        let late = self
+            .board
+            .claims()
+            .late(now)
+            .filter(|piece| fits(*piece))
+            .take(limit);
         let mut candidates: BTreeSet<(Reverse<Duration>, u32)> =
             late.map(|piece| (Reverse(Duration::MAX), piece)).collect();
         let mut needs = source.free_at(self.board.claims().n_of(key), now) - now;
@@ -199,7 +259,11 @@ impl Picker {
         let is_wanted_by_many = matches!(source.have, Have::All) && self.n_receivers() > 0;
         if self.board.is_tail() && !is_wanted_by_many {
             let more_than = (needs + source.piece_time) * RACE_FACTOR + race_gain;
-            let slow = self.board.claims().slow(now, more_than, limit, fits).into_iter();
+            let slow = self
+                .board
+                .claims()
+                .slow(now, more_than, limit, fits)
+                .into_iter();
             candidates.extend(slow.map(|(left, piece)| (Reverse(left), piece)));
         }
         if candidates.is_empty() {

@@ -59,7 +59,10 @@ impl Claims {
     }
 
     pub(super) fn owners(&self, piece: u32) -> impl Iterator<Item = SourceKey> {
-        self.pieces.get(&piece).into_iter().flat_map(|claimed| claimed.owners.iter().map(|owner| owner.key))
+        self.pieces
+            .get(&piece)
+            .into_iter()
+            .flat_map(|claimed| claimed.owners.iter().map(|owner| owner.key))
     }
 
     /// Makes `key`, which owns it not yet, an owner of the piece. Of two owners the one that is late for longer gives way.
@@ -73,7 +76,12 @@ impl Claims {
             let patience = 1 << claimed.n_takeovers.min(MAX_PATIENCE_DOUBLINGS);
             let expected = due.saturating_duration_since(now);
             let late = due + LATE_SLACK.max(expected * LATE_FACTOR) * patience;
-            claimed.owners.push(Owner { key, due, expected, late });
+            claimed.owners.push(Owner {
+                key,
+                due,
+                expected,
+                late,
+            });
         });
     }
 
@@ -82,7 +90,9 @@ impl Claims {
         if !self.owners(piece).any(|owner| owner == key) {
             return false;
         }
-        self.change(piece, |claimed| claimed.owners.retain(|owner| owner.key != key));
+        self.change(piece, |claimed| {
+            claimed.owners.retain(|owner| owner.key != key)
+        });
         !self.contains(piece)
     }
 
@@ -105,22 +115,34 @@ impl Claims {
 
     /// How many pieces `key` owns.
     pub(super) fn n_of(&self, key: SourceKey) -> u32 {
-        self.by_owner.get(&key).map_or(0, |pieces| u32::try_from(pieces.len()).unwrap_or(u32::MAX))
+        self.by_owner
+            .get(&key)
+            .map_or(0, |pieces| u32::try_from(pieces.len()).unwrap_or(u32::MAX))
     }
 
     /// The pieces that `key` owns, ascending.
     pub(super) fn of(&self, key: SourceKey) -> Vec<u32> {
-        self.by_owner.get(&key).into_iter().flatten().copied().collect()
+        self.by_owner
+            .get(&key)
+            .into_iter()
+            .flatten()
+            .copied()
+            .collect()
     }
 
     /// Pieces with an owner that is late, the longest first; those with two such owners twice.
     pub(super) fn late(&self, now: Instant) -> impl Iterator<Item = u32> {
-        self.by_late.range(..=(now, u32::MAX, SourceKey(u32::MAX))).map(|(_, piece, _)| *piece)
+        self.by_late
+            .range(..=(now, u32::MAX, SourceKey(u32::MAX)))
+            .map(|(_, piece, _)| *piece)
     }
 
     /// The next instant at which one of the pieces that `fits` becomes late, or one somewhat before it.
     pub(super) fn next_late(&self, now: Instant, fits: impl Fn(u32) -> bool) -> Option<Instant> {
-        let coming = self.by_late.range((now, u32::MAX, SourceKey(u32::MAX))..).enumerate();
+        let coming = self
+            .by_late
+            .range((now, u32::MAX, SourceKey(u32::MAX))..)
+            .enumerate();
         let mut found = coming.filter(|(i, (_, piece, _))| *i == LATE_LOOKS || fits(*piece));
         found.next().map(|(_, (late, ..))| *late)
     }
@@ -134,12 +156,27 @@ impl Claims {
         limit: usize,
         fits: impl Fn(u32) -> bool,
     ) -> Vec<(Duration, u32)> {
-        let by_due = self.by_due.range((now + more_than, u32::MAX)..).rev().map(|(_, piece)| *piece);
-        let by_doubt = self.by_expected.range((more_than * DOUBT, u32::MAX)..).rev().map(|(_, piece)| *piece);
+        let by_due = self
+            .by_due
+            .range((now + more_than, u32::MAX)..)
+            .rev()
+            .map(|(_, piece)| *piece);
+        let by_doubt = self
+            .by_expected
+            .range((more_than * DOUBT, u32::MAX)..)
+            .rev()
+            .map(|(_, piece)| *piece);
         let pieces = by_due.filter(|piece| fits(*piece)).take(limit);
         let pieces = pieces.chain(by_doubt.filter(|piece| fits(*piece)).take(limit));
-        let left = |owner: &Owner| owner.due.saturating_duration_since(now).max(owner.expected / DOUBT);
-        pieces.map(|piece| (left(&self.pieces[&piece].owners[0]), piece)).collect()
+        let left = |owner: &Owner| {
+            owner
+                .due
+                .saturating_duration_since(now)
+                .max(owner.expected / DOUBT)
+        };
+        pieces
+            .map(|piece| (left(&self.pieces[&piece].owners[0]), piece))
+            .collect()
     }
 
     fn change(&mut self, piece: u32, change: impl FnOnce(&mut Claimed)) {
@@ -174,14 +211,42 @@ impl Claims {
     /// Panics unless the indexes agree with the owners. Walks over everything.
     #[cfg(test)]
     pub(super) fn check(&self) {
-        let owners = || self.pieces.iter().flat_map(|(piece, claimed)| claimed.owners.iter().map(|o| (*piece, *o)));
-        let single = || self.pieces.iter().filter(|(_, claimed)| claimed.owners.len() == 1);
-        assert!(self.pieces.values().all(|claimed| (1..=MAX_OWNERS).contains(&claimed.owners.len())));
-        assert!(self.by_late == owners().map(|(piece, owner)| (owner.late, piece, owner.key)).collect());
-        assert!(self.by_due == single().map(|(piece, claimed)| (claimed.owners[0].due, *piece)).collect());
-        assert!(self.by_expected == single().map(|(piece, claimed)| (claimed.owners[0].expected, *piece)).collect());
+        let owners = || {
+            self.pieces
+                .iter()
+                .flat_map(|(piece, claimed)| claimed.owners.iter().map(|o| (*piece, *o)))
+        };
+        let single = || {
+            self.pieces
+                .iter()
+                .filter(|(_, claimed)| claimed.owners.len() == 1)
+        };
+        assert!(
+            self.pieces
+                .values()
+                .all(|claimed| (1..=MAX_OWNERS).contains(&claimed.owners.len()))
+        );
+        assert!(
+            self.by_late
+                == owners()
+                    .map(|(piece, owner)| (owner.late, piece, owner.key))
+                    .collect()
+        );
+        assert!(
+            self.by_due
+                == single()
+                    .map(|(piece, claimed)| (claimed.owners[0].due, *piece))
+                    .collect()
+        );
+        assert!(
+            self.by_expected
+                == single()
+                    .map(|(piece, claimed)| (claimed.owners[0].expected, *piece))
+                    .collect()
+        );
         let mut by_owner: BTreeMap<SourceKey, BTreeSet<u32>> = BTreeMap::new();
-        owners().for_each(|(piece, owner)| _ = by_owner.entry(owner.key).or_default().insert(piece));
+        owners()
+            .for_each(|(piece, owner)| _ = by_owner.entry(owner.key).or_default().insert(piece));
         assert_eq!(self.by_owner, by_owner);
     }
 }

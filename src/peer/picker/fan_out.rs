@@ -102,7 +102,9 @@ impl FanOut {
             picker.set_have(key(SEED), &HaveMap::full(n));
             Node {
                 picker,
-                paces: (0..=settings.n_receivers).map(|_| Pace::new(PIECE_LEN)).collect(),
+                paces: (0..=settings.n_receivers)
+                    .map(|_| Pace::new(PIECE_LEN))
+                    .collect(),
                 n_lanes: vec![0; settings.n_receivers + 1],
                 proven: vec![false; settings.n_receivers + 1],
                 wake_at: vec![None; settings.n_receivers + 1],
@@ -129,7 +131,8 @@ impl FanOut {
 
     fn after(&mut self, delay: Duration, event: Event) {
         self.n_events += 1;
-        self.events.push(Reverse((self.now + delay, self.n_events, event)));
+        self.events
+            .push(Reverse((self.now + delay, self.n_events, event)));
     }
 
     fn news(&mut self) -> Duration {
@@ -147,7 +150,11 @@ impl FanOut {
         }
         while self.nodes[1..].iter().any(|node| node.done_at.is_none()) {
             let Some(Reverse((now, _, event))) = self.events.pop() else {
-                let left: Vec<u32> = self.nodes.iter().map(|node| node.picker.remaining()).collect();
+                let left: Vec<u32> = self
+                    .nodes
+                    .iter()
+                    .map(|node| node.picker.remaining())
+                    .collect();
                 panic!("stuck with {left:?}");
             };
             self.now = now;
@@ -156,7 +163,9 @@ impl FanOut {
         let s = self.settings;
         let file = f64::from(s.n_pieces) * f64::from(PIECE_LEN);
         let n = s.n_receivers as f64;
-        let bound = (file / s.up_seed).max(file / s.down).max(n * file / (s.up_seed + n * s.up));
+        let bound = (file / s.up_seed)
+            .max(file / s.down)
+            .max(n * file / (s.up_seed + n * s.up));
         Outcome {
             ratio: (self.now - self.start).as_secs_f64() / bound,
             copies: self.seed_quanta as f64 / f64::from(QUANTA) / f64::from(s.n_pieces),
@@ -165,11 +174,15 @@ impl FanOut {
 
     fn happen(&mut self, event: Event) {
         match event {
-            Event::Meet(r, other) => self.nodes[r].picker.set_have(key(other), &HaveMap::empty(self.settings.n_pieces)),
+            Event::Meet(r, other) => self.nodes[r]
+                .picker
+                .set_have(key(other), &HaveMap::empty(self.settings.n_pieces)),
             Event::Start(stream) => self.begin(stream),
             Event::Refused(stream, pieces) => {
                 let Stream { from, to, .. } = self.streams[stream];
-                self.nodes[to].picker.promised(pieces.first().copied(), self.now);
+                self.nodes[to]
+                    .picker
+                    .promised(pieces.first().copied(), self.now);
                 self.nodes[to].picker.release(key(from), &pieces);
                 if self.streams[stream].pieces.is_empty() && self.streams[stream].sent.is_empty() {
                     self.end(stream);
@@ -182,7 +195,8 @@ impl FanOut {
             }
             Event::Arrived(stream) => {
                 let node = &mut self.nodes[self.streams[stream].to];
-                node.down_busy = node.down_busy.max(self.now) + seconds(f64::from(QUANTUM) / self.settings.down);
+                node.down_busy =
+                    node.down_busy.max(self.now) + seconds(f64::from(QUANTUM) / self.settings.down);
                 let delay = node.down_busy - self.now;
                 self.after(delay, Event::Delivered(stream));
             }
@@ -225,15 +239,19 @@ impl FanOut {
             }
             let pace = &mut node.paces[source];
             let n = pace.claim_pieces().min(s.most_pieces);
-            let (pieces, repeat) = match node.picker.next(key(source), n, pace.expected(n), self.now) {
-                Next::Claim(pieces) => (pieces, false),
-                Next::Repeat(pieces) | Next::Steal(pieces) => (pieces, true),
-                Next::Wait(Some(until)) if node.wake_at[source].is_none_or(|at| until < at) => {
-                    node.wake_at[source] = Some(until);
-                    return self.after(until.saturating_duration_since(self.now), Event::Wake(r, source));
-                }
-                Next::Wait(_) | Next::Done => return,
-            };
+            let (pieces, repeat) =
+                match node.picker.next(key(source), n, pace.expected(n), self.now) {
+                    Next::Claim(pieces) => (pieces, false),
+                    Next::Repeat(pieces) | Next::Steal(pieces) => (pieces, true),
+                    Next::Wait(Some(until)) if node.wake_at[source].is_none_or(|at| until < at) => {
+                        node.wake_at[source] = Some(until);
+                        return self.after(
+                            until.saturating_duration_since(self.now),
+                            Event::Wake(r, source),
+                        );
+                    }
+                    Next::Wait(_) | Next::Done => return,
+                };
             node.n_lanes[source] += 1;
             let flight = Some(pace.begin(self.now));
             let pieces = pieces.into();
@@ -265,8 +283,12 @@ impl FanOut {
 
     /// Whether the stream may go on with its next piece, which the seed promises then, if it is a first copy.
     fn grant(&mut self, at: usize) -> bool {
-        let Stream { from, to, repeat, .. } = self.streams[at];
-        let Some(&piece) = self.streams[at].pieces.front() else { return false };
+        let Stream {
+            from, to, repeat, ..
+        } = self.streams[at];
+        let Some(&piece) = self.streams[at].pieces.front() else {
+            return false;
+        };
         if from != SEED || repeat {
             return true;
         }
@@ -289,7 +311,9 @@ impl FanOut {
             return;
         }
         let ready = |at: &usize| self.streams[*at].on_the_way < WINDOW;
-        let Some(place) = self.nodes[from].serving.iter().position(ready) else { return };
+        let Some(place) = self.nodes[from].serving.iter().position(ready) else {
+            return;
+        };
         let at = self.nodes[from].serving.remove(place).expect("found");
         let stream = &mut self.streams[at];
         stream.on_the_way += 1;
@@ -302,7 +326,11 @@ impl FanOut {
         if stream.n_sent > 0 || self.grant(at) {
             self.nodes[from].serving.push_back(at);
         }
-        let up = if from == SEED { self.settings.up_seed } else { self.settings.up };
+        let up = if from == SEED {
+            self.settings.up_seed
+        } else {
+            self.settings.up
+        };
         self.seed_quanta += u64::from(from == SEED);
         self.nodes[from].is_sending = true;
         let takes = seconds(f64::from(QUANTUM) / up);
@@ -343,7 +371,12 @@ impl FanOut {
         }
         let stream = &self.streams[at];
         let picker = &self.nodes[to].picker;
-        if stream.pieces.iter().chain(&stream.sent).all(|piece| picker.has(*piece)) {
+        if stream
+            .pieces
+            .iter()
+            .chain(&stream.sent)
+            .all(|piece| picker.has(*piece))
+        {
             self.end(at);
         }
     }
@@ -392,14 +425,23 @@ fn equal_links(n_receivers: usize) -> Settings {
     }
 }
 
-#[expect(clippy::print_stdout, reason = "the numbers, for who wants to see them")]
+#[expect(
+    clippy::print_stdout,
+    reason = "the numbers, for who wants to see them"
+)]
 fn run(settings: Settings, seed: u64) -> Outcome {
     let mut fan_out = FanOut::new(settings, seed);
     let outcome = fan_out.run();
     let n = settings.n_receivers;
-    println!("N = {n}, seed {seed}: {:.3} of the bound, {:.3} copies", outcome.ratio, outcome.copies);
+    println!(
+        "N = {n}, seed {seed}: {:.3} of the bound, {:.3} copies",
+        outcome.ratio, outcome.copies
+    );
     let n_duplicates = fan_out.n_duplicates as usize;
-    assert!(n_duplicates <= n * 2 + n * 256 / 50, "{n_duplicates} duplicates among {n} receivers");
+    assert!(
+        n_duplicates <= n * 2 + n * 256 / 50,
+        "{n_duplicates} duplicates among {n} receivers"
+    );
     outcome
 }
 
@@ -417,9 +459,15 @@ fn the_last_receiver_is_near_the_bound_and_the_seed_sends_each_piece_once() {
 #[test]
 fn claims_of_any_length_and_long_round_trips_fan_out_as_well() {
     for n_receivers in [2, 8] {
-        let settings = Settings { most_pieces: 1000, ..equal_links(n_receivers) };
+        let settings = Settings {
+            most_pieces: 1000,
+            ..equal_links(n_receivers)
+        };
         assert!(run(settings, 7).ratio < 1.15);
-        let settings = Settings { round_trip: Duration::from_millis(20), ..equal_links(n_receivers) };
+        let settings = Settings {
+            round_trip: Duration::from_millis(20),
+            ..equal_links(n_receivers)
+        };
         assert!(run(settings, 7).ratio < 1.15);
     }
 }
@@ -427,7 +475,11 @@ fn claims_of_any_length_and_long_round_trips_fan_out_as_well() {
 #[test]
 fn a_seed_with_more_to_give_than_the_others_gives_it() {
     let slow = equal_links(8);
-    let settings = Settings { up_seed: slow.up_seed * 4.0, down: slow.down * 4.0, ..slow };
+    let settings = Settings {
+        up_seed: slow.up_seed * 4.0,
+        down: slow.down * 4.0,
+        ..slow
+    };
     let outcome = run(settings, 1);
     assert!(outcome.ratio < 1.2 && outcome.copies > 2.0, "{outcome:?}");
 }

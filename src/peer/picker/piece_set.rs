@@ -24,7 +24,10 @@ impl PieceSet {
             width = width.div_ceil(WORD).max(1);
             levels.push(vec![0; width]);
             if width == 1 {
-                return Self { levels, n_members: 0 };
+                return Self {
+                    levels,
+                    n_members: 0,
+                };
             }
         }
     }
@@ -60,7 +63,9 @@ impl PieceSet {
     /// Numbers outside the space are no members.
     pub(super) fn contains(&self, piece: u32) -> bool {
         let at = piece as usize;
-        self.levels[0].get(at / WORD).is_some_and(|word| word >> (at % WORD) & 1 == 1)
+        self.levels[0]
+            .get(at / WORD)
+            .is_some_and(|word| word >> (at % WORD) & 1 == 1)
     }
 
     /// Adds a piece of the space; false if it was a member.
@@ -202,10 +207,16 @@ pub(super) mod tests {
     fn the_borders_of_every_space() {
         for n in SPACES {
             let mut set = PieceSet::empty(n);
-            assert_eq!((set.next(0), set.next(u32::MAX), set.is_empty()), (None, None, true));
+            assert_eq!(
+                (set.next(0), set.next(u32::MAX), set.is_empty()),
+                (None, None, true)
+            );
             if let Some(last) = n.checked_sub(1) {
                 assert!(set.insert(last) && set.contains(last) && !set.contains(n));
-                assert_eq!((set.next(0), set.next(last), set.next(n)), (Some(last), Some(last), None));
+                assert_eq!(
+                    (set.next(0), set.next(last), set.next(n)),
+                    (Some(last), Some(last), None)
+                );
                 assert!(set.remove(last) && !set.remove(last) && set.is_empty());
             }
         }

@@ -38,8 +38,14 @@ impl Promises {
 
     /// The first moment that is less than `ago` before `now`.
     pub(super) fn within(&self, ago: Duration, now: Instant) -> Moment {
-        let reached = self.first.and_then(|first| now.saturating_duration_since(first).checked_sub(ago));
-        reached.map_or(0, |before| u32::try_from(before.as_millis()).unwrap_or(u32::MAX).saturating_add(1))
+        let reached = self
+            .first
+            .and_then(|first| now.saturating_duration_since(first).checked_sub(ago));
+        reached.map_or(0, |before| {
+            u32::try_from(before.as_millis())
+                .unwrap_or(u32::MAX)
+                .saturating_add(1)
+        })
     }
 
     /// The moment as time; none before the first promise.

@@ -51,7 +51,10 @@ impl Peer {
     }
 
     fn bytes_to_come(&self) -> u64 {
-        self.flights.iter().map(|(_, pieces)| pieces.len() as u64 * u64::from(PIECE_LEN)).sum()
+        self.flights
+            .iter()
+            .map(|(_, pieces)| pieces.len() as u64 * u64::from(PIECE_LEN))
+            .sum()
     }
 }
 
@@ -124,7 +127,12 @@ impl Simulation {
             if self.n_events.is_multiple_of(256) {
                 self.picker.board.check();
             }
-            assert!(self.n_events < 500_000, "{:?} and still {}", self.now - self.start, self.picker.remaining());
+            assert!(
+                self.n_events < 500_000,
+                "{:?} and still {}",
+                self.now - self.start,
+                self.picker.remaining()
+            );
         }
         self.now - self.start
     }
@@ -182,13 +190,20 @@ impl Simulation {
         let pieces = match self.picker.next(key(i), max_pieces, expected, self.now) {
             Next::Claim(pieces) | Next::Repeat(pieces) => {
                 for piece in &pieces {
-                    assert!(self.picker.owners(*piece).eq([key(i)]), "owned twice outside the tail");
+                    assert!(
+                        self.picker.owners(*piece).eq([key(i)]),
+                        "owned twice outside the tail"
+                    );
                 }
                 pieces
             }
             Next::Steal(pieces) => {
-                let is_free = |piece| !self.picker.has(piece) && self.picker.owners(piece).count() == 0;
-                assert!(!(0..n_pieces).any(|piece| peer.have.contains(piece) && is_free(piece)), "not the tail");
+                let is_free =
+                    |piece| !self.picker.has(piece) && self.picker.owners(piece).count() == 0;
+                assert!(
+                    !(0..n_pieces).any(|piece| peer.have.contains(piece) && is_free(piece)),
+                    "not the tail"
+                );
                 pieces
             }
             Next::Wait(Some(until)) if peer.wake_at.is_none_or(|at| until < at) => {
@@ -198,7 +213,11 @@ impl Simulation {
             Next::Wait(_) | Next::Done => return,
         };
         assert!(pieces.len() <= max_pieces as usize);
-        assert!(pieces.iter().all(|piece| peer.have.contains(*piece) && !self.picker.has(*piece)));
+        assert!(
+            pieces
+                .iter()
+                .all(|piece| peer.have.contains(*piece) && !self.picker.has(*piece))
+        );
         let peer = &mut self.peers[i];
         let flight = peer.pace.begin(self.now);
         let was_idle = peer.flights.is_empty();
@@ -216,14 +235,19 @@ impl Simulation {
         }
         let usual = f64::from(PIECE_LEN) / f64::from(peer.bytes_per_second);
         let jitter = 0.8 + f64::from(self.dice.below(400)) / 1000.0;
-        self.at(self.now + delay + Duration::from_secs_f64(usual * jitter), Event::Deliver(i, life));
+        self.at(
+            self.now + delay + Duration::from_secs_f64(usual * jitter),
+            Event::Deliver(i, life),
+        );
     }
 
     fn deliver(&mut self, i: usize) {
         let dice = self.dice.below(100);
         let peer = &mut self.peers[i];
         let (flight, pieces) = peer.flights.front_mut().expect("void without flights");
-        let piece = pieces.pop_front().expect("flights end with their last piece");
+        let piece = pieces
+            .pop_front()
+            .expect("flights end with their last piece");
         match peer.fault {
             Fault::Lies(percent) if dice < percent => {
                 self.n_wrong += 1;
@@ -231,7 +255,9 @@ impl Simulation {
                 self.hang_up(i);
                 return self.at(until, Event::Wake(i));
             }
-            Fault::Lacks(percent) if piece % 100 < percent => self.picker.remove_have(key(i), piece),
+            Fault::Lacks(percent) if piece % 100 < percent => {
+                self.picker.remove_have(key(i), piece)
+            }
             _ => {
                 peer.pace.on_chunk(flight, PIECE_LEN.into(), self.now);
                 peer.n_sent += 1;
@@ -330,14 +356,25 @@ fn whatever_sources_do_it_ends_when_every_piece_has_an_honest_one() {
         }
         let took = simulation.run();
         simulation.picker.board.check();
-        assert!(simulation.picker.is_done(), "seed {seed}: stuck with {}", simulation.picker.remaining());
+        assert!(
+            simulation.picker.is_done(),
+            "seed {seed}: stuck with {}",
+            simulation.picker.remaining()
+        );
         // The slower honest half alone, the time until the last one joins, and a stall or two on the way.
         let alone = f64::from(n) * f64::from(PIECE_LEN) / f64::from(slowest[0].min(slowest[1]));
         let bound = alone * 1.3 + 30.0;
-        assert!(took.as_secs_f64() < bound, "seed {seed}: {took:?} of at most {bound}");
+        assert!(
+            took.as_secs_f64() < bound,
+            "seed {seed}: {took:?} of at most {bound}"
+        );
         let n_peers = u32::try_from(simulation.peers.len()).expect("a handful");
         let n_bans = took.as_secs().div_ceil(30).max(1).ilog2() + 2;
-        assert!(simulation.n_wrong <= n_bans * n_peers, "seed {seed}: {} wrong", simulation.n_wrong);
+        assert!(
+            simulation.n_wrong <= n_bans * n_peers,
+            "seed {seed}: {} wrong",
+            simulation.n_wrong
+        );
         n_duplicates += simulation.n_duplicates;
         n_needed += n;
     }
@@ -351,7 +388,9 @@ fn sources_share_the_work_by_speed_and_waste_little() {
         let mut dice = Dice(seed);
         let n = 1500 + dice.below(500);
         let mut simulation = Simulation::new(n, seed);
-        let speeds: Vec<u32> = (0..2 + dice.below(5)).map(|_| some_speed(&mut dice)).collect();
+        let speeds: Vec<u32> = (0..2 + dice.below(5))
+            .map(|_| some_speed(&mut dice))
+            .collect();
         for speed in &speeds {
             let mut peer = Peer::new(*speed, HaveMap::full(n));
             peer.round_trip = dice.millis(50);
@@ -361,13 +400,24 @@ fn sources_share_the_work_by_speed_and_waste_little() {
         assert!(simulation.picker.is_done());
         let all: f64 = speeds.iter().map(|speed| f64::from(*speed)).sum();
         let ideal = f64::from(n) * f64::from(PIECE_LEN) / all;
-        assert!(took < ideal * 1.1 + 0.1, "seed {seed}: {took} instead of {ideal}");
+        assert!(
+            took < ideal * 1.1 + 0.1,
+            "seed {seed}: {took} instead of {ideal}"
+        );
         for (peer, speed) in simulation.peers.iter().zip(&speeds) {
             let share = f64::from(n) * f64::from(*speed) / all;
             let off = (f64::from(peer.n_new) - share).abs();
-            assert!(off < share * 0.1 + 5.0, "seed {seed}: {} instead of {share} at {speed}", peer.n_new);
+            assert!(
+                off < share * 0.1 + 5.0,
+                "seed {seed}: {} instead of {share} at {speed}",
+                peer.n_new
+            );
         }
-        assert!(simulation.n_duplicates as usize <= 4 * speeds.len(), "seed {seed}: {}", simulation.n_duplicates);
+        assert!(
+            simulation.n_duplicates as usize <= 4 * speeds.len(),
+            "seed {seed}: {}",
+            simulation.n_duplicates
+        );
         n_all += n;
         n_duplicates += simulation.n_duplicates;
     }
@@ -384,5 +434,8 @@ fn complementary_halves_complete_one_another() {
     }
     let took = simulation.run();
     assert!(simulation.picker.is_done() && simulation.n_duplicates == 0);
-    assert!(took.as_secs_f64() < f64::from(n) * f64::from(PIECE_LEN) / 20e6 * 1.1, "{took:?}");
+    assert!(
+        took.as_secs_f64() < f64::from(n) * f64::from(PIECE_LEN) / 20e6 * 1.1,
+        "{took:?}"
+    );
 }

@@ -38,7 +38,10 @@ impl Parts {
     }
 
     fn take(&self) -> Option<mpsc::Receiver<Part>> {
-        self.0.lock().expect("no panic while the lock is held").take()
+        self.0
+            .lock()
+            .expect("no panic while the lock is held")
+            .take()
     }
 }
 
@@ -67,8 +70,15 @@ where
         let answer = self.0.call(request);
         async move {
             let mut answer = answer.await?;
-            if let Some(parts) = answer.extensions_mut().remove::<Parts>().and_then(|parts| parts.take()) {
-                *answer.body_mut() = Body::new(PartsBody { parts: Some(parts), data: Bytes::new() });
+            if let Some(parts) = answer
+                .extensions_mut()
+                .remove::<Parts>()
+                .and_then(|parts| parts.take())
+            {
+                *answer.body_mut() = Body::new(PartsBody {
+                    parts: Some(parts),
+                    data: Bytes::new(),
+                });
             }
             Ok(answer)
         }
@@ -87,14 +97,20 @@ impl http_body::Body for PartsBody {
     type Data = Bytes;
     type Error = Status;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         if !self.data.is_empty() {
             return Poll::Ready(Some(Ok(Frame::data(std::mem::take(&mut self.data)))));
         }
-        let Some(parts) = &mut self.parts else { return Poll::Ready(None) };
+        let Some(parts) = &mut self.parts else {
+            return Poll::Ready(None);
+        };
         let Some(part) = ready!(parts.poll_recv(cx)) else {
             self.parts = None;
-            let trailers = HeaderMap::from_iter([(Status::GRPC_STATUS, HeaderValue::from_static("0"))]);
+            let trailers =
+                HeaderMap::from_iter([(Status::GRPC_STATUS, HeaderValue::from_static("0"))]);
             return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
         };
         self.data = part.data;
@@ -120,7 +136,13 @@ mod tests {
         let payload = Bytes::from(vec![7; 1000]);
         let (sender, receiver) = mpsc::channel(2);
         for (head, data) in [(&b"head"[..], payload.clone()), (b"end", Bytes::new())] {
-            sender.send(Part { head: Bytes::from_static(head), data }).await.unwrap();
+            sender
+                .send(Part {
+                    head: Bytes::from_static(head),
+                    data,
+                })
+                .await
+                .unwrap();
         }
         drop(sender);
         let parts = Parts::new(receiver);
@@ -129,14 +151,28 @@ mod tests {
             answer.extensions_mut().insert(parts.clone());
             async move { Ok::<_, Infallible>(answer) }
         }));
-        let mut body = service.oneshot(Request::new(Body::empty())).await.unwrap().into_body();
+        let mut body = service
+            .oneshot(Request::new(Body::empty()))
+            .await
+            .unwrap()
+            .into_body();
         let mut frames = vec![];
         while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
             frames.push(frame.unwrap());
         }
         let data: Vec<_> = frames.iter().filter_map(Frame::data_ref).collect();
-        assert_eq!(data, [&Bytes::from_static(b"head"), &payload, &Bytes::from_static(b"end")]);
+        assert_eq!(
+            data,
+            [
+                &Bytes::from_static(b"head"),
+                &payload,
+                &Bytes::from_static(b"end")
+            ]
+        );
         assert_eq!(data[1].as_ptr(), payload.as_ptr(), "the very same bytes");
-        assert_eq!(frames.last().unwrap().trailers_ref().unwrap()["grpc-status"], "0");
+        assert_eq!(
+            frames.last().unwrap().trailers_ref().unwrap()["grpc-status"],
+            "0"
+        );
     }
 }

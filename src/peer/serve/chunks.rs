@@ -31,8 +31,8 @@ use crate::{
     content::{ContentId, Layout},
     identity::PeerId,
     proto::{
-        self, GetChunksResponse, MAX_CLAIM, MAX_RANGES, PieceRange, RangeError, Spent, WireError, framing,
-        get_chunks_response,
+        self, GetChunksResponse, MAX_CLAIM, MAX_RANGES, PieceRange, RangeError, Spent, WireError,
+        framing, get_chunks_response,
     },
 };
 
@@ -73,7 +73,10 @@ pub(super) fn ranges(ranges: &[PieceRange]) -> Result<Vec<Span>, Status> {
     if ranges.len() > MAX_RANGES {
         return Err(WireError::TooMany(MAX_RANGES, "ranges").into());
     }
-    let spans = ranges.iter().map(span).collect::<Result<Vec<_>, Status>>()?;
+    let spans = ranges
+        .iter()
+        .map(span)
+        .collect::<Result<Vec<_>, Status>>()?;
     if spans.len() > 1 && spans.iter().map(|span| span.to - span.from).sum::<u64>() > MAX_CLAIM {
         return Err(Status::invalid_argument("more than 256 MiB in one call"));
     }
@@ -83,18 +86,31 @@ pub(super) fn ranges(ranges: &[PieceRange]) -> Result<Vec<Span>, Status> {
 fn span(range: &PieceRange) -> Result<Span, Status> {
     let id = proto::content_id_bytes(&range.content_id)?;
     let layout = Layout::new(range.size).map_err(|_| WireError::Size(range.size))?;
-    let last = range.first_piece.checked_add(range.piece_count).and_then(|end| end.checked_sub(1));
-    let (Some(first), Some(last), true) =
-        (layout.piece(range.first_piece), last.and_then(|last| layout.piece(last)), range.piece_count > 0)
-    else {
-        return Err(Status::out_of_range("a range beyond the end of its content, or empty"));
+    let last = range
+        .first_piece
+        .checked_add(range.piece_count)
+        .and_then(|end| end.checked_sub(1));
+    let (Some(first), Some(last), true) = (
+        layout.piece(range.first_piece),
+        last.and_then(|last| layout.piece(last)),
+        range.piece_count > 0,
+    ) else {
+        return Err(Status::out_of_range(
+            "a range beyond the end of its content, or empty",
+        ));
     };
     let to = layout.offset(last) + u64::from(layout.len_of(last));
     let from = layout.offset(first);
     if to - from > MAX_CLAIM {
         return Err(Status::invalid_argument("more than 256 MiB in one range"));
     }
-    Ok(Span { id, size: range.size, from, to, piece_len: layout.piece_len() })
+    Ok(Span {
+        id,
+        size: range.size,
+        from,
+        to,
+        piece_len: layout.piece_len(),
+    })
 }
 
 /// One GetChunks stream.
@@ -125,7 +141,9 @@ impl Reading {
     async fn ended(self) -> Result<(Reader, Bytes), ServeError> {
         match self {
             Self::Here(reader, bytes) => Ok((reader, bytes)),
-            Self::Begun(reading) => reading.await.unwrap_or_else(|e| Err(std::io::Error::other(e).into())),
+            Self::Begun(reading) => reading
+                .await
+                .unwrap_or_else(|e| Err(std::io::Error::other(e).into())),
         }
     }
 }
@@ -133,7 +151,9 @@ impl Reading {
 impl Sending {
     pub(super) async fn run(mut self, spans: Vec<Span>) {
         if self.all(&spans).await.is_ok() {
-            let _ = self.message(get_chunks_response::Part::Spent(self.spent)).await;
+            let _ = self
+                .message(get_chunks_response::Part::Spent(self.spent))
+                .await;
         }
     }
 
@@ -141,15 +161,22 @@ impl Sending {
         let (mut groups, mut range, mut ahead) = (groups(spans).peekable(), 0, None);
         while let Some(group) = groups.next() {
             if group[0].is_small() {
-                let reading = ahead.take().unwrap_or_else(|| read_small(&self.library, group));
+                let reading = ahead
+                    .take()
+                    .unwrap_or_else(|| read_small(&self.library, group));
                 let waiting = Instant::now();
                 let read = reading.await.unwrap_or_default();
                 self.spent.disk += micros(waiting);
-                ahead = groups.peek().filter(|next| next[0].is_small()).map(|next| read_small(&self.library, next));
+                ahead = groups
+                    .peek()
+                    .filter(|next| next[0].is_small())
+                    .map(|next| read_small(&self.library, next));
                 // Nothing is left out: the pool only fails when it shuts down, and we with it.
                 for (span, bytes) in group.iter().zip(read) {
                     let ended = match bytes {
-                        Ok(_) if self.granted(span.from, *span).is_none() => Err(ServeError::Promised),
+                        Ok(_) if self.granted(span.from, *span).is_none() => {
+                            Err(ServeError::Promised)
+                        }
                         Ok(bytes) => self.chunks(range, span.from, *span, bytes).await.map(Ok)?,
                         Err(error) => Err(error),
                     };
@@ -168,7 +195,10 @@ impl Sending {
     /// Says so if a range was not sent, or not all of it.
     async fn end(&mut self, range: u32, ended: Result<(), ServeError>) -> Result<(), Gone> {
         let Err(error) = ended else { return Ok(()) };
-        let error = RangeError { range, error: Some(content_error(&error)) };
+        let error = RangeError {
+            range,
+            error: Some(content_error(&error)),
+        };
         self.message(get_chunks_response::Part::Error(error)).await
     }
 
@@ -185,8 +215,13 @@ impl Sending {
             Ok(_) => return Ok(Err(ServeError::OutOfRange)),
             Err(error) => return Ok(Err(error)),
         };
-        let Some(mut granted) = self.granted(span.from, span) else { return Ok(Err(ServeError::Promised)) };
-        let (mut at, mut ahead) = (span.from, read(reader, span.from, self.read_length(span.from, granted)));
+        let Some(mut granted) = self.granted(span.from, span) else {
+            return Ok(Err(ServeError::Promised));
+        };
+        let (mut at, mut ahead) = (
+            span.from,
+            read(reader, span.from, self.read_length(span.from, granted)),
+        );
         loop {
             let waiting = Instant::now();
             let done = ahead.ended().await;
@@ -223,19 +258,35 @@ impl Sending {
         }
         let n_sent = span.pieces_from(span.from).len() - span.pieces_from(at).len();
         let n_sent = u32::try_from(n_sent).unwrap_or(u32::MAX);
-        match self.crowds.promise(span.id, span.pieces_from(at), self.peer, self.first_copies, n_sent) {
+        match self.crowds.promise(
+            span.id,
+            span.pieces_from(at),
+            self.peer,
+            self.first_copies,
+            n_sent,
+        ) {
             0 => None,
             n => Some(span.to.min(at + u64::from(n) * u64::from(span.piece_len))),
         }
     }
 
     /// Sends bytes of a content, which begin `at`, in chunks.
-    async fn chunks(&mut self, range: u32, mut at: u64, span: Span, mut bytes: Bytes) -> Result<(), Gone> {
+    async fn chunks(
+        &mut self,
+        range: u32,
+        mut at: u64,
+        span: Span,
+        mut bytes: Bytes,
+    ) -> Result<(), Gone> {
         while !bytes.is_empty() {
             let data = bytes.split_to(self.chunk_at(at, span).min(bytes.len()));
             let len = u32::try_from(data.len()).unwrap_or(u32::MAX);
             self.pay(len).await?;
-            self.send(Part { head: framing::chunk_head(range, at, len), data }).await?;
+            self.send(Part {
+                head: framing::chunk_head(range, at, len),
+                data,
+            })
+            .await?;
             self.served.bytes.fetch_add(len.into(), Ordering::Relaxed);
             at += u64::from(len);
         }
@@ -250,7 +301,9 @@ impl Sending {
     /// The chunk that begins here ends with its piece at the latest.
     fn chunk_at(&self, at: u64, span: Span) -> usize {
         let left = u64::from(span.piece_len) - at % u64::from(span.piece_len);
-        usize::try_from(left).unwrap_or(usize::MAX).min(self.chunk_length as usize)
+        usize::try_from(left)
+            .unwrap_or(usize::MAX)
+            .min(self.chunk_length as usize)
     }
 
     /// Waits until the limit lets so many bytes go.
@@ -266,7 +319,11 @@ impl Sending {
 
     async fn message(&mut self, part: get_chunks_response::Part) -> Result<(), Gone> {
         let head = framing::framed(&GetChunksResponse { part: Some(part) });
-        self.send(Part { head, data: Bytes::new() }).await
+        self.send(Part {
+            head,
+            data: Bytes::new(),
+        })
+        .await
     }
 
     async fn send(&mut self, part: Part) -> Result<(), Gone> {
@@ -288,15 +345,24 @@ fn groups(spans: &[Span]) -> impl Iterator<Item = &[Span]> {
 }
 
 /// Reads small ranges in one go on the blocking pool.
-fn read_small(library: &Library, spans: &[Span]) -> AbortOnDropHandle<Vec<Result<Bytes, ServeError>>> {
+fn read_small(
+    library: &Library,
+    spans: &[Span],
+) -> AbortOnDropHandle<Vec<Result<Bytes, ServeError>>> {
     let (library, spans) = (library.clone(), spans.to_vec());
     let read = move |span: &Span| {
         let mut reader = library.open(&span.id)?;
         let fits = reader.manifest().layout().size() == span.size;
         let len = u32::try_from(span.to - span.from).map_err(|_| ServeError::OutOfRange)?;
-        if fits { reader.read(span.from, len) } else { Err(ServeError::OutOfRange) }
+        if fits {
+            reader.read(span.from, len)
+        } else {
+            Err(ServeError::OutOfRange)
+        }
     };
-    AbortOnDropHandle::new(tokio::task::spawn_blocking(move || spans.iter().map(read).collect()))
+    AbortOnDropHandle::new(tokio::task::spawn_blocking(move || {
+        spans.iter().map(read).collect()
+    }))
 }
 
 /// A short read of what was written a moment ago is not worth a hop to another thread, which takes five system calls: half
@@ -317,7 +383,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn range(size: u64, first_piece: u32, piece_count: u32) -> PieceRange {
-        PieceRange { content_id: vec![1; 32].into(), size, first_piece, piece_count }
+        PieceRange {
+            content_id: vec![1; 32].into(),
+            size,
+            first_piece,
+            piece_count,
+        }
     }
 
     #[test]
@@ -326,11 +397,27 @@ mod tests {
         let whole = span(&range(size, 0, 5)).unwrap();
         assert_eq!((whole.from, whole.to, whole.piece_len), (0, size, 65_536));
         assert_eq!(span(&range(size, 4, 1)).unwrap().to, size);
-        for bad in [range(size, 5, 1), range(size, 0, 6), range(size, 0, 0), range(0, 0, 1), range(size, u32::MAX, 2)] {
-            assert_eq!(span(&bad).unwrap_err().code(), tonic::Code::OutOfRange, "{bad:?}");
+        for bad in [
+            range(size, 5, 1),
+            range(size, 0, 6),
+            range(size, 0, 0),
+            range(0, 0, 1),
+            range(size, u32::MAX, 2),
+        ] {
+            assert_eq!(
+                span(&bad).unwrap_err().code(),
+                tonic::Code::OutOfRange,
+                "{bad:?}"
+            );
         }
         assert!(span(&range(u64::MAX, 0, 1)).is_err());
-        assert!(span(&PieceRange { content_id: vec![1; 31].into(), ..range(size, 0, 1) }).is_err());
+        assert!(
+            span(&PieceRange {
+                content_id: vec![1; 31].into(),
+                ..range(size, 0, 1)
+            })
+            .is_err()
+        );
         assert!(ranges(&vec![range(size, 0, 4); MAX_RANGES + 1]).is_err());
     }
 

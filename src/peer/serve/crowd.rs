@@ -32,7 +32,10 @@ struct Shared {
 
 impl Default for Shared {
     fn default() -> Self {
-        Self { crowds: Mutex::default(), changed: watch::Sender::new(0) }
+        Self {
+            crowds: Mutex::default(),
+            changed: watch::Sender::new(0),
+        }
     }
 }
 
@@ -57,7 +60,10 @@ pub(super) struct Watch {
 
 impl Crowds {
     fn lock(&self) -> MutexGuard<'_, HashMap<ContentId, Crowd>> {
-        self.0.crowds.lock().expect("no panic while the lock is held")
+        self.0
+            .crowds
+            .lock()
+            .expect("no panic while the lock is held")
     }
 
     /// Changes when a crowd does.
@@ -82,17 +88,32 @@ impl Crowds {
             next
         };
         for id in &contents {
-            crowds.entry(*id).or_default().watchers.insert(number, announcement.clone());
+            crowds
+                .entry(*id)
+                .or_default()
+                .watchers
+                .insert(number, announcement.clone());
         }
         drop(crowds);
-        Watch { crowds: self.clone(), number, announcement, contents }
+        Watch {
+            crowds: self.clone(),
+            number,
+            announcement,
+            contents,
+        }
     }
 
     /// Does anybody but `peer` watch one of these contents?
-    pub(super) fn has_others(&self, contents: impl IntoIterator<Item = ContentId>, peer: PeerId) -> bool {
+    pub(super) fn has_others(
+        &self,
+        contents: impl IntoIterator<Item = ContentId>,
+        peer: PeerId,
+    ) -> bool {
         let crowds = self.lock();
-        let mut watchers =
-            contents.into_iter().filter_map(|id| crowds.get(&id)).flat_map(|crowd| crowd.watchers.values());
+        let mut watchers = contents
+            .into_iter()
+            .filter_map(|id| crowds.get(&id))
+            .flat_map(|crowd| crowd.watchers.values());
         watchers.any(|other| other.peer != peer)
     }
 
@@ -108,8 +129,13 @@ impl Crowds {
         n_sent: u32,
     ) -> u32 {
         let mut crowds = self.lock();
-        let Some(crowd) = crowds.get_mut(&id) else { return pieces.end - pieces.start };
-        let passes_on = crowd.watchers.values().any(|other| other.peer == peer && !other.addresses.is_empty());
+        let Some(crowd) = crowds.get_mut(&id) else {
+            return pieces.end - pieces.start;
+        };
+        let passes_on = crowd
+            .watchers
+            .values()
+            .any(|other| other.peer == peer && !other.addresses.is_empty());
         let has_others = crowd.watchers.values().any(|other| other.peer != peer);
         let share = (LEAST_SHARED / crowd.watchers.len().max(1)).max(1);
         let most = match first_copies && has_others {
@@ -148,18 +174,30 @@ impl Watch {
     /// Everybody else who watches a content, with addresses for whoever holds this watch.
     pub(super) fn others(&self, id: &ContentId) -> Vec<Arc<Announcement>> {
         let crowds = self.crowds.lock();
-        let watchers = crowds.get(id).into_iter().flat_map(|crowd| crowd.watchers.values());
-        watchers.filter(|other| other.peer != self.announcement.peer).cloned().collect()
+        let watchers = crowds
+            .get(id)
+            .into_iter()
+            .flat_map(|crowd| crowd.watchers.values());
+        watchers
+            .filter(|other| other.peer != self.announcement.peer)
+            .cloned()
+            .collect()
     }
 
     /// Pieces that were promised to others since `seen`, a place in the log that moves on.
     pub(super) fn promised(&self, id: &ContentId, seen: &mut usize) -> Vec<u32> {
         let crowds = self.crowds.lock();
-        let Some(crowd) = crowds.get(id) else { return vec![] };
-        let news = crowd.log.get(seen.saturating_sub(crowd.forgotten)..).unwrap_or_default();
+        let Some(crowd) = crowds.get(id) else {
+            return vec![];
+        };
+        let news = crowd
+            .log
+            .get(seen.saturating_sub(crowd.forgotten)..)
+            .unwrap_or_default();
         *seen = crowd.forgotten + crowd.log.len();
         let me = self.announcement.peer;
-        let still = |(piece, peer): &&(u32, PeerId)| *peer != me && crowd.promised.get(piece) == Some(peer);
+        let still =
+            |(piece, peer): &&(u32, PeerId)| *peer != me && crowd.promised.get(piece) == Some(peer);
         news.iter().filter(still).map(|(piece, _)| *piece).collect()
     }
 }
@@ -168,7 +206,9 @@ impl Drop for Watch {
     fn drop(&mut self) {
         let mut crowds = self.crowds.lock();
         for id in &self.contents {
-            let Some(crowd) = crowds.get_mut(id) else { continue };
+            let Some(crowd) = crowds.get_mut(id) else {
+                continue;
+            };
             crowd.watchers.remove(&self.number);
             let peer = self.announcement.peer;
             if !crowd.watchers.values().any(|other| other.peer == peer) {
@@ -194,8 +234,17 @@ mod tests {
     }
 
     fn join(crowds: &Crowds, n: u8) -> Watch {
-        let addresses = if n == 0 { vec![] } else { vec![format!("10.0.0.{n}:7701")] };
-        let announcement = Announcement { peer: peer(n), generation: 0, addresses, seen_over_loopback: false };
+        let addresses = if n == 0 {
+            vec![]
+        } else {
+            vec![format!("10.0.0.{n}:7701")]
+        };
+        let announcement = Announcement {
+            peer: peer(n),
+            generation: 0,
+            addresses,
+            seen_over_loopback: false,
+        };
         crowds.join(vec![ID], announcement)
     }
 
@@ -203,25 +252,53 @@ mod tests {
     fn a_first_copy_goes_to_one_receiver() {
         let crowds = Crowds::default();
         let a = join(&crowds, 1);
-        assert_eq!(crowds.promise(ID, 0..4, peer(1), true, 0), 4, "alone it may have all at once");
+        assert_eq!(
+            crowds.promise(ID, 0..4, peer(1), true, 0),
+            4,
+            "alone it may have all at once"
+        );
         let b = join(&crowds, 2);
         assert_eq!(crowds.promise(ID, 2..8, peer(2), true, 0), 0);
         for piece in 4..8 {
-            assert_eq!(crowds.promise(ID, piece..8, peer(2), true, 0), 1, "one at a time");
+            assert_eq!(
+                crowds.promise(ID, piece..8, peer(2), true, 0),
+                1,
+                "one at a time"
+            );
         }
-        assert_eq!(crowds.promise(ID, 3..8, peer(1), true, 0), 1, "its own piece again");
-        assert_eq!(crowds.promise(ID, 4..8, peer(1), true, 0), 0, "not the other's");
-        assert_eq!(crowds.promise(ID, 0..8, peer(2), false, 0), 8, "a second copy when it is asked for");
+        assert_eq!(
+            crowds.promise(ID, 3..8, peer(1), true, 0),
+            1,
+            "its own piece again"
+        );
+        assert_eq!(
+            crowds.promise(ID, 4..8, peer(1), true, 0),
+            0,
+            "not the other's"
+        );
+        assert_eq!(
+            crowds.promise(ID, 0..8, peer(2), false, 0),
+            8,
+            "a second copy when it is asked for"
+        );
         let (mut seen, mut twice) = (0, 0);
         assert_eq!(b.promised(&ID, &mut seen), [0, 1, 2, 3]);
         assert!(b.promised(&ID, &mut seen).is_empty());
         assert_eq!(a.promised(&ID, &mut twice), [4, 5, 6, 7]);
         assert_eq!(a.others(&ID).len(), 1);
         assert!(crowds.has_others([ID], peer(1)) && crowds.has_others([ID], peer(2)));
-        assert_eq!(crowds.promise(ID, 8..99, peer(1), true, 8), 0, "half of a round is the most for one of two");
+        assert_eq!(
+            crowds.promise(ID, 8..99, peer(1), true, 8),
+            0,
+            "half of a round is the most for one of two"
+        );
         drop(a);
         assert!(!crowds.has_others([ID], peer(2)));
-        assert_eq!(crowds.promise(ID, 0..4, peer(2), true, 0), 4, "promises end with their receiver");
+        assert_eq!(
+            crowds.promise(ID, 0..4, peer(2), true, 0),
+            4,
+            "promises end with their receiver"
+        );
         drop(b);
         assert!(crowds.lock().is_empty());
     }
@@ -231,7 +308,11 @@ mod tests {
         let crowds = Crowds::default();
         let (_mute, _other) = (join(&crowds, 0), join(&crowds, 2));
         assert_eq!(crowds.promise(ID, 0..4, peer(0), true, 0), 1);
-        assert_eq!(crowds.promise(ID, 0..4, peer(9), true, 0), 1, "nor who does not watch");
+        assert_eq!(
+            crowds.promise(ID, 0..4, peer(9), true, 0),
+            1,
+            "nor who does not watch"
+        );
         assert_eq!(crowds.promise(ID, 0..4, peer(2), true, 0), 1);
         assert_eq!(crowds.promise(ID, 0..4, peer(9), true, 0), 0);
     }

@@ -53,8 +53,16 @@ impl Watching {
             crowd.mark_unchanged();
             for ((index, id), told) in (0..).zip(&contents).zip(&mut told) {
                 for change in self.news(id, told, is_other_crowd) {
-                    let message = WatchHaveResponse { index, change: Some(change) };
-                    if self.sender.send_timeout(Ok(message), NO_PROGRESS).await.is_err() {
+                    let message = WatchHaveResponse {
+                        index,
+                        change: Some(change),
+                    };
+                    if self
+                        .sender
+                        .send_timeout(Ok(message), NO_PROGRESS)
+                        .await
+                        .is_err()
+                    {
                         return;
                     }
                 }
@@ -73,19 +81,31 @@ impl Watching {
         let mut news = vec![];
         let have = self.library.have(id);
         if told.have.as_ref() != Some(&have) {
-            let size = self.library.manifest(id).map_or(0, |manifest| manifest.layout().size());
+            let size = self
+                .library
+                .manifest(id)
+                .map_or(0, |manifest| manifest.layout().size());
             match (&have, told.have.take().flatten()) {
                 (None, _) => news.push(Change::Error(content_error(&ServeError::NotFound))),
                 (Some(Have::Partial(now)), before) => {
-                    let before =
-                        before.and_then(|before| if let Have::Partial(map) = before { Some(map) } else { None });
+                    let before = before.and_then(|before| {
+                        if let Have::Partial(map) = before {
+                            Some(map)
+                        } else {
+                            None
+                        }
+                    });
                     match before.and_then(|before| now.added_since(&before)) {
                         Some(added) => news.extend(deltas(&added).map(Change::Added)),
                         None => news.push(Change::Have(HaveMap { size, ..now.into() })),
                     }
                 }
                 (Some(Have::Complete), _) => {
-                    news.push(Change::Have(HaveMap { size, complete: true, ..HaveMap::default() }));
+                    news.push(Change::Have(HaveMap {
+                        size,
+                        complete: true,
+                        ..HaveMap::default()
+                    }));
                 }
             }
             told.have = Some(have);
@@ -94,10 +114,16 @@ impl Watching {
             return news;
         }
         for other in self.watch.others(id) {
-            let is_known = told.peers.get(&other.peer).is_some_and(|known| known.addresses == other.addresses);
+            let is_known = told
+                .peers
+                .get(&other.peer)
+                .is_some_and(|known| known.addresses == other.addresses);
             let addresses = other.addresses_for(self.watch.announcement.seen_over_loopback);
             if !is_known && !addresses.is_empty() && told.peers.len() < HINTS {
-                news.push(Change::Peer(PeerHint { peer_id: other.peer.to_string(), addresses }));
+                news.push(Change::Peer(PeerHint {
+                    peer_id: other.peer.to_string(),
+                    addresses,
+                }));
                 told.peers.insert(other.peer, other);
             }
         }
@@ -108,5 +134,7 @@ impl Watching {
 }
 
 fn deltas(pieces: &[u32]) -> impl Iterator<Item = HaveDelta> {
-    pieces.chunks(PIECES).map(|pieces| HaveDelta { pieces: pieces.to_vec() })
+    pieces.chunks(PIECES).map(|pieces| HaveDelta {
+        pieces: pieces.to_vec(),
+    })
 }

@@ -72,15 +72,29 @@ impl Source {
     /// others may want the same at the same time and nothing is gained.
     #[must_use]
     pub fn begin(&self, opening: &Opening) -> Option<Begun> {
-        let Opening { id, layout, here: (addresses, port), .. } = opening.clone();
+        let Opening {
+            id,
+            layout,
+            here: (addresses, port),
+            ..
+        } = opening.clone();
         if self.connections() == 1 {
             return None;
         }
-        let n = if self.is_wide() { CONNECTIONS.min(BYTES / layout.piece_len()).max(1) } else { 1 };
+        let n = if self.is_wide() {
+            CONNECTIONS.min(BYTES / layout.piece_len()).max(1)
+        } else {
+            1
+        };
         let count = (BYTES / n / layout.piece_len()).max(1);
         let claims = (0..n).map_while(|i| {
             let first = layout.piece(i * count)?;
-            Some(Wanted { id, layout, first, count: count.min(layout.n_pieces() - i * count) })
+            Some(Wanted {
+                id,
+                layout,
+                first,
+                count: count.min(layout.n_pieces() - i * count),
+            })
         });
         let pace = Pace::new(layout.piece_len());
         let mut claims = claims.map(|wanted| (wanted, Arc::new(Mutex::new(pace.fresh()))));
@@ -89,17 +103,26 @@ impl Source {
         let asking = carried(async move {
             let contents = [(id, layout)];
             // In this order, at least here: a source promises first copies to those who watch.
-            tokio::join!(source.watch_have(&contents, addresses, port), source.fetch(0, vec![wanted], true, &fetching))
+            tokio::join!(
+                source.watch_have(&contents, addresses, port),
+                source.fetch(0, vec![wanted], true, &fetching)
+            )
         });
         let first = (wanted, AbortOnDropHandle::new(tokio::spawn(asking)));
         let (mut paces, mut further) = (vec![pace], vec![]);
         for (lane, (wanted, pace)) in (1..).zip(claims) {
             let (source, fetching) = (self.clone(), pace.clone());
-            let asking = carried(async move { source.fetch(lane, vec![wanted], true, &fetching).await });
+            let asking =
+                carried(async move { source.fetch(lane, vec![wanted], true, &fetching).await });
             further.push((wanted, AbortOnDropHandle::new(tokio::spawn(asking))));
             paces.push(pace);
         }
-        Some(Begun { peer: self.id, paces, first, further })
+        Some(Begun {
+            peer: self.id,
+            paces,
+            first,
+            further,
+        })
     }
 }
 
@@ -108,15 +131,30 @@ impl Begun {
     pub async fn answered(self) -> (Option<HaveWatch>, Vec<Asked>) {
         let peer = self.peer;
         let heard = move |fetch: Fetched| {
-            fetch.inspect_err(|error| tracing::debug!(%peer, "asked for pieces beside the manifest: {error}")).ok()
+            fetch
+                .inspect_err(
+                    |error| tracing::debug!(%peer, "asked for pieces beside the manifest: {error}"),
+                )
+                .ok()
         };
         let (wanted, asked) = self.first;
-        let Ok((watch, fetch)) = asked.await else { return (None, vec![]) };
-        let first = Asked { wanted, answer: ready(heard(fetch)).boxed() };
+        let Ok((watch, fetch)) = asked.await else {
+            return (None, vec![]);
+        };
+        let first = Asked {
+            wanted,
+            answer: ready(heard(fetch)).boxed(),
+        };
         let further = self.further.into_iter().map(|(wanted, asked)| {
             let answer = async move { asked.await.ok().and_then(heard) };
-            Asked { wanted, answer: answer.boxed() }
+            Asked {
+                wanted,
+                answer: answer.boxed(),
+            }
         });
-        (watch.ok().flatten(), std::iter::once(first).chain(further).collect())
+        (
+            watch.ok().flatten(),
+            std::iter::once(first).chain(further).collect(),
+        )
     }
 }

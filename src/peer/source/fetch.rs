@@ -93,7 +93,9 @@ impl Arrived {
     /// [`SourceError::BadPiece`] if these are not the bytes of that piece of the content that `manifest` describes.
     pub fn verify(self, manifest: &Manifest) -> Result<VerifiedPiece, SourceError> {
         let len = self.bytes.len() as u64;
-        manifest.verify(self.piece, self.bytes).map_err(|e| SourceError::BadPiece(e.to_string(), len))
+        manifest
+            .verify(self.piece, self.bytes)
+            .map_err(|e| SourceError::BadPiece(e.to_string(), len))
     }
 }
 
@@ -128,10 +130,18 @@ impl Source {
         // Until the first answer, what connecting took; a busy core may have been in that.
         let round_trip = self.links.first().round_trip().min(lock(pace).round_trip());
         let round_trip_us = u32::try_from(round_trip.as_micros()).unwrap_or(u32::MAX);
-        let request = GetChunksRequest { ranges: ranges.collect(), chunk_length, first_copies, round_trip_us };
+        let request = GetChunksRequest {
+            ranges: ranges.collect(),
+            chunk_length,
+            first_copies,
+            round_trip_us,
+        };
         let mut flight = InFlight::begin(pace);
         let answer = async {
-            let (answer, first) = (self.call(connection.clone(), &request).await, self.links.first());
+            let (answer, first) = (
+                self.call(connection.clone(), &request).await,
+                self.links.first(),
+            );
             match answer {
                 // One too many: the source said so only after the handshake.
                 Err(SourceError::Broken(_)) if connection.is_closed() && !first.is_closed() => {
@@ -143,23 +153,57 @@ impl Source {
         };
         let body = Some(flight.wait_for(answer).await??);
         let (input, frames, assembly) = (Bytes::new(), Frames::default(), Assembly::new(claim));
-        Ok(Fetch { id: self.id, flight, body, _connection: connection, input, frames, assembly, at_source: [0; 3] })
+        Ok(Fetch {
+            id: self.id,
+            flight,
+            body,
+            _connection: connection,
+            input,
+            frames,
+            assembly,
+            at_source: [0; 3],
+        })
     }
 
-    async fn call(&self, mut connection: Connection, request: &GetChunksRequest) -> Result<Incoming, SourceError> {
+    async fn call(
+        &self,
+        mut connection: Connection,
+        request: &GetChunksRequest,
+    ) -> Result<Incoming, SourceError> {
         let broken = |error: &dyn std::fmt::Display| SourceError::Broken(error.to_string());
-        let call = Request::post(format!("{}{PATH}", self.links.first().origin().to_string().trim_end_matches('/')))
-            .header("content-type", "application/grpc")
-            .header("te", "trailers")
-            .body(Body::new(Once(Some(framing::framed(request)))))
+        let call = Request::post(format!(
+            "{}{PATH}",
+            self.links
+                .first()
+                .origin()
+                .to_string()
+                .trim_end_matches('/')
+        ))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(Body::new(Once(Some(framing::framed(request)))))
+        .map_err(|e| broken(&e))?;
+        let answer = connection
+            .ready()
+            .await
+            .map_err(|e| broken(&e))?
+            .call(call)
+            .await
             .map_err(|e| broken(&e))?;
-        let answer = connection.ready().await.map_err(|e| broken(&e))?.call(call).await.map_err(|e| broken(&e))?;
         if let Some(status) = Status::from_header_map(answer.headers()) {
             return Err(status.into());
         }
-        let kind = answer.headers().get("content-type").map(http::HeaderValue::as_bytes);
-        if answer.status() != http::StatusCode::OK || !kind.is_some_and(|kind| kind.starts_with(b"application/grpc")) {
-            return Err(SourceError::Broken(format!("answered {} and not as gRPC does", answer.status())));
+        let kind = answer
+            .headers()
+            .get("content-type")
+            .map(http::HeaderValue::as_bytes);
+        if answer.status() != http::StatusCode::OK
+            || !kind.is_some_and(|kind| kind.starts_with(b"application/grpc"))
+        {
+            return Err(SourceError::Broken(format!(
+                "answered {} and not as gRPC does",
+                answer.status()
+            )));
         }
         Ok(answer.into_body())
     }
@@ -172,7 +216,10 @@ impl http_body::Body for Once {
     type Data = Bytes;
     type Error = Status;
 
-    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         Poll::Ready(self.0.take().map(|bytes| Ok(Frame::data(bytes))))
     }
 
@@ -194,15 +241,24 @@ struct InFlight {
 impl InFlight {
     fn begin(pace: &Arc<Mutex<Pace>>) -> Self {
         let flight = Some(lock(pace).begin(Instant::now()));
-        Self { pace: pace.clone(), flight }
+        Self {
+            pace: pace.clone(),
+            flight,
+        }
     }
 
     /// Bytes came.
     fn on_chunk(&mut self, bytes: usize) -> Result<(), SourceError> {
-        let Some(flight) = &mut self.flight else { return Ok(()) };
+        let Some(flight) = &mut self.flight else {
+            return Ok(());
+        };
         let (now, mut pace) = (Instant::now(), lock(&self.pace));
         pace.on_chunk(flight, bytes as u64, now);
-        if pace.stalled(flight, now) { Err(SourceError::Stalled) } else { Ok(()) }
+        if pace.stalled(flight, now) {
+            Err(SourceError::Stalled)
+        } else {
+            Ok(())
+        }
     }
 
     /// Waits for something that the source is to send, as long as it is not stalled.
@@ -262,9 +318,16 @@ impl Fetch {
                     return Ok(Some(event));
                 }
             }
-            let Some(body) = &mut self.body else { return Ok(None) };
-            let frame = self.flight.wait_for(poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx))).await?;
-            let frame = frame.transpose().map_err(|e| SourceError::Broken(e.to_string()))?;
+            let Some(body) = &mut self.body else {
+                return Ok(None);
+            };
+            let frame = self
+                .flight
+                .wait_for(poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)))
+                .await?;
+            let frame = frame
+                .transpose()
+                .map_err(|e| SourceError::Broken(e.to_string()))?;
             match frame.map(Frame::into_data) {
                 Some(Ok(data)) => self.input = data,
                 Some(Err(other)) => return self.ended(other.trailers_ref()),
@@ -291,18 +354,22 @@ impl Fetch {
             Part::Data(data) => self.data(data),
             Part::Message(GetChunksResponse { part: Some(part) }) => match part {
                 get_chunks_response::Part::Chunk(chunk) => {
-                    self.assembly.begin(chunk.range, chunk.offset, chunk.data.len())?;
+                    self.assembly
+                        .begin(chunk.range, chunk.offset, chunk.data.len())?;
                     self.data(chunk.data)
                 }
                 get_chunks_response::Part::Error(error) => {
-                    let reason = error.error.map_or(Reason::Unspecified, |error| error.code());
+                    let reason = error
+                        .error
+                        .map_or(Reason::Unspecified, |error| error.code());
                     tracing::debug!(peer = %self.id, range = error.range, ?reason, "range not served");
                     let (range, done) = self.assembly.skip(error.range)?;
                     Ok(Some(Event::Missing(range, done, reason)))
                 }
                 get_chunks_response::Part::Spent(spent) => {
                     // Nobody waits longer than a day, whatever it says.
-                    self.at_source = [spent.disk, spent.limit, spent.network].map(|micros| micros.min(86_400_000_000));
+                    self.at_source = [spent.disk, spent.limit, spent.network]
+                        .map(|micros| micros.min(86_400_000_000));
                     Ok(None)
                 }
             },
@@ -327,7 +394,12 @@ struct Assembly {
 
 impl Assembly {
     fn new(claim: Vec<Wanted>) -> Self {
-        Self { claim, range: 0, done: 0, buffer: BytesMut::new() }
+        Self {
+            claim,
+            range: 0,
+            done: 0,
+            buffer: BytesMut::new(),
+        }
     }
 
     fn is_complete(&self) -> bool {
@@ -346,7 +418,8 @@ impl Assembly {
     fn begin(&self, range: u32, offset: u64, len: usize) -> Result<(), SourceError> {
         let (wanted, piece) = self.expected()?;
         let layout = wanted.layout;
-        if range as usize != self.range || offset != layout.offset(piece) + self.buffer.len() as u64 {
+        if range as usize != self.range || offset != layout.offset(piece) + self.buffer.len() as u64
+        {
             return Err(SourceError::Lied("bytes out of order".into()));
         }
         if self.buffer.len() + len > layout.len_of(piece) as usize {
@@ -376,7 +449,11 @@ impl Assembly {
         if self.done == wanted.count {
             (self.range, self.done) = (self.range + 1, 0);
         }
-        Ok(Some(Arrived { range, piece, bytes }))
+        Ok(Some(Arrived {
+            range,
+            piece,
+            bytes,
+        }))
     }
 
     fn skip(&mut self, range: u32) -> Result<(usize, u32), SourceError> {
@@ -399,12 +476,22 @@ mod tests {
         let layout = Layout::new(bytes.len() as u64).unwrap();
         let hashes = layout.pieces().map(|piece| {
             let from = usize::try_from(layout.offset(piece)).unwrap();
-            hash_piece(layout, piece, &bytes[from..from + layout.len_of(piece) as usize]).unwrap()
+            hash_piece(
+                layout,
+                piece,
+                &bytes[from..from + layout.len_of(piece) as usize],
+            )
+            .unwrap()
         });
         assemble(layout, hashes.collect()).unwrap()
     }
 
-    fn chunk(assembly: &mut Assembly, range: u32, offset: u64, data: &[u8]) -> Result<Option<Arrived>, SourceError> {
+    fn chunk(
+        assembly: &mut Assembly,
+        range: u32,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<Option<Arrived>, SourceError> {
         assembly.begin(range, offset, data.len())?;
         assembly.data(Bytes::copy_from_slice(data))
     }
@@ -414,22 +501,52 @@ mod tests {
         let bytes = vec![7; 300_000];
         let manifest = manifest(&bytes);
         let first = manifest.layout().piece(3).unwrap();
-        let claim = vec![Wanted { id: manifest.id(), layout: manifest.layout(), first, count: 2 }];
+        let claim = vec![Wanted {
+            id: manifest.id(),
+            layout: manifest.layout(),
+            first,
+            count: 2,
+        }];
         let p = u64::from(manifest.layout().piece_len());
         let mut good = Assembly::new(claim.clone());
-        assert!(chunk(&mut good, 0, 3 * p, &bytes[..1000]).unwrap().is_none());
+        assert!(
+            chunk(&mut good, 0, 3 * p, &bytes[..1000])
+                .unwrap()
+                .is_none()
+        );
         let rest = &bytes[..usize::try_from(p).unwrap() - 1000];
         let piece = chunk(&mut good, 0, 3 * p + 1000, rest).unwrap().unwrap();
-        assert_eq!((piece.range, piece.piece(), piece.size()), (0, first, 65_536));
+        assert_eq!(
+            (piece.range, piece.piece(), piece.size()),
+            (0, first, 65_536)
+        );
         assert!(piece.verify(&manifest).is_ok());
         let last = &bytes[..300_000 - 4 * usize::try_from(p).unwrap()];
         let mut wrong = last.to_vec();
         wrong[9] ^= 1;
         let piece = chunk(&mut good, 0, 4 * p, &wrong).unwrap().unwrap();
-        assert!(matches!(piece.verify(&manifest), Err(SourceError::BadPiece(_, 37_856))));
-        assert!(good.is_complete() && chunk(&mut good, 0, 0, &[1]).is_err() && good.skip(1).is_err());
-        for (range, offset, data) in [(1, 3 * p, 1), (0, 0, 1), (0, 3 * p + 1, 1), (0, 3 * p, 65_537)] {
-            assert!(chunk(&mut Assembly::new(claim.clone()), range, offset, &vec![7; data]).is_err());
+        assert!(matches!(
+            piece.verify(&manifest),
+            Err(SourceError::BadPiece(_, 37_856))
+        ));
+        assert!(
+            good.is_complete() && chunk(&mut good, 0, 0, &[1]).is_err() && good.skip(1).is_err()
+        );
+        for (range, offset, data) in [
+            (1, 3 * p, 1),
+            (0, 0, 1),
+            (0, 3 * p + 1, 1),
+            (0, 3 * p, 65_537),
+        ] {
+            assert!(
+                chunk(
+                    &mut Assembly::new(claim.clone()),
+                    range,
+                    offset,
+                    &vec![7; data]
+                )
+                .is_err()
+            );
         }
         let mut skipping = Assembly::new(claim.clone());
         assert!(skipping.skip(1).is_err());

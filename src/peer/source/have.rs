@@ -48,14 +48,27 @@ impl Source {
         addresses: Vec<String>,
         port: u16,
     ) -> Result<Option<HaveWatch>, SourceError> {
-        let content_ids = contents.iter().map(|(id, _)| Bytes::copy_from_slice(id.as_bytes())).collect();
-        let request = WatchHaveRequest { content_ids, addresses, port: port.into() };
+        let content_ids = contents
+            .iter()
+            .map(|(id, _)| Bytes::copy_from_slice(id.as_bytes()))
+            .collect();
+        let request = WatchHaveRequest {
+            content_ids,
+            addresses,
+            port: port.into(),
+        };
         let mut client = self.client();
-        let stream = match timeout(FIRST_ANSWER, client.watch_have(request)).await.map_err(|_| SourceError::Stalled)? {
+        let stream = match timeout(FIRST_ANSWER, client.watch_have(request))
+            .await
+            .map_err(|_| SourceError::Stalled)?
+        {
             Err(status) if status.code() == Code::Unimplemented => return Ok(None),
             answer => answer?.into_inner(),
         };
-        Ok(Some(HaveWatch { contents: contents.to_vec(), stream }))
+        Ok(Some(HaveWatch {
+            contents: contents.to_vec(),
+            stream,
+        }))
     }
 }
 
@@ -72,7 +85,9 @@ impl HaveWatch {
     /// If the stream breaks, or says what cannot be.
     pub async fn next(&mut self) -> Result<Option<(usize, News)>, SourceError> {
         loop {
-            let Some(message) = self.stream.message().await? else { return Ok(None) };
+            let Some(message) = self.stream.message().await? else {
+                return Ok(None);
+            };
             let at = message.index as usize;
             let lied = || SourceError::Lied("news of something else".into());
             let layout = self.contents.get(at).ok_or_else(lied)?.1;
@@ -81,7 +96,9 @@ impl HaveWatch {
                     News::Have(map.read(layout).map_err(|_| lied())?)
                 }
                 Some(Change::Added(delta)) => News::Added(pieces(delta, layout).ok_or_else(lied)?),
-                Some(Change::Promised(delta)) => News::Promised(pieces(delta, layout).ok_or_else(lied)?),
+                Some(Change::Promised(delta)) => {
+                    News::Promised(pieces(delta, layout).ok_or_else(lied)?)
+                }
                 Some(Change::Have(_) | Change::Error(_)) => News::Gone,
                 Some(Change::Peer(hint)) => match hint.peer_id.parse() {
                     Ok(peer) => News::Peer(peer, proto::offered_addresses(&hint.addresses)),
@@ -95,5 +112,9 @@ impl HaveWatch {
 }
 
 fn pieces(delta: HaveDelta, layout: Layout) -> Option<Vec<u32>> {
-    delta.pieces.iter().all(|piece| *piece < layout.n_pieces()).then_some(delta.pieces)
+    delta
+        .pieces
+        .iter()
+        .all(|piece| *piece < layout.n_pieces())
+        .then_some(delta.pieces)
 }

@@ -69,7 +69,11 @@ impl Links {
     where
         F: Future<Output = Result<Connection, net::DialError>> + Send + 'static,
     {
-        Self { first, further: Arc::default(), dial: Arc::new(move || begin(dial())) }
+        Self {
+            first,
+            further: Arc::default(),
+            dial: Arc::new(move || begin(dial())),
+        }
     }
 
     /// Takes what was dialled beside the first one.
@@ -82,7 +86,9 @@ impl Links {
     }
 
     fn further(&self) -> MutexGuard<'_, Vec<Dialled>> {
-        self.further.lock().expect("no panic while the lock is held")
+        self.further
+            .lock()
+            .expect("no panic while the lock is held")
     }
 
     /// Makes the further connections, unless they are made already.
@@ -115,18 +121,24 @@ impl Links {
     pub(super) async fn of(&self, lane: usize) -> Connection {
         let further = {
             let further = self.further();
-            (lane % (further.len() + 1)).checked_sub(1).map(|i| further[i].clone())
+            (lane % (further.len() + 1))
+                .checked_sub(1)
+                .map(|i| further[i].clone())
         };
         let dialled = match further {
             Some(dialled) => dialled.await,
             None => None,
         };
-        dialled.filter(|connection| !connection.is_closed()).unwrap_or_else(|| self.first.clone())
+        dialled
+            .filter(|connection| !connection.is_closed())
+            .unwrap_or_else(|| self.first.clone())
     }
 
     pub(super) fn take_tls_time(&self) -> Duration {
         let further = self.further();
-        let further = further.iter().filter_map(|dialled| dialled.peek()?.as_ref());
+        let further = further
+            .iter()
+            .filter_map(|dialled| dialled.peek()?.as_ref());
         self.first.take_tls_time() + further.map(Connection::take_tls_time).sum::<Duration>()
     }
 }

@@ -34,7 +34,9 @@ impl Storage {
     /// # Errors
     /// As [`write`](Self::write).
     pub fn close(&self) -> Result<(), StorageError> {
-        let Some(part) = self.opened().filter(|_| !self.is_single()) else { return Ok(()) };
+        let Some(part) = self.opened().filter(|_| !self.is_single()) else {
+            return Ok(());
+        };
         let ledger = self.wait(self.lock(), Ledger::is_idle);
         if ledger.is_named || ledger.have.is_empty() && !part.existed() {
             return Ok(());
@@ -69,24 +71,42 @@ impl Storage {
         }
         let journal = {
             let ledger = self.lock();
-            Journal { good: ledger.have.clone(), doubtful: ledger.doubtful.clone(), closed: None }
+            Journal {
+                good: ledger.have.clone(),
+                doubtful: ledger.doubtful.clone(),
+                closed: None,
+            }
         };
         self.put_journal(part, &journal, &mut closed)
     }
 
-    pub(super) fn write_journal(&self, part: &PartFile, journal: &Journal) -> Result<(), StorageError> {
+    pub(super) fn write_journal(
+        &self,
+        part: &PartFile,
+        journal: &Journal,
+    ) -> Result<(), StorageError> {
         self.put_journal(part, journal, &mut self.lock_closed())
     }
 
-    fn put_journal(&self, part: &PartFile, journal: &Journal, closed: &mut Option<Stamp>) -> Result<(), StorageError> {
-        part.write_journal(&journal.to_bytes(&self.subject(part))).map_err(|e| self.failed(e))?;
+    fn put_journal(
+        &self,
+        part: &PartFile,
+        journal: &Journal,
+        closed: &mut Option<Stamp>,
+    ) -> Result<(), StorageError> {
+        part.write_journal(&journal.to_bytes(&self.subject(part)))
+            .map_err(|e| self.failed(e))?;
         *closed = journal.closed;
         self.is_closed.store(closed.is_some(), Ordering::Release);
         Ok(())
     }
 
     /// Makes what was written durable and journals it, if it is still `due` when no other sync runs.
-    pub(super) fn sync(&self, part: &PartFile, due: impl Fn(&Ledger) -> bool) -> Result<(), StorageError> {
+    pub(super) fn sync(
+        &self,
+        part: &PartFile,
+        due: impl Fn(&Ledger) -> bool,
+    ) -> Result<(), StorageError> {
         if !self.begin_sync(due) {
             return Ok(());
         }
@@ -107,14 +127,23 @@ impl Storage {
     }
 
     /// Takes the outcome of syncing the data; what is to be journaled. After a failure the sync is over.
-    pub(super) fn data_synced(&self, part: &PartFile, outcome: io::Result<()>) -> Result<Journal, StorageError> {
+    pub(super) fn data_synced(
+        &self,
+        part: &PartFile,
+        outcome: io::Result<()>,
+    ) -> Result<Journal, StorageError> {
         let mut ledger = self.lock();
-        let Err(error) = outcome else { return Ok(ledger.data_synced()) };
+        let Err(error) = outcome else {
+            return Ok(ledger.data_synced());
+        };
         let pieces = ledger.sync_failed();
         self.tell(ledger);
         // So that reading asks the disk, not the kernel's memory of what it failed to write.
         let _ = fadvise(part.file(), 0, None, Advice::DontNeed);
-        Err(StorageError::Lost { pieces, error: with_path(&part.path(), error) })
+        Err(StorageError::Lost {
+            pieces,
+            error: with_path(&part.path(), error),
+        })
     }
 
     pub(super) fn end_sync(&self, is_journaled: bool) {

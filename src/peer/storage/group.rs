@@ -20,10 +20,15 @@ pub fn sync_data(storages: &[&Storage]) -> Vec<Result<(), StorageError>> {
     let parts: Vec<_> = storages.iter().map(|storage| storage.settle()).collect();
     let mut devices: HashMap<u64, Vec<&PartFile>> = HashMap::new();
     for part in parts.iter().flatten() {
-        devices.entry(part.folder().device()).or_default().push(part);
+        devices
+            .entry(part.folder().device())
+            .or_default()
+            .push(part);
     }
     devices.retain(|_, parts| parts.len() >= MIN_GROUP);
-    let outcomes = devices.into_iter().filter_map(|(device, parts)| Some((device, parts[0].sync_file_system()?)));
+    let outcomes = devices
+        .into_iter()
+        .filter_map(|(device, parts)| Some((device, parts[0].sync_file_system()?)));
     let outcomes: HashMap<u64, io::Result<()>> = outcomes.collect();
     let end = |(storage, part): (&&Storage, Result<Arc<PartFile>, StorageError>)| {
         let part = part?;
@@ -44,7 +49,9 @@ pub fn sync_folders(storages: &[&Storage]) -> Vec<Result<(), StorageError>> {
     let sync = |storage: &&Storage| {
         let part = storage.part()?;
         let folder = part.folder();
-        let (_, outcome) = synced.entry(Arc::as_ptr(folder)).or_insert_with(|| (folder.clone(), folder.sync()));
+        let (_, outcome) = synced
+            .entry(Arc::as_ptr(folder))
+            .or_insert_with(|| (folder.clone(), folder.sync()));
         again(outcome).map_err(StorageError::Io)
     };
     storages.iter().map(sync).collect()
@@ -66,7 +73,13 @@ impl Storage {
         if part.is_unnamed() {
             self.remove_left_over(&part)?;
         }
-        let publish = |part: &PartFile| if replace { part.rename_over(name) } else { part.rename_to(name) };
+        let publish = |part: &PartFile| {
+            if replace {
+                part.rename_over(name)
+            } else {
+                part.rename_to(name)
+            }
+        };
         let named = match publish(&part) {
             Err(PublishError::Io(error)) if part.is_unnamed() => {
                 tracing::debug!("a file without a name is written anew: {error}");
@@ -104,7 +117,9 @@ impl Storage {
                 return Err(StorageError::Busy(self.name.clone()));
             }
             left_over => {
-                if let Err(error) = left_over.and_then(|old| old.discard().and_then(|()| old.remove_journal())) {
+                if let Err(error) =
+                    left_over.and_then(|old| old.discard().and_then(|()| old.remove_journal()))
+                {
                     tracing::warn!("removing what an earlier download left: {error}");
                 }
             }
@@ -118,7 +133,9 @@ impl Storage {
         let mut bytes = vec![0; usize::try_from(self.manifest.layout().size()).unwrap_or(0)];
         unnamed.file().read_exact_at(&mut bytes, 0)?;
         let part = self.create(Root::create_part)?;
-        part.file().write_all_at(&bytes, 0).map_err(|e| self.failed(e))?;
+        part.file()
+            .write_all_at(&bytes, 0)
+            .map_err(|e| self.failed(e))?;
         part.sync()?;
         *self.lock_part() = Some(part.clone());
         Ok(part)

@@ -54,10 +54,16 @@ impl Journal {
         let mut bytes = Vec::with_capacity(subject.journal_len());
         bytes.extend(MAGIC);
         bytes.extend(subject.id.as_bytes());
-        [subject.layout.size(), subject.part.0, subject.part.1].iter().for_each(|n| bytes.extend(n.to_le_bytes()));
+        [subject.layout.size(), subject.part.0, subject.part.1]
+            .iter()
+            .for_each(|n| bytes.extend(n.to_le_bytes()));
         bytes.push(self.closed.is_some().into());
-        let times = self.closed.map_or([0, 0], |stamp| [stamp.mtime_ns, stamp.ctime_ns]);
-        times.iter().for_each(|time| bytes.extend(time.to_le_bytes()));
+        let times = self
+            .closed
+            .map_or([0, 0], |stamp| [stamp.mtime_ns, stamp.ctime_ns]);
+        times
+            .iter()
+            .for_each(|time| bytes.extend(time.to_le_bytes()));
         bytes.extend(self.good.to_bytes());
         bytes.extend(self.doubtful.to_bytes());
         let checksum = digest(&SHA256, &bytes);
@@ -78,9 +84,19 @@ impl Journal {
         let doubtful = HaveMap::from_bytes(n_pieces, doubtful).ok()?;
         let time = |at: usize| i128::from_le_bytes(std::array::from_fn(|i| header[at + i]));
         let ((dev, ino), size) = (subject.part, subject.layout.size());
-        let stamp = Stamp { dev, ino, size, mtime_ns: time(HEADER_LEN - 32), ctime_ns: time(HEADER_LEN - 16) };
+        let stamp = Stamp {
+            dev,
+            ino,
+            size,
+            mtime_ns: time(HEADER_LEN - 32),
+            ctime_ns: time(HEADER_LEN - 16),
+        };
         let closed = (header[HEADER_LEN - 33] == 1).then_some(stamp);
-        let journal = Self { good, doubtful, closed };
+        let journal = Self {
+            good,
+            doubtful,
+            closed,
+        };
         // The header is right exactly if it is what we would have written.
         (journal.to_bytes(subject) == bytes).then_some(journal)
     }
@@ -95,12 +111,18 @@ mod tests {
 
     fn subject(n_pieces: u32) -> Subject {
         let layout = Layout::new(u64::from(n_pieces) * u64::from(MIN_PIECE_LEN)).unwrap();
-        Subject { id: ContentId::from_bytes([7; 32]), layout, part: (3, 4) }
+        Subject {
+            id: ContentId::from_bytes([7; 32]),
+            layout,
+            part: (3, 4),
+        }
     }
 
     fn map(n_pieces: u32, seed: u64) -> HaveMap {
         let mut map = HaveMap::empty(n_pieces);
-        (0..n_pieces).filter(|i| seed >> (i % 64) & 1 == 1).for_each(|i| _ = map.insert(i));
+        (0..n_pieces)
+            .filter(|i| seed >> (i % 64) & 1 == 1)
+            .for_each(|i| _ = map.insert(i));
         map
     }
 
@@ -115,7 +137,14 @@ mod tests {
                 mtime_ns: mtime.into(),
                 ctime_ns: ctime.into(),
             });
-            (subject, Journal { good: map(n, good), doubtful: map(n, doubtful), closed })
+            (
+                subject,
+                Journal {
+                    good: map(n, good),
+                    doubtful: map(n, doubtful),
+                    closed,
+                },
+            )
         })
     }
 
@@ -154,7 +183,12 @@ mod tests {
     #[test]
     fn one_of_another_version_is_none_though_whole() {
         let subject = subject(9);
-        let mut bytes = Journal { good: map(9, 5), doubtful: map(9, 0), closed: None }.to_bytes(&subject);
+        let mut bytes = Journal {
+            good: map(9, 5),
+            doubtful: map(9, 0),
+            closed: None,
+        }
+        .to_bytes(&subject);
         bytes[7] += 1;
         let body = bytes.len() - CHECKSUM_LEN;
         let checksum = digest(&SHA256, &bytes[..body]);

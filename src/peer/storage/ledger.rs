@@ -78,7 +78,10 @@ impl Ledger {
 
     /// Whether a sync is due, by age.
     pub(super) fn is_stale(&self, now: Instant) -> bool {
-        !self.is_syncing && self.since.is_some_and(|since| now.duration_since(since) >= MAX_AGE)
+        !self.is_syncing
+            && self
+                .since
+                .is_some_and(|since| now.duration_since(since) >= MAX_AGE)
     }
 
     pub(super) fn is_durable(&self) -> bool {
@@ -131,7 +134,12 @@ impl Ledger {
         let mut lost = std::mem::take(&mut self.in_sync);
         lost.append(&mut self.dirty);
         lost.iter().for_each(|i| _ = self.have.remove(*i));
-        (self.dirty_bytes, self.in_sync_bytes, self.since, self.is_syncing) = (0, 0, None, false);
+        (
+            self.dirty_bytes,
+            self.in_sync_bytes,
+            self.since,
+            self.is_syncing,
+        ) = (0, 0, None, false);
         self.n_failed += 1;
         lost
     }
@@ -141,7 +149,11 @@ impl Ledger {
         self.in_sync.clear();
         let mut good = self.have.clone();
         self.dirty.iter().for_each(|i| _ = good.remove(*i));
-        Journal { good, doubtful: self.doubtful.clone(), closed: None }
+        Journal {
+            good,
+            doubtful: self.doubtful.clone(),
+            closed: None,
+        }
     }
 
     /// The sync is over. What could not be journaled waits for the next one.
@@ -180,13 +192,20 @@ mod tests {
         write(&mut ledger, 0);
         ledger.begin_sync();
         write(&mut ledger, 1);
-        assert_eq!(held(&ledger.data_synced().good), [0], "1 came after the sync began");
+        assert_eq!(
+            held(&ledger.data_synced().good),
+            [0],
+            "1 came after the sync began"
+        );
         ledger.end_sync(true);
         ledger.begin_sync();
         write(&mut ledger, 2);
         let under_way = ledger.begin_write(MIB);
         assert_eq!(ledger.sync_failed(), [1, 2]);
-        assert!(!ledger.end_write(3, MIB, under_way, true), "its bytes may be among the lost");
+        assert!(
+            !ledger.end_write(3, MIB, under_way, true),
+            "its bytes may be among the lost"
+        );
         assert_eq!(held(&ledger.have), [0]);
         assert!(ledger.is_idle() && ledger.is_durable());
         write(&mut ledger, 1);
@@ -212,7 +231,10 @@ mod tests {
         ledger.end_sync(true);
         assert!(ledger.has_room(48 * MIB) && !ledger.has_room(48 * MIB + 1));
         ledger.end_write(3, 16 * MIB, n_failed, false);
-        assert!(ledger.has_room(64 * MIB) && ledger.has_room(u64::MAX), "one write always may");
+        assert!(
+            ledger.has_room(64 * MIB) && ledger.has_room(u64::MAX),
+            "one write always may"
+        );
     }
 
     #[test]

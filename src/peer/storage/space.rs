@@ -23,12 +23,18 @@ pub(super) fn usable(free: u64, total: u64) -> u64 {
 /// Bytes that may still be written to a disk; `None` if the file system does not know.
 pub(super) fn free(disk: rustix::io::Result<StatVfs>) -> Option<u64> {
     let disk = disk.ok().filter(|disk| disk.f_blocks > 0)?;
-    Some(usable(disk.f_bavail.saturating_mul(disk.f_frsize), disk.f_blocks.saturating_mul(disk.f_frsize)))
+    Some(usable(
+        disk.f_bavail.saturating_mul(disk.f_frsize),
+        disk.f_blocks.saturating_mul(disk.f_frsize),
+    ))
 }
 
 /// Bytes for which a file that will have `size` has no blocks yet.
 pub(super) fn needed(file: &File, size: u64) -> u64 {
-    size.saturating_sub(file.metadata().map_or(0, |m| m.blocks().saturating_mul(512)))
+    size.saturating_sub(
+        file.metadata()
+            .map_or(0, |m| m.blocks().saturating_mul(512)),
+    )
 }
 
 /// Makes a file `size` bytes long, with its blocks allocated where the file system can do that cheaply. Leaves a file that
@@ -49,7 +55,11 @@ pub(super) fn reserve(file: &File, size: u64) -> io::Result<()> {
             other => return Ok(other?),
         }
     }
-    if len < size { file.set_len(size) } else { Ok(()) }
+    if len < size {
+        file.set_len(size)
+    } else {
+        Ok(())
+    }
 }
 
 /// The pieces of which something may have been written.
@@ -97,7 +107,10 @@ mod tests {
         let first = file.metadata().unwrap();
         reserve(&file, 300_000).unwrap();
         let second = file.metadata().unwrap();
-        assert_eq!((first.len(), first.ctime_nsec()), (300_000, second.ctime_nsec()));
+        assert_eq!(
+            (first.len(), first.ctime_nsec()),
+            (300_000, second.ctime_nsec())
+        );
         reserve(&file, 100_000).unwrap();
         assert_eq!(file.metadata().unwrap().len(), 100_000);
     }

@@ -34,8 +34,14 @@ impl Swarm {
         for piece in pieces {
             let index = piece.index();
             let piece = Arc::new(piece);
-            if self.with_room(at, move |storage| piece.bring(storage)).await {
-                self.counts(LOCAL, at, index, |len| _ = self.resumed.fetch_add(len, Ordering::Relaxed)).await;
+            if self
+                .with_room(at, move |storage| piece.bring(storage))
+                .await
+            {
+                self.counts(LOCAL, at, index, |len| {
+                    _ = self.resumed.fetch_add(len, Ordering::Relaxed)
+                })
+                .await;
             } else {
                 self.picker().release(LOCAL, &[work.first + index.get()]);
                 self.changed.notify_waiters();
@@ -46,7 +52,10 @@ impl Swarm {
     /// Keeps these pieces of a content from the network until [`bring`](Self::bring) has tried them.
     pub fn keep_for_local(&self, at: usize, pieces: &[LocalPiece]) {
         let first = self.work[at].first;
-        self.picker().claim_local(LOCAL, pieces.iter().map(|piece| first + piece.index().get()));
+        self.picker().claim_local(
+            LOCAL,
+            pieces.iter().map(|piece| first + piece.index().get()),
+        );
     }
 
     /// Counts a written piece, and offers it; false if it was counted before. `count` gets its bytes before anybody hears
@@ -61,7 +70,11 @@ impl Swarm {
         let work = &self.work[at];
         let (received, is_done, is_tail) = {
             let mut picker = self.picker();
-            (picker.received(key, work.first + index.get()), picker.is_done(), picker.is_tail())
+            (
+                picker.received(key, work.first + index.get()),
+                picker.is_done(),
+                picker.is_tail(),
+            )
         };
         if received == Received::New {
             count(work.layout().len_of(index).into());
@@ -89,7 +102,9 @@ impl Swarm {
         loop {
             let (storage, write) = (work.storage.clone(), write.clone());
             // It fails only when the pool shuts down, and we with it.
-            let Ok(written) = spawn_blocking(move || write(&storage)).await else { return false };
+            let Ok(written) = spawn_blocking(move || write(&storage)).await else {
+                return false;
+            };
             match written {
                 Ok(written) => return written,
                 Err(error) => {
@@ -107,13 +122,22 @@ impl Swarm {
     /// Takes back what the disk lost, and tells what went wrong unless it can be helped.
     pub(super) async fn failed(&self, at: usize, error: StorageError) {
         let work = &self.work[at];
-        if error.is_no_space() { &metrics::DISK_FULL } else { &metrics::DISK_WRITE_ERRORS }.one();
+        if error.is_no_space() {
+            &metrics::DISK_FULL
+        } else {
+            &metrics::DISK_WRITE_ERRORS
+        }
+        .one();
         if let StorageError::Lost { pieces, .. } = &error {
             let n = work.lose(pieces);
-            self.picker().lose(pieces.iter().map(|piece| work.first + piece));
+            self.picker()
+                .lose(pieces.iter().map(|piece| work.first + piece));
             self.changed.notify_waiters();
             if n <= MAX_LOSSES {
-                let text = format!("{}: {error}", crate::safe_path::escape(work.want.name.as_str()));
+                let text = format!(
+                    "{}: {error}",
+                    crate::safe_path::escape(work.want.name.as_str())
+                );
                 return self.report(Report::Note(None, text)).await;
             }
         }
@@ -132,12 +156,19 @@ impl Swarm {
         loop {
             sleep(FULL).await;
             let storage = work.storage.clone();
-            if spawn_blocking(move || storage.has_room()).await.unwrap_or(true) {
+            if spawn_blocking(move || storage.has_room())
+                .await
+                .unwrap_or(true)
+            {
                 break;
             }
         }
         if self.waiting.fetch_sub(1, Ordering::Relaxed) == 1 {
-            self.report(Report::Note(None, format!("{name}: there is room again; going on"))).await;
+            self.report(Report::Note(
+                None,
+                format!("{name}: there is room again; going on"),
+            ))
+            .await;
         }
     }
 
@@ -155,7 +186,10 @@ impl Swarm {
     pub fn close(&self) {
         for work in self.work.iter().filter(|work| work.left() > 0) {
             if let Err(error) = work.storage.close() {
-                tracing::warn!("{}: {error}", crate::safe_path::escape(work.want.name.as_str()));
+                tracing::warn!(
+                    "{}: {error}",
+                    crate::safe_path::escape(work.want.name.as_str())
+                );
             }
         }
     }

@@ -31,7 +31,11 @@ impl Held<'_> {
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        let pieces = self.pieces.lock().map(|mut pieces| std::mem::take(&mut *pieces)).unwrap_or_default();
+        let pieces = self
+            .pieces
+            .lock()
+            .map(|mut pieces| std::mem::take(&mut *pieces))
+            .unwrap_or_default();
         if !pieces.is_empty() {
             self.swarm.picker().release(self.key, &pieces);
             self.swarm.changed.notify_waiters();

@@ -73,7 +73,11 @@ struct Quay {
 impl Crew {
     pub(super) fn new(spent: Arc<Spent>) -> Arc<Self> {
         let most = std::thread::available_parallelism().map_or(2, |cores| cores.get().max(2));
-        Arc::new(Self { spent, most, work: Mutex::default() })
+        Arc::new(Self {
+            spent,
+            most,
+            work: Mutex::default(),
+        })
     }
 
     fn take_on(self: &Arc<Self>, cargo: Cargo, quay: Arc<Quay>) {
@@ -101,7 +105,12 @@ impl Crew {
             };
             let land = |(at, storage, piece): (usize, Arc<Storage>, Arrived)| {
                 let (len, index) = (piece.size(), piece.piece());
-                Landed { at, index, len, done: land(&storage, piece, &self.spent) }
+                Landed {
+                    at,
+                    index,
+                    len,
+                    done: land(&storage, piece, &self.spent),
+                }
             };
             let landed: Vec<_> = cargo.into_iter().map(land).collect();
             lock(&quay.landed).extend(landed);
@@ -130,7 +139,14 @@ struct Landing {
 impl Landing {
     fn new(crew: &Arc<Crew>, is_proven: bool) -> Self {
         let (crew, quay) = (crew.clone(), Arc::default());
-        Self { crew, quay, is_proven, waiting: vec![], waiting_bytes: 0, bytes: 0 }
+        Self {
+            crew,
+            quay,
+            is_proven,
+            waiting: vec![],
+            waiting_bytes: 0,
+            bytes: 0,
+        }
     }
 
     const fn has_room(&self) -> bool {
@@ -149,7 +165,8 @@ impl Landing {
     /// Nothing more comes at once: whatever waits begins.
     fn start(&mut self) {
         self.waiting_bytes = 0;
-        self.crew.take_on(std::mem::take(&mut self.waiting), self.quay.clone());
+        self.crew
+            .take_on(std::mem::take(&mut self.waiting), self.quay.clone());
     }
 
     /// What has landed; `None` if nothing is on its way. Dropping the future loses nothing.
@@ -188,7 +205,9 @@ impl Swarm {
         pace: &Arc<Mutex<Pace>>,
     ) -> Result<(), SourceError> {
         let (claim, works) = self.claim(held);
-        let fetch = source.fetch(lane, claim.clone(), first_copies, pace).await?;
+        let fetch = source
+            .fetch(lane, claim.clone(), first_copies, pace)
+            .await?;
         if lane > 0 {
             self.until_proven(source.id).await;
         }
@@ -208,7 +227,14 @@ impl Swarm {
         let mut landing = Landing::new(&self.crew, is_proven);
         let mut ended = None;
         loop {
-            let (waiting, stage) = (Instant::now(), if landing.has_room() { Stage::Network } else { Stage::Full });
+            let (waiting, stage) = (
+                Instant::now(),
+                if landing.has_room() {
+                    Stage::Network
+                } else {
+                    Stage::Full
+                },
+            );
             let event = tokio::select! {
                 biased;
                 Some(landed) = landing.next() => {
@@ -244,8 +270,12 @@ impl Swarm {
                     }
                 }
                 Ok(Some(Event::Missing(range, done, why))) => {
-                    let (first, end) = (claim[range].first.get(), claim[range].first.get() + claim[range].count);
-                    self.missing(source.id, held, works[range], (first + done..end, why)).await;
+                    let (first, end) = (
+                        claim[range].first.get(),
+                        claim[range].first.get() + claim[range].count,
+                    );
+                    self.missing(source.id, held, works[range], (first + done..end, why))
+                        .await;
                 }
                 Ok(None) => ended = Some(Ok(())),
                 Err(error) => ended = Some(Err(error)),
@@ -259,8 +289,18 @@ impl Swarm {
         ended.unwrap_or(Ok(()))
     }
 
-    async fn landed(&self, source: &Source, held: &Held<'_>, landed: Landed) -> Result<(), SourceError> {
-        let Landed { at, index, len, done } = landed;
+    async fn landed(
+        &self,
+        source: &Source,
+        held: &Held<'_>,
+        landed: Landed,
+    ) -> Result<(), SourceError> {
+        let Landed {
+            at,
+            index,
+            len,
+            done,
+        } = landed;
         let unwritten = match done {
             Ok(()) => None,
             Err(Failed::Source(error)) => return Err(error),
@@ -274,7 +314,10 @@ impl Swarm {
                 return Ok(());
             }
             self.wait_for_room(&self.work[at]).await;
-            if !self.with_room(at, move |storage| storage.write(&piece).map(|()| true)).await {
+            if !self
+                .with_room(at, move |storage| storage.write(&piece).map(|()| true))
+                .await
+            {
                 return Ok(());
             }
         }

@@ -49,7 +49,11 @@ pub(super) struct Line(Vec<Link>);
 impl Line {
     /// Each with its pace.
     pub(super) fn new(source: SourceKey, paces: impl Iterator<Item = Arc<Mutex<Pace>>>) -> Self {
-        let link = |(i, pace)| Link { key: connection_of(source, i), pace, gone: CancellationToken::new() };
+        let link = |(i, pace)| Link {
+            key: connection_of(source, i),
+            pace,
+            gone: CancellationToken::new(),
+        };
         Self(paces.enumerate().map(link).collect())
     }
 
@@ -83,7 +87,10 @@ impl Swarm {
             let (own, all) = (now.0 - before.0, now.1 - before.1);
             let n = line.live().count() as u64;
             let is_behind = all >= NEXT_TO_NOTHING && own.saturating_mul(FAR_BEHIND * n) <= all;
-            if connection > 0 && is_behind && !self.in_company() && self.account(source.id, |account| account.is_proven)
+            if connection > 0
+                && is_behind
+                && !self.in_company()
+                && self.account(source.id, |account| account.is_proven)
             {
                 tracing::debug!(peer = %source.id, connection, own, all, "a connection gets nothing beside the others");
                 source.let_go(connection);

@@ -46,7 +46,9 @@ impl Swarm {
                 (refused.n, refused.bytes) = (0, bytes);
             }
             if refused.n < MAX_AGAIN && !pieces.is_empty() {
-                refused.until.get_or_insert_with(|| Instant::now() + AGAIN * 2_u32.pow(refused.n));
+                refused
+                    .until
+                    .get_or_insert_with(|| Instant::now() + AGAIN * 2_u32.pow(refused.n));
                 refused.pieces.extend(pieces);
             }
         });
@@ -56,7 +58,12 @@ impl Swarm {
     pub fn ask_again(&self) {
         let now = Instant::now();
         let mut due = vec![];
-        for (peer, known) in self.known.lock().expect("no panic while the lock is held").iter_mut() {
+        for (peer, known) in self
+            .known
+            .lock()
+            .expect("no panic while the lock is held")
+            .iter_mut()
+        {
             let refused = &mut known.refused;
             if refused.until.take_if(|until| *until <= now).is_some() {
                 refused.n += 1;
@@ -65,7 +72,9 @@ impl Swarm {
         }
         for (peer, key, pieces) in due {
             let mut picker = self.picker();
-            pieces.into_iter().for_each(|piece| picker.add_have(key, piece));
+            pieces
+                .into_iter()
+                .for_each(|piece| picker.add_have(key, piece));
             drop(picker);
             self.wake(peer);
         }
@@ -79,15 +88,25 @@ impl Swarm {
         begun: Option<HaveWatch>,
     ) -> Result<Infallible, SourceError> {
         let is_open = |work: &super::Work| !work.layout().is_single() && work.left() > 0;
-        let open = self.work.iter().enumerate().filter(|(_, work)| is_open(work)).take(MAX_CONTENTS);
-        let (positions, contents): (Vec<_>, Vec<_>) =
-            open.map(|(at, work)| (at, (work.want.id, work.layout()))).unzip();
+        let open = self
+            .work
+            .iter()
+            .enumerate()
+            .filter(|(_, work)| is_open(work))
+            .take(MAX_CONTENTS);
+        let (positions, contents): (Vec<_>, Vec<_>) = open
+            .map(|(at, work)| (at, (work.want.id, work.layout())))
+            .unzip();
         let here = self.here.clone();
         let begun = begun.filter(|watch| watch.contents() == contents);
         let watch = match contents.is_empty() {
             _ if begun.is_some() => begun,
             true => None,
-            false => source.watch_have(&contents, here.addresses, here.port).await?,
+            false => {
+                source
+                    .watch_have(&contents, here.addresses, here.port)
+                    .await?
+            }
         };
         let Some(mut watch) = watch else {
             self.told(source.id);
@@ -100,7 +119,8 @@ impl Swarm {
             }
             if let News::Peer(peer, addresses) = news {
                 self.in_company.store(true, Ordering::Relaxed);
-                self.report(Report::Met(peer, addresses, contents[at].0)).await;
+                self.report(Report::Met(peer, addresses, contents[at].0))
+                    .await;
             } else {
                 self.hear(source.id, key, positions[at], news);
             }
@@ -120,13 +140,21 @@ impl Swarm {
         {
             let mut picker = self.picker();
             match news {
-                News::Promised(pieces) => picker.promised(pieces.iter().map(|piece| first + piece), Instant::now()),
-                News::Added(pieces) => pieces.iter().for_each(|piece| picker.add_have(key, first + piece)),
-                News::Have(map) => {
-                    map.iter().for_each(|piece| picker.add_have(key, first + piece));
-                    map.missing().for_each(|piece| picker.remove_have(key, first + piece));
+                News::Promised(pieces) => {
+                    picker.promised(pieces.iter().map(|piece| first + piece), Instant::now())
                 }
-                News::Gone => work.pieces().for_each(|piece| picker.remove_have(key, piece)),
+                News::Added(pieces) => pieces
+                    .iter()
+                    .for_each(|piece| picker.add_have(key, first + piece)),
+                News::Have(map) => {
+                    map.iter()
+                        .for_each(|piece| picker.add_have(key, first + piece));
+                    map.missing()
+                        .for_each(|piece| picker.remove_have(key, first + piece));
+                }
+                News::Gone => work
+                    .pieces()
+                    .for_each(|piece| picker.remove_have(key, piece)),
                 News::Peer(..) => {}
             }
         }

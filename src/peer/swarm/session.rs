@@ -91,18 +91,27 @@ impl Swarm {
             Some(connected) => connected,
             None => {
                 self.account(peer, |account| account.state = State::Connecting);
-                (Source::connect(&self.membership, peer, addresses, false).await?, None)
+                (
+                    Source::connect(&self.membership, peer, addresses, false).await?,
+                    None,
+                )
             }
         };
         let address = source.address();
-        self.account(peer, |account| (account.state, account.address) = (State::Active, address));
+        self.account(peer, |account| {
+            (account.state, account.address) = (State::Active, address)
+        });
         let _at_work = AtWork::begin(&self.n_at_work);
         let connections = source.connections();
         let n_lanes = connections * if connections > 1 { FAR_LANES } else { LANES };
         self.known(peer, |known| known.has_told = false);
-        let begun_paces = begun.iter().flat_map(|begun| begun.paces.iter().skip(1).cloned());
+        let begun_paces = begun
+            .iter()
+            .flat_map(|begun| begun.paces.iter().skip(1).cloned());
         let fresh = || Arc::new(Mutex::new(pace.lock().expect(UNLOCKED).fresh()));
-        let further = begun_paces.chain(std::iter::repeat_with(fresh)).take(connections - 1);
+        let further = begun_paces
+            .chain(std::iter::repeat_with(fresh))
+            .take(connections - 1);
         let line = Line::new(key, std::iter::once(pace.clone()).chain(further));
         // The watch begins before the first claim: a source promises first copies to those who watch. Only who is woken is
         // polled, which counts where pieces trickle in from many sources.
@@ -111,9 +120,13 @@ impl Swarm {
             None => (None, vec![]),
         };
         let mut asked = asked.into_iter();
-        let watch = self.watch(&source, key, watch).map(|ended| ended.map(|never| match never {}));
+        let watch = self
+            .watch(&source, key, watch)
+            .map(|ended| ended.map(|never| match never {}));
         let mut at_work = FuturesUnordered::from_iter([watch.boxed()]);
-        at_work.extend((0..n_lanes).map(|lane| self.lane((lane, asked.next()), &source, key, &line).boxed()));
+        at_work.extend(
+            (0..n_lanes).map(|lane| self.lane((lane, asked.next()), &source, key, &line).boxed()),
+        );
         for _ in 0..n_lanes {
             at_work.try_next().await?;
         }
@@ -134,7 +147,8 @@ impl Swarm {
         let n_links = line.links().len();
         let connection = || if source.is_wide() { lane % n_links } else { 0 };
         if let Some(asked) = asked {
-            self.take_asked((lane, asked), source, whole, (line, connection())).await?;
+            self.take_asked((lane, asked), source, whole, (line, connection()))
+                .await?;
         }
         let wake = self.known(source.id, |known| known.wake.clone());
         // Over a long line the first of each connection asks at once, and only does not read on.
@@ -164,10 +178,13 @@ impl Swarm {
             limit.correct(paid, work::bytes(&self.work, next.pieces()));
             let (pieces, first_copies) = match next {
                 Next::Done => return Ok(()),
-                Next::Wait(_) if source.is_closed() => return Err(SourceError::Broken("it hung up".into())),
+                Next::Wait(_) if source.is_closed() => {
+                    return Err(SourceError::Broken("it hung up".into()));
+                }
                 Next::Wait(until) => {
                     // A look now and then also notices a source that hung up while it had nothing to do.
-                    let until = until.map_or(LOOK, |at| at.saturating_duration_since(Instant::now()));
+                    let until =
+                        until.map_or(LOOK, |at| at.saturating_duration_since(Instant::now()));
                     let until = until.clamp(Duration::from_millis(5), LOOK);
                     tokio::select! { () = changed => {}, () = woken => {}, () = sleep(until) => {} }
                     continue;
@@ -175,7 +192,11 @@ impl Swarm {
                 Next::Claim(pieces) => (pieces, true),
                 Next::Repeat(pieces) | Next::Steal(pieces) => (pieces, false),
             };
-            let held = Held { swarm: self, key: link.key, pieces: Mutex::new(pieces) };
+            let held = Held {
+                swarm: self,
+                key: link.key,
+                pieces: Mutex::new(pieces),
+            };
             let ended = tokio::select! {
                 ended = self.fetch(source, lane, &held, first_copies, &link.pace) => ended,
                 () = self.look_on(source, line, connection) => return Ok(()),
@@ -206,20 +227,31 @@ impl Swarm {
     }
 
     /// What a connection is to fetch now, up to so many pieces; its source's account tells how fast all of them are.
-    fn next(&self, whole: SourceKey, (pieces, source): (u32, &Source), (link, line): (&Link, &Line)) -> Next {
+    fn next(
+        &self,
+        whole: SourceKey,
+        (pieces, source): (u32, &Source),
+        (link, line): (&Link, &Line),
+    ) -> Next {
         let (now, key) = (Instant::now(), link.key);
         let goodput = line.goodput();
         let (chunk_length, expected, is_line_busy) = {
             let pace = link.pace();
             // Of a source that has shown nothing yet, nothing is late soon.
-            let doubt = if pace.goodput().is_none() { UNKNOWN * pieces } else { Duration::ZERO };
+            let doubt = if pace.goodput().is_none() {
+                UNKNOWN * pieces
+            } else {
+                Duration::ZERO
+            };
             // A short claim among others does not wait for a round trip of its own.
             let usual = pace.claim_pieces().max(pieces);
             let expected = (pace.expected(usual) * pieces / usual).max(doubt);
             (pace.chunk_length(), expected, pace.is_line_busy(now))
         };
         let sizes = (chunk_length, pieces);
-        self.account(source.id, |account| (account.sizes, account.goodput) = (sizes, goodput));
+        self.account(source.id, |account| {
+            (account.sizes, account.goodput) = (sizes, goodput)
+        });
         let mut picker = self.picker();
         picker.set_line_busy(whole, is_line_busy && line.links().len() > 1);
         match key == whole {
@@ -237,19 +269,36 @@ impl Swarm {
         (line, connection): (&Line, usize),
     ) -> Result<(), SourceError> {
         let wanted = asked.wanted;
-        let Some(at) = self.position(&wanted.id).filter(|at| self.work[*at].layout() == wanted.layout) else {
+        let Some(at) = self
+            .position(&wanted.id)
+            .filter(|at| self.work[*at].layout() == wanted.layout)
+        else {
             return Ok(());
         };
         let first = self.work[at].first + wanted.first.get();
         let pieces: Vec<u32> = (first..first + wanted.count).collect();
         let link = &line.links()[connection];
-        let (key, expected) = (link.key, link.pace().expected(wanted.count).max(UNKNOWN * wanted.count));
-        if !self.picker().adopt((whole, key), &pieces, expected, Instant::now()) {
+        let (key, expected) = (
+            link.key,
+            link.pace()
+                .expected(wanted.count)
+                .max(UNKNOWN * wanted.count),
+        );
+        if !self
+            .picker()
+            .adopt((whole, key), &pieces, expected, Instant::now())
+        {
             return Ok(());
         }
-        let held = Held { swarm: self, key, pieces: Mutex::new(pieces) };
+        let held = Held {
+            swarm: self,
+            key,
+            pieces: Mutex::new(pieces),
+        };
         let taking = async {
-            let Some(fetch) = asked.answered().await else { return Ok(()) };
+            let Some(fetch) = asked.answered().await else {
+                return Ok(());
+            };
             if lane > 0 {
                 self.until_proven(source.id).await;
             }
@@ -302,15 +351,27 @@ impl Swarm {
         let connections = source.connections();
         if connections == 1 || self.in_company() || !self.known(source.id, |known| known.has_told) {
             let taste = (FIRST_TASTE / self.mean_piece_len()).max(1);
-            return if goodput.is_none() { pieces.min(taste) } else { pieces };
+            return if goodput.is_none() {
+                pieces.min(taste)
+            } else {
+                pieces
+            };
         }
         let Some(goodput) = goodput else {
-            return if lane < connections { pieces.saturating_mul(APART) } else { pieces };
+            return if lane < connections {
+                pieces.saturating_mul(APART)
+            } else {
+                pieces
+            };
         };
-        let on_the_way = u128::from(goodput) * (source.round_trip() * ROUND_TRIPS).as_micros() / 1_000_000;
-        let all = self.account(source.id, |account| account.goodput).max(goodput).max(1);
-        let part =
-            u128::from(self.picker().remaining()) * u128::from(goodput) / u128::from(all.saturating_mul(LAST_PART));
+        let on_the_way =
+            u128::from(goodput) * (source.round_trip() * ROUND_TRIPS).as_micros() / 1_000_000;
+        let all = self
+            .account(source.id, |account| account.goodput)
+            .max(goodput)
+            .max(1);
+        let part = u128::from(self.picker().remaining()) * u128::from(goodput)
+            / u128::from(all.saturating_mul(LAST_PART));
         let most = part.min(on_the_way / u128::from(self.mean_piece_len()));
         pieces.min(u32::try_from(most).unwrap_or(u32::MAX)).max(1)
     }
@@ -328,7 +389,13 @@ impl Swarm {
     }
 
     /// The source does not serve these pieces of a content now.
-    pub(super) async fn missing(&self, peer: PeerId, held: &Held<'_>, at: usize, (pieces, why): (Range<u32>, Code)) {
+    pub(super) async fn missing(
+        &self,
+        peer: PeerId,
+        held: &Held<'_>,
+        at: usize,
+        (pieces, why): (Range<u32>, Code),
+    ) {
         let work = &self.work[at];
         if why == Code::OutOfRange && work.layout().is_single() {
             return self.report(Report::Disputed(at)).await;

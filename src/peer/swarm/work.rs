@@ -36,9 +36,22 @@ pub struct Work {
 impl Work {
     /// A content with its open storage, and the offer of what that holds.
     #[must_use]
-    pub fn new(want: Want, target: SafeName, storage: Arc<Storage>, partial: Option<Partial>) -> Self {
+    pub fn new(
+        want: Want,
+        target: SafeName,
+        storage: Arc<Storage>,
+        partial: Option<Partial>,
+    ) -> Self {
         let left = AtomicU32::new(storage.manifest().layout().n_pieces() - storage.have().count());
-        Self { want, target, storage, partial, first: 0, left, losses: AtomicU32::new(0) }
+        Self {
+            want,
+            target,
+            storage,
+            partial,
+            first: 0,
+            left,
+            losses: AtomicU32::new(0),
+        }
     }
 
     /// Size and pieces.
@@ -66,7 +79,10 @@ impl Work {
 
     /// The disk lost these pieces; how often that happened.
     pub(super) fn lose(&self, pieces: &[u32]) -> u32 {
-        self.left.fetch_add(u32::try_from(pieces.len()).unwrap_or(u32::MAX), Ordering::Relaxed);
+        self.left.fetch_add(
+            u32::try_from(pieces.len()).unwrap_or(u32::MAX),
+            Ordering::Relaxed,
+        );
         if let Some(partial) = &self.partial {
             partial.lose(pieces);
         }
@@ -88,8 +104,13 @@ impl Work {
     /// What it is, bytes done and bytes in all, if it is begun and not complete.
     pub(super) fn begun(&self) -> Option<(FileKey, u64, u64)> {
         let layout = self.layout();
-        let done = layout.size().min(u64::from(layout.n_pieces() - self.left()) * u64::from(layout.piece_len()));
-        let key = || FileKey { name: self.want.name.clone(), content_id: self.want.id };
+        let done = layout
+            .size()
+            .min(u64::from(layout.n_pieces() - self.left()) * u64::from(layout.piece_len()));
+        let key = || FileKey {
+            name: self.want.name.clone(),
+            content_id: self.want.id,
+        };
         (self.left() > 0 && done > 0).then(|| (key(), done, layout.size()))
     }
 }
@@ -109,7 +130,9 @@ pub(super) fn bytes(work: &[Work], pieces: &[u32]) -> u32 {
     let of = |&piece: &u32| {
         let work = &work[work.partition_point(|work| work.first <= piece) - 1];
         let layout = work.storage.manifest().layout();
-        layout.piece(piece - work.first).map_or(0, |index| u64::from(layout.len_of(index)))
+        layout
+            .piece(piece - work.first)
+            .map_or(0, |index| u64::from(layout.len_of(index)))
     };
     u32::try_from(pieces.iter().map(of).sum::<u64>()).unwrap_or(u32::MAX)
 }
@@ -123,16 +146,27 @@ pub(super) fn ranges(work: &[Work], pieces: &[u32]) -> (Vec<Wanted>, Vec<usize>,
         // Contents of no pieces share their number with the one that follows.
         let at = work.partition_point(|work| work.first <= piece) - 1;
         let manifest = work[at].storage.manifest();
-        let Some(index) = manifest.layout().piece(piece - work[at].first) else { break };
+        let Some(index) = manifest.layout().piece(piece - work[at].first) else {
+            break;
+        };
         bytes += u64::from(manifest.layout().len_of(index));
         if taken > 0 && (bytes > proto::MAX_CLAIM || claim.len() == proto::MAX_RANGES) {
             break;
         }
         taken += 1;
         match (claim.last_mut(), works.last()) {
-            (Some(last), Some(&same)) if same == at && last.first.get() + last.count == index.get() => last.count += 1,
+            (Some(last), Some(&same))
+                if same == at && last.first.get() + last.count == index.get() =>
+            {
+                last.count += 1
+            }
             _ => {
-                claim.push(Wanted { id: manifest.id(), layout: manifest.layout(), first: index, count: 1 });
+                claim.push(Wanted {
+                    id: manifest.id(),
+                    layout: manifest.layout(),
+                    first: index,
+                    count: 1,
+                });
                 works.push(at);
             }
         }

@@ -56,7 +56,9 @@ struct Kernel {
 
 impl Kernel {
     fn directories(&self) -> MutexGuard<'_, HashMap<i32, PathBuf>> {
-        self.directories.lock().expect("no panic while the lock is held")
+        self.directories
+            .lock()
+            .expect("no panic while the lock is held")
     }
 }
 
@@ -76,10 +78,23 @@ impl Watcher {
         )]
         let queue = AsyncFd::with_interest(queue, Interest::READABLE);
         let queue = queue.map_err(|error| WatchError::Other(error.to_string()))?;
-        let kernel = Arc::new(Kernel { queue, directories: Mutex::default() });
+        let kernel = Arc::new(Kernel {
+            queue,
+            directories: Mutex::default(),
+        });
         let stopped = CancellationToken::new();
-        let watcher = Self { kernel: kernel.clone(), _stop: stopped.clone().drop_guard() };
-        Ok((watcher, Changes { kernel, stopped, left: None }))
+        let watcher = Self {
+            kernel: kernel.clone(),
+            _stop: stopped.clone().drop_guard(),
+        };
+        Ok((
+            watcher,
+            Changes {
+                kernel,
+                stopped,
+                left: None,
+            },
+        ))
     }
 
     /// Watches one directory, not what is beneath it; blocks for a moment. A directory that is gone, or may not be read,
@@ -116,7 +131,9 @@ impl Changes {
                 () = self.stopped.cancelled() => None,
                 ready = self.kernel.queue.readable() => ready.ok(),
             };
-            let Some(mut ready) = ready else { return into.push(Change::Stopped) };
+            let Some(mut ready) = ready else {
+                return into.push(Change::Stopped);
+            };
             if let Ok(Err(_)) = ready.try_io(|_| read(&self.kernel, &mut self.left, into)) {
                 into.push(Change::Stopped);
             }
@@ -125,7 +142,11 @@ impl Changes {
 }
 
 /// Appends what a buffer's worth of events tells; an error if there are none.
-fn read(kernel: &Kernel, left: &mut Option<(u32, PathBuf)>, into: &mut Vec<Change>) -> io::Result<()> {
+fn read(
+    kernel: &Kernel,
+    left: &mut Option<(u32, PathBuf)>,
+    into: &mut Vec<Change>,
+) -> io::Result<()> {
     let mut buffer = [MaybeUninit::uninit(); BUFFER_LEN];
     let mut reader = inotify::Reader::new(kernel.queue.get_ref(), &mut buffer);
     loop {
@@ -137,14 +158,23 @@ fn read(kernel: &Kernel, left: &mut Option<(u32, PathBuf)>, into: &mut Vec<Chang
     }
 }
 
-fn translate(kernel: &Kernel, left: &mut Option<(u32, PathBuf)>, event: &Event<'_>, into: &mut Vec<Change>) {
+fn translate(
+    kernel: &Kernel,
+    left: &mut Option<(u32, PathBuf)>,
+    event: &Event<'_>,
+    into: &mut Vec<Change>,
+) {
     let events = event.events();
     if events.contains(ReadFlags::QUEUE_OVERFLOW) {
         return into.push(Change::Overflow);
     }
     let mut directories = kernel.directories();
-    let Some(directory) = directories.get(&event.wd()) else { return };
-    let name = event.file_name().map(|name| OsStr::from_bytes(name.to_bytes()));
+    let Some(directory) = directories.get(&event.wd()) else {
+        return;
+    };
+    let name = event
+        .file_name()
+        .map(|name| OsStr::from_bytes(name.to_bytes()));
     let path = name.map_or_else(|| directory.clone(), |name| directory.join(name));
     if events.contains(ReadFlags::IGNORED) {
         directories.remove(&event.wd());
@@ -164,7 +194,11 @@ fn translate(kernel: &Kernel, left: &mut Option<(u32, PathBuf)>, event: &Event<'
             directories.retain(|&watch, directory| {
                 let stays = !directory.starts_with(&path);
                 // An error means that it is gone.
-                let _ = if stays { Ok(()) } else { inotify::remove_watch(kernel.queue.get_ref(), watch) };
+                let _ = if stays {
+                    Ok(())
+                } else {
+                    inotify::remove_watch(kernel.queue.get_ref(), watch)
+                };
                 stays
             });
         }
@@ -196,7 +230,9 @@ mod tests {
     async fn until(changes: &mut Changes, end: impl Fn(&Change) -> bool) -> Vec<Change> {
         let mut seen = vec![];
         while !seen.iter().any(&end) {
-            timeout(LONG, changes.next(&mut seen)).await.unwrap_or_else(|_| panic!("only {seen:?}"));
+            timeout(LONG, changes.next(&mut seen))
+                .await
+                .unwrap_or_else(|_| panic!("only {seen:?}"));
         }
         seen
     }
@@ -212,14 +248,24 @@ mod tests {
         fs::read(&a).unwrap();
         fs::rename(&a, &b).unwrap();
         let seen = until(&mut changes, |change| matches!(change, Change::Moved(..))).await;
-        let moved = [Change::Replaced(a.clone()), Change::Replaced(b.clone()), Change::Moved(a, b.clone())];
+        let moved = [
+            Change::Replaced(a.clone()),
+            Change::Replaced(b.clone()),
+            Change::Moved(a, b.clone()),
+        ];
         assert_eq!(seen, moved);
         fs::remove_file(&b).unwrap();
         fs::create_dir(&sub).unwrap();
-        let seen = until(&mut changes, |change| *change == Change::Replaced(sub.clone())).await;
+        let seen = until(&mut changes, |change| {
+            *change == Change::Replaced(sub.clone())
+        })
+        .await;
         assert!(seen.contains(&Change::Replaced(b)));
         fs::remove_dir_all(dir.path()).unwrap();
-        until(&mut changes, |change| *change == Change::Replaced(dir.path().to_path_buf())).await;
+        until(&mut changes, |change| {
+            *change == Change::Replaced(dir.path().to_path_buf())
+        })
+        .await;
         drop(watcher);
         until(&mut changes, |change| *change == Change::Stopped).await;
     }
@@ -228,7 +274,10 @@ mod tests {
     fn n_watches(watcher: &Watcher) -> usize {
         let fd = watcher.kernel.queue.get_ref().as_raw_fd();
         let told = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap();
-        let n = told.lines().filter(|line| line.starts_with("inotify wd:")).count();
+        let n = told
+            .lines()
+            .filter(|line| line.starts_with("inotify wd:"))
+            .count();
         assert_eq!(watcher.kernel.directories().len(), n);
         n
     }
@@ -247,22 +296,34 @@ mod tests {
             watcher.watch(path).unwrap();
         }
         fs::write(deep.join("file"), "x").unwrap();
-        until(&mut changes, |change| *change == Change::Closed(deep.join("file"))).await;
+        until(&mut changes, |change| {
+            *change == Change::Closed(deep.join("file"))
+        })
+        .await;
         assert_eq!(n_watches(&watcher), 3);
 
         let away = elsewhere.path().join("away");
         fs::rename(&new, &away).unwrap();
         symlink(&away, &new).unwrap();
-        until(&mut changes, |change| *change == Change::Replaced(new.clone())).await;
+        until(&mut changes, |change| {
+            *change == Change::Replaced(new.clone())
+        })
+        .await;
         fs::write(dir.path().join("end"), "x").unwrap();
-        until(&mut changes, |change| *change == Change::Closed(dir.path().join("end"))).await;
+        until(&mut changes, |change| {
+            *change == Change::Closed(dir.path().join("end"))
+        })
+        .await;
         assert_eq!(n_watches(&watcher), 1);
     }
 
     #[tokio::test]
     async fn a_full_queue_is_an_overflow() {
-        let longest: usize =
-            fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap().trim().parse().unwrap();
+        let longest: usize = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events")
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap();
         let dir = TempDir::new().unwrap();
         let (mut watcher, mut changes) = Watcher::start().unwrap();
         watcher.watch(dir.path()).unwrap();

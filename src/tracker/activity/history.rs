@@ -21,7 +21,11 @@ impl History {
     /// Nothing yet.
     #[must_use]
     pub fn new(now: Instant) -> Self {
-        Self { start: now, bytes: vec![0; usize::try_from(N_BUCKETS).unwrap_or_default()], newest: 0 }
+        Self {
+            start: now,
+            bytes: vec![0; usize::try_from(N_BUCKETS).unwrap_or_default()],
+            newest: 0,
+        }
     }
 
     fn bucket(&self, at: Instant) -> u64 {
@@ -45,7 +49,9 @@ impl History {
     pub fn add(&mut self, bytes: u64, from: Instant, to: Instant) {
         self.advance(to);
         let last = self.bucket(to);
-        let first = self.bucket(from).clamp(last.saturating_sub(N_BUCKETS - 1), last);
+        let first = self
+            .bucket(from)
+            .clamp(last.saturating_sub(N_BUCKETS - 1), last);
         let whole = u128::from(last - first + 1);
         for (n, bucket) in (0..whole).zip(first..=last) {
             let part = |n: u128| u64::try_from(u128::from(bytes) * n / whole).unwrap_or(u64::MAX);
@@ -58,7 +64,12 @@ impl History {
     pub fn buckets(&mut self, now: Instant) -> (u64, Vec<u64>) {
         self.advance(now);
         let oldest = self.newest.saturating_sub(N_BUCKETS - 1);
-        (oldest, (oldest..=self.newest).map(|bucket| *self.slot(bucket)).collect())
+        (
+            oldest,
+            (oldest..=self.newest)
+                .map(|bucket| *self.slot(bucket))
+                .collect(),
+        )
     }
 }
 
@@ -78,7 +89,10 @@ mod tests {
         assert_eq!(history.buckets(at(19)), (0, vec![10, 10, 12, 3]));
         assert_eq!(history.buckets(at(3_599)).1.len(), 720);
         assert_eq!(total(&mut history, at(3_599)), 35);
-        assert_eq!((history.buckets(at(3_609)).0, total(&mut history, at(3_609))), (2, 15));
+        assert_eq!(
+            (history.buckets(at(3_609)).0, total(&mut history, at(3_609))),
+            (2, 15)
+        );
         assert_eq!(total(&mut history, at(100_000)), 0);
         history.add(7_200, at(0), at(100_000));
         assert_eq!(total(&mut history, at(100_000)), 7_200);

@@ -66,9 +66,17 @@ pub(super) struct Part {
 impl Part {
     /// The wanted part of `all`, or its last page if it ends before that, and where it begins.
     pub(super) fn of<T>(self, all: &[T]) -> (usize, &[T]) {
-        let limit = if self.limit == 0 { PAGE.0 } else { self.limit.min(PAGE.1) };
+        let limit = if self.limit == 0 {
+            PAGE.0
+        } else {
+            self.limit.min(PAGE.1)
+        };
         let last_page = all.len().saturating_sub(1) / limit * limit;
-        let offset = if self.offset < all.len() { self.offset } else { last_page };
+        let offset = if self.offset < all.len() {
+            self.offset
+        } else {
+            last_page
+        };
         (offset, &all[offset..all.len().min(offset + limit)])
     }
 }
@@ -114,7 +122,10 @@ pub(super) struct Listing {
 impl Listing {
     fn new(rows: Vec<Surveyed>) -> Self {
         let mut by_content = HashMap::with_capacity(rows.len());
-        let mut summary = Summary { files: rows.len(), ..Summary::default() };
+        let mut summary = Summary {
+            files: rows.len(),
+            ..Summary::default()
+        };
         for (at, row) in (0..).zip(&rows) {
             if by_content.insert(row.key.content_id, at).is_none() {
                 summary.contents += 1;
@@ -126,18 +137,29 @@ impl Listing {
                 }] += 1;
             }
         }
-        Self { rows, by_content, summary }
+        Self {
+            rows,
+            by_content,
+            summary,
+        }
     }
 
     /// What a content is called.
     pub(super) fn name_of(&self, content: ContentId) -> Option<&str> {
-        self.by_content.get(&content).map(|at| self.rows[*at as usize].key.name.as_str())
+        self.by_content
+            .get(&content)
+            .map(|at| self.rows[*at as usize].key.name.as_str())
     }
 
     /// The positions of the wanted rows.
     fn find(&self, wanted: &Wanted) -> Result<Vec<u32>, Trouble> {
         let text = wanted.text.trim();
-        let matcher = Query { text: Some(text.to_owned()), ..Query::default() }.compile().map_err(Trouble::asked)?;
+        let matcher = Query {
+            text: Some(text.to_owned()),
+            ..Query::default()
+        }
+        .compile()
+        .map_err(Trouble::asked)?;
         let prefix: Option<ContentPrefix> = text.parse().ok();
         let is_wanted = |row: &Surveyed| {
             let copies = match wanted.only {
@@ -146,9 +168,14 @@ impl Listing {
                 Only::Incomplete => row.n_complete == 0,
             };
             copies
-                && (matcher.matches_key(&row.key) || prefix.is_some_and(|prefix| prefix.contains(row.key.content_id)))
+                && (matcher.matches_key(&row.key)
+                    || prefix.is_some_and(|prefix| prefix.contains(row.key.content_id)))
         };
-        let mut found: Vec<u32> = (0..).zip(&self.rows).filter(|(_, row)| is_wanted(row)).map(|(at, _)| at).collect();
+        let mut found: Vec<u32> = (0..)
+            .zip(&self.rows)
+            .filter(|(_, row)| is_wanted(row))
+            .map(|(at, _)| at)
+            .collect();
         let row = |at: &u32| &self.rows[*at as usize];
         match wanted.sort {
             Sort::Name => {}
@@ -177,7 +204,11 @@ struct View {
 
 impl Files {
     pub(super) fn new(store: Arc<dyn Store>) -> Self {
-        Self { store, listing: Kept::new(), views: Mutex::default() }
+        Self {
+            store,
+            listing: Kept::new(),
+            views: Mutex::default(),
+        }
     }
 
     pub(super) async fn listing(&self) -> Result<Arc<Listing>, Trouble> {
@@ -195,19 +226,31 @@ impl Files {
             None => {
                 let (searched, asked) = (listing.clone(), wanted.clone());
                 let found = Arc::new(spawn_blocking(move || searched.find(&asked)).await??);
-                self.remember(View { listing: listing.clone(), wanted, found: found.clone() });
+                self.remember(View {
+                    listing: listing.clone(),
+                    wanted,
+                    found: found.clone(),
+                });
                 found
             }
         };
         let (offset, rows) = part.of(&found);
-        let rows = rows.iter().map(|at| &listing.rows[*at as usize]).map(|row| Row {
-            name: row.key.name.to_string(),
-            size: row.size,
-            content_id: row.key.content_id.to_string(),
-            complete: row.n_complete,
-            partial: row.n_partial,
-        });
-        Ok(Page { total: listing.rows.len(), matching: found.len(), offset, rows: rows.collect() })
+        let rows = rows
+            .iter()
+            .map(|at| &listing.rows[*at as usize])
+            .map(|row| Row {
+                name: row.key.name.to_string(),
+                size: row.size,
+                content_id: row.key.content_id.to_string(),
+                complete: row.n_complete,
+                partial: row.n_partial,
+            });
+        Ok(Page {
+            total: listing.rows.len(),
+            matching: found.len(),
+            offset,
+            rows: rows.collect(),
+        })
     }
 
     fn views(&self) -> MutexGuard<'_, VecDeque<View>> {
@@ -217,7 +260,10 @@ impl Files {
     fn seen(&self, listing: &Arc<Listing>, wanted: &Wanted) -> Option<Arc<Vec<u32>>> {
         let mut views = self.views();
         views.retain(|view| Arc::ptr_eq(&view.listing, listing));
-        views.iter().find(|view| view.wanted == *wanted).map(|view| view.found.clone())
+        views
+            .iter()
+            .find(|view| view.wanted == *wanted)
+            .map(|view| view.found.clone())
     }
 
     fn remember(&self, view: View) {

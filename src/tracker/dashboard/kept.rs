@@ -30,23 +30,39 @@ impl<T> Kept<T> {
     }
 
     /// The kept answer, or a new one if it is no longer fresh.
-    pub(super) async fn get<E>(&self, make: impl Future<Output = Result<T, E>>) -> Result<Arc<T>, E> {
+    pub(super) async fn get<E>(
+        &self,
+        make: impl Future<Output = Result<T, E>>,
+    ) -> Result<Arc<T>, E> {
         let mut kept = self.0.lock().await;
         let asked = Instant::now();
-        if let Some(answer) = kept.as_mut().filter(|answer| answer.made.elapsed() < FRESH.max(answer.took * SHARE)) {
+        if let Some(answer) = kept
+            .as_mut()
+            .filter(|answer| answer.made.elapsed() < FRESH.max(answer.took * SHARE))
+        {
             answer.asked = asked;
             return Ok(answer.value.clone());
         }
         let value = Arc::new(make.await?);
-        *kept = Some(Answer { value: value.clone(), made: Instant::now(), took: asked.elapsed(), asked });
+        *kept = Some(Answer {
+            value: value.clone(),
+            made: Instant::now(),
+            took: asked.elapsed(),
+            asked,
+        });
         Ok(value)
     }
 
     /// Gives up what nobody asked for; true if nothing is kept then.
     pub(super) fn rest(&self) -> bool {
         // Somebody is asking if it is locked.
-        let Ok(mut kept) = self.0.try_lock() else { return false };
-        if kept.as_ref().is_some_and(|answer| answer.asked.elapsed() > UNUSED) {
+        let Ok(mut kept) = self.0.try_lock() else {
+            return false;
+        };
+        if kept
+            .as_ref()
+            .is_some_and(|answer| answer.asked.elapsed() > UNUSED)
+        {
             *kept = None;
         }
         kept.is_none()

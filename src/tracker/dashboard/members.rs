@@ -144,7 +144,9 @@ impl Known {
             joined_at: record.map(|record| record.joined_at),
             certified_until: record.map(|record| record.certified_until),
             seen_at,
-            addresses: here.map(|here| here.announcement.addresses.clone()).unwrap_or_default(),
+            addresses: here
+                .map(|here| here.announcement.addresses.clone())
+                .unwrap_or_default(),
             files: here.map_or(0, |here| here.n_files),
             lease_seconds_left: age.map(|age| self.lease_seconds.saturating_sub(age)),
             send_rate: said.map_or(0, |said| said.send_rate),
@@ -157,7 +159,10 @@ impl Known {
     fn roll(&self, late_below: u64) -> Roll {
         let now = (Instant::now(), unix_seconds());
         let peers: BTreeSet<&PeerId> = self.records.keys().chain(self.here.keys()).collect();
-        let members: Vec<Member> = peers.into_iter().map(|peer| self.member(*peer, now)).collect();
+        let members: Vec<Member> = peers
+            .into_iter()
+            .map(|peer| self.member(*peer, now))
+            .collect();
         let mut summary = Summary::default();
         for member in &members {
             *match member.state {
@@ -168,13 +173,33 @@ impl Known {
                 State::Revoked => &mut summary.revoked,
             } += 1;
             if member.state == State::Online {
-                summary.late += usize::from(member.lease_seconds_left.is_some_and(|left| left < late_below));
-                summary.ending += usize::from(member.certified_until.is_some_and(|until| until < now.1 + DAY));
-                summary.first_end = summary.first_end.into_iter().chain(member.certified_until).min();
+                summary.late += usize::from(
+                    member
+                        .lease_seconds_left
+                        .is_some_and(|left| left < late_below),
+                );
+                summary.ending += usize::from(
+                    member
+                        .certified_until
+                        .is_some_and(|until| until < now.1 + DAY),
+                );
+                summary.first_end = summary
+                    .first_end
+                    .into_iter()
+                    .chain(member.certified_until)
+                    .min();
             }
         }
-        let online = self.here.iter().map(|(peer, here)| (*peer, here.n_files)).collect();
-        Roll { members, summary, online }
+        let online = self
+            .here
+            .iter()
+            .map(|(peer, here)| (*peer, here.n_files))
+            .collect();
+        Roll {
+            members,
+            summary,
+            online,
+        }
     }
 }
 
@@ -187,8 +212,17 @@ pub(super) struct Members {
 }
 
 impl Members {
-    pub(super) fn new(store: Arc<dyn Store>, registry: Arc<Registry>, activity: Arc<Activity>) -> Self {
-        Self { store, registry, activity, roll: Kept::new() }
+    pub(super) fn new(
+        store: Arc<dyn Store>,
+        registry: Arc<Registry>,
+        activity: Arc<Activity>,
+    ) -> Self {
+        Self {
+            store,
+            registry,
+            activity,
+            roll: Kept::new(),
+        }
     }
 
     pub(super) async fn roll(&self) -> Result<Arc<Roll>, Trouble> {
@@ -199,7 +233,10 @@ impl Members {
             let (heartbeat, lease) = self.activity.intervals();
             let known = Known {
                 records: records.into_iter().collect(),
-                here: here.into_iter().map(|record| (record.announcement.peer, record)).collect(),
+                here: here
+                    .into_iter()
+                    .map(|record| (record.announcement.peer, record))
+                    .collect(),
                 heard: self.activity.peers(),
                 seen: self.activity.seen(),
                 lease_seconds: lease.as_secs(),
@@ -216,23 +253,38 @@ impl Members {
         let text = wanted.text.trim().to_lowercase();
         let is_wanted = |member: &&Member| {
             wanted.state.is_none_or(|state| state == member.state)
-                && (member.peer_id.contains(&text) || member.addresses.iter().any(|address| address.contains(&text)))
+                && (member.peer_id.contains(&text)
+                    || member
+                        .addresses
+                        .iter()
+                        .any(|address| address.contains(&text)))
         };
         let mut found: Vec<&Member> = roll.members.iter().filter(is_wanted).collect();
         match wanted.sort {
             Sort::State => found.sort_by_key(|member| member.state),
             Sort::Files => found.sort_by_key(|member| member.files),
             Sort::Sent => found.sort_by_key(|member| (member.send_rate, member.bytes_sent)),
-            Sort::Received => found.sort_by_key(|member| (member.receive_rate, member.bytes_received)),
-            Sort::Certificate => found.sort_by_key(|member| member.certified_until.unwrap_or(u64::MAX)),
-            Sort::Lease => found.sort_by_key(|member| member.lease_seconds_left.unwrap_or(u64::MAX)),
+            Sort::Received => {
+                found.sort_by_key(|member| (member.receive_rate, member.bytes_received))
+            }
+            Sort::Certificate => {
+                found.sort_by_key(|member| member.certified_until.unwrap_or(u64::MAX))
+            }
+            Sort::Lease => {
+                found.sort_by_key(|member| member.lease_seconds_left.unwrap_or(u64::MAX))
+            }
         }
         if wanted.descending {
             found.reverse();
         }
         let (offset, rows) = part.of(&found);
         let rows = rows.iter().map(|member| (*member).clone()).collect();
-        Ok(Page { total: roll.members.len(), matching: found.len(), offset, rows })
+        Ok(Page {
+            total: roll.members.len(),
+            matching: found.len(),
+            offset,
+            rows,
+        })
     }
 
     pub(super) fn rest(&self) {

@@ -88,7 +88,10 @@ impl Dashboard {
             members,
             health: self.health().await?,
             swarm,
-            history: Recent { first: first + older as u64, bytes: bytes.split_off(older) },
+            history: Recent {
+                first: first + older as u64,
+                bytes: bytes.split_off(older),
+            },
         })
     }
 
@@ -118,7 +121,12 @@ impl Dashboard {
             heartbeat_seconds: heartbeat.as_secs_f64(),
             lease_seconds: lease.as_secs_f64(),
             authority_until: self.parts.authority_until,
-            certificates: certificates.map(|(what, live)| Certificate { what, until: end(live) }).collect(),
+            certificates: certificates
+                .map(|(what, live)| Certificate {
+                    what,
+                    until: end(live),
+                })
+                .collect(),
             trust_epoch,
             memory_used: stats.used_bytes,
             memory_budget: stats.budget_bytes,
@@ -129,5 +137,7 @@ impl Dashboard {
 }
 
 fn end(certificate: &LiveCertificate) -> Option<i64> {
-    CertificateFacts::read(&certificate.leaf()).ok().map(|facts| facts.not_after)
+    CertificateFacts::read(&certificate.leaf())
+        .ok()
+        .map(|facts| facts.not_after)
 }

@@ -82,12 +82,21 @@ struct Sender {
 
 impl Swarm {
     /// The picture of what these peers say; only those in `online` (with their number of files) are drawn.
-    pub(super) fn new(heard: &HashMap<PeerId, Heard>, online: &HashMap<PeerId, usize>, listing: &Listing) -> Self {
+    pub(super) fn new(
+        heard: &HashMap<PeerId, Heard>,
+        online: &HashMap<PeerId, usize>,
+        listing: &Listing,
+    ) -> Self {
         let mut transfers: Vec<(PeerId, &Transfer)> = heard
             .iter()
             .filter(|(peer, _)| online.contains_key(peer))
             .filter_map(|(peer, heard)| Some((*peer, heard.report.as_ref()?)))
-            .flat_map(|(peer, report)| report.transfers.iter().map(move |transfer| (peer, transfer)))
+            .flat_map(|(peer, report)| {
+                report
+                    .transfers
+                    .iter()
+                    .map(move |transfer| (peer, transfer))
+            })
             .collect();
         transfers.sort_by_key(|(peer, transfer)| (Reverse(transfer.rate), *peer));
         let mut peers: HashMap<PeerId, Node> = HashMap::new();
@@ -96,7 +105,11 @@ impl Swarm {
             node.receive_rate += transfer.rate;
             node.bytes_done += transfer.bytes_done;
             node.bytes_total += transfer.bytes_total;
-            for (from, rate) in transfer.sources.iter().filter(|(from, _)| online.contains_key(from)) {
+            for (from, rate) in transfer
+                .sources
+                .iter()
+                .filter(|(from, _)| online.contains_key(from))
+            {
                 peers.entry(*from).or_default().send_rate += rate;
             }
         }
@@ -107,7 +120,11 @@ impl Swarm {
         let rest = ranked.split_off(ranked.len().min(NODES));
         // By id, so that a peer keeps its place while others overtake it.
         ranked.sort_by_key(|(peer, _)| *peer);
-        let places = ranked.iter().enumerate().map(|(at, (peer, _))| (*peer, at)).collect();
+        let places = ranked
+            .iter()
+            .enumerate()
+            .map(|(at, (peer, _))| (*peer, at))
+            .collect();
         let nodes = ranked.into_iter().map(|(peer, node)| Node {
             peer_id: Some(peer.to_string()),
             files: online.get(&peer).copied().unwrap_or_default(),
@@ -116,9 +133,15 @@ impl Swarm {
         Self {
             nodes: nodes.collect(),
             n_others: rest.len(),
-            others: rest.iter().fold(Node::default(), |sum, (_, node)| sum.with(node)),
+            others: rest
+                .iter()
+                .fold(Node::default(), |sum, (_, node)| sum.with(node)),
             lines: lines(&transfers, &places, online),
-            transfers: transfers.iter().take(TRANSFERS).map(|(peer, t)| Download::new(*peer, t, listing)).collect(),
+            transfers: transfers
+                .iter()
+                .take(TRANSFERS)
+                .map(|(peer, t)| Download::new(*peer, t, listing))
+                .collect(),
             n_transfers,
             n_moving,
             rate,
@@ -135,14 +158,21 @@ fn lines(
     let mut rates: BTreeMap<(Option<usize>, Option<usize>), u64> = BTreeMap::new();
     for (to, transfer) in transfers {
         let to = places.get(to).copied();
-        for (from, rate) in transfer.sources.iter().filter(|(from, rate)| *rate > 0 && online.contains_key(from)) {
+        for (from, rate) in transfer
+            .sources
+            .iter()
+            .filter(|(from, rate)| *rate > 0 && online.contains_key(from))
+        {
             let from = places.get(from).copied();
             if from.is_some() || to.is_some() {
                 *rates.entry((from, to)).or_default() += rate;
             }
         }
     }
-    let mut lines: Vec<Line> = rates.into_iter().map(|((from, to), rate)| Line { from, to, rate }).collect();
+    let mut lines: Vec<Line> = rates
+        .into_iter()
+        .map(|((from, to), rate)| Line { from, to, rate })
+        .collect();
     lines.sort_by_key(|line| Reverse(line.rate));
     lines.truncate(LINES);
     lines
@@ -163,11 +193,17 @@ impl Node {
 
 impl Download {
     fn new(peer: PeerId, transfer: &Transfer, listing: &Listing) -> Self {
-        let sender = |(peer, rate): &(PeerId, u64)| Sender { peer_id: peer.to_string(), rate: *rate };
+        let sender = |(peer, rate): &(PeerId, u64)| Sender {
+            peer_id: peer.to_string(),
+            rate: *rate,
+        };
         Self {
             peer_id: peer.to_string(),
             content_id: transfer.content.map(|content| content.to_string()),
-            name: transfer.content.and_then(|content| listing.name_of(content)).map(str::to_owned),
+            name: transfer
+                .content
+                .and_then(|content| listing.name_of(content))
+                .map(str::to_owned),
             bytes_total: transfer.bytes_total,
             bytes_done: transfer.bytes_done,
             files_total: transfer.files_total,
@@ -194,28 +230,72 @@ mod tests {
         let sources: Vec<_> = from.iter().map(|n| (peer(*n), rate)).collect();
         let rate = rate * sources.len() as u64;
         let (bytes_total, bytes_done, files_total, files_done) = (10, 5, 1, 0);
-        let transfer = Transfer { content: None, bytes_total, bytes_done, files_total, files_done, rate, sources };
-        Heard { at: Instant::now(), report: Some(Arc::new(Report { transfers: vec![transfer], ..Report::default() })) }
+        let transfer = Transfer {
+            content: None,
+            bytes_total,
+            bytes_done,
+            files_total,
+            files_done,
+            rate,
+            sources,
+        };
+        Heard {
+            at: Instant::now(),
+            report: Some(Arc::new(Report {
+                transfers: vec![transfer],
+                ..Report::default()
+            })),
+        }
     }
 
     #[test]
     fn the_picture_stays_small_and_its_sums_are_those_of_all() {
-        let heard: HashMap<_, _> = (0..600).map(|n| (peer(n), downloads(&[n + 1, n + 2, 700 + n % 9], 7))).collect();
+        let heard: HashMap<_, _> = (0..600)
+            .map(|n| (peer(n), downloads(&[n + 1, n + 2, 700 + n % 9], 7)))
+            .collect();
         let online = (0..709).map(|n| (peer(n), 1)).collect();
         let swarm = Swarm::new(&heard, &online, &Listing::default());
-        assert_eq!((swarm.nodes.len(), swarm.transfers.len()), (NODES, TRANSFERS));
+        assert_eq!(
+            (swarm.nodes.len(), swarm.transfers.len()),
+            (NODES, TRANSFERS)
+        );
         assert!(swarm.lines.len() <= LINES);
-        assert_eq!((swarm.n_transfers, swarm.n_moving, swarm.n_others), (600, 611, 611 - NODES));
+        assert_eq!(
+            (swarm.n_transfers, swarm.n_moving, swarm.n_others),
+            (600, 611, 611 - NODES)
+        );
         assert_eq!(swarm.rate, 600 * 21);
-        let sent = swarm.nodes.iter().map(|node| node.send_rate).sum::<u64>() + swarm.others.send_rate;
+        let sent =
+            swarm.nodes.iter().map(|node| node.send_rate).sum::<u64>() + swarm.others.send_rate;
         assert_eq!(sent, swarm.rate);
-        assert!(swarm.lines.iter().all(|line| line.from.or(line.to).is_some_and(|at| at < NODES)));
+        assert!(
+            swarm
+                .lines
+                .iter()
+                .all(|line| line.from.or(line.to).is_some_and(|at| at < NODES))
+        );
     }
 
     #[test]
     fn who_is_not_here_is_not_drawn() {
-        let heard = [(peer(1), downloads(&[2, 9], 7)), (peer(3), downloads(&[2], 7))].into();
-        let swarm = Swarm::new(&heard, &[(peer(1), 0), (peer(2), 4)].into(), &Listing::default());
-        assert_eq!((swarm.nodes.len(), swarm.lines.len(), swarm.n_transfers, swarm.n_others), (2, 1, 1, 0));
+        let heard = [
+            (peer(1), downloads(&[2, 9], 7)),
+            (peer(3), downloads(&[2], 7)),
+        ]
+        .into();
+        let swarm = Swarm::new(
+            &heard,
+            &[(peer(1), 0), (peer(2), 4)].into(),
+            &Listing::default(),
+        );
+        assert_eq!(
+            (
+                swarm.nodes.len(),
+                swarm.lines.len(),
+                swarm.n_transfers,
+                swarm.n_others
+            ),
+            (2, 1, 1, 0)
+        );
     }
 }

@@ -177,7 +177,9 @@ impl Index {
 
     /// Clears away at most [`SLICE`] files of retired slots; false if there were none.
     pub(super) fn clear_some(&mut self) -> bool {
-        let Some(&idx) = self.retired.front() else { return false };
+        let Some(&idx) = self.retired.front() else {
+            return false;
+        };
         for _ in 0..SLICE {
             let Some((key, partial)) = self.slot_mut(idx).files.pop_first() else {
                 self.retired.pop_front();
@@ -210,12 +212,25 @@ impl Index {
         };
         let content = self.contents.entry(key.content_id).or_insert_with(|| {
             bytes += CONTENT_BYTES;
-            Content { size: held.size, holders: Vec::new() }
+            Content {
+                size: held.size,
+                holders: Vec::new(),
+            }
         });
-        let at = content.holders.binary_search_by_key(&idx, |holder| holder.slot).unwrap_or_else(|at| {
-            content.holders.insert(at, Holder { slot: idx, n_names: 0, n_complete: 0 });
-            at
-        });
+        let at = content
+            .holders
+            .binary_search_by_key(&idx, |holder| holder.slot)
+            .unwrap_or_else(|at| {
+                content.holders.insert(
+                    at,
+                    Holder {
+                        slot: idx,
+                        n_names: 0,
+                        n_complete: 0,
+                    },
+                );
+                at
+            });
         content.holders[at].n_names += 1;
         content.holders[at].n_complete += u32::from(!held.partial);
         self.budget.charge(bytes);
@@ -245,7 +260,9 @@ impl Index {
             }
         }
         if let Some(content) = self.contents.get_mut(&key.content_id)
-            && let Ok(at) = content.holders.binary_search_by_key(&idx, |holder| holder.slot)
+            && let Ok(at) = content
+                .holders
+                .binary_search_by_key(&idx, |holder| holder.slot)
         {
             content.holders[at].n_names -= 1;
             content.holders[at].n_complete -= u32::from(!partial);
@@ -262,7 +279,9 @@ impl Index {
 
     /// Whether a row exists for readers.
     pub(super) fn has_row(&self, key: &FileKey) -> bool {
-        self.rows.get(key).is_some_and(|row| row.iter().any(|slot| self.is_live(*slot)))
+        self.rows
+            .get(key)
+            .is_some_and(|row| row.iter().any(|slot| self.is_live(*slot)))
     }
 
     /// A row as a reader sees it.
@@ -274,7 +293,12 @@ impl Index {
         if !self.has_row(key) {
             return None;
         }
-        let live = || content.holders.iter().filter(|holder| self.is_live(holder.slot));
+        let live = || {
+            content
+                .holders
+                .iter()
+                .filter(|holder| self.is_live(holder.slot))
+        };
         let n_live = live().count();
         let source_count = u32::try_from(n_live).expect("slots are counted in 32 bits");
         let mut room = MAX_ROW_BYTES;
@@ -284,20 +308,37 @@ impl Index {
             Some(source)
         };
         let sources = match n_live > MAX_SOURCES {
-            true => live().sample(&mut rand::rng(), MAX_SOURCES).into_iter().map_while(source).collect(),
+            true => live()
+                .sample(&mut rand::rng(), MAX_SOURCES)
+                .into_iter()
+                .map_while(source)
+                .collect(),
             false => live().map_while(&mut source).collect(),
         };
-        Some(Row { name: key.name.clone(), size: content.size, content_id: key.content_id, sources, source_count })
+        Some(Row {
+            name: key.name.clone(),
+            size: content.size,
+            content_id: key.content_id,
+            sources,
+            source_count,
+        })
     }
 
     /// The keys of a content that readers see, in order.
     pub(super) fn names_of(&self, id: ContentId) -> impl Iterator<Item = FileKey> + '_ {
-        self.keys_from(id, None).filter(|key| self.has_row(key)).take(MAX_NAMES_PER_CONTENT)
+        self.keys_from(id, None)
+            .filter(|key| self.has_row(key))
+            .take(MAX_NAMES_PER_CONTENT)
     }
 
     /// Goes through at most [`SLICE`] rows after the cursor and moves it; true once the page is full or the rows are at
     /// their end.
-    pub(super) fn scan(&self, matcher: &Matcher, cursor: &mut Option<FileKey>, page: &mut PageInMaking) -> bool {
+    pub(super) fn scan(
+        &self,
+        matcher: &Matcher,
+        cursor: &mut Option<FileKey>,
+        page: &mut PageInMaking,
+    ) -> bool {
         for (n, key) in self.candidates(matcher, cursor.as_ref()).enumerate() {
             if matcher.is_past(&key.name) {
                 return true;
@@ -320,22 +361,32 @@ impl Index {
     fn is_wanted(&self, matcher: &Matcher, key: &FileKey, content: &Content) -> bool {
         matcher.matches_key(key)
             && matcher.matches_size(content.size)
-            && matcher
-                .peer()
-                .is_none_or(|peer| self.peers.get(&peer).is_some_and(|slot| self.slot(*slot).files.contains_key(key)))
+            && matcher.peer().is_none_or(|peer| {
+                self.peers
+                    .get(&peer)
+                    .is_some_and(|slot| self.slot(*slot).files.contains_key(key))
+            })
     }
 
     /// Rows that may match, in order, from the shortest list that has them all. Good for [`SLICE`] of them.
-    fn candidates<'a>(&'a self, matcher: &Matcher, after: Option<&FileKey>) -> Box<dyn Iterator<Item = FileKey> + 'a> {
+    fn candidates<'a>(
+        &'a self,
+        matcher: &Matcher,
+        after: Option<&FileKey>,
+    ) -> Box<dyn Iterator<Item = FileKey> + 'a> {
         if let Some(prefix) = matcher.content()
             && let Some(keys) = self.keys_with(prefix, after)
         {
             return Box::new(keys.into_iter());
         }
-        let first =
-            matcher.start().map(|name| FileKey { name: name.clone(), content_id: ContentId::from_bytes([0; 32]) });
+        let first = matcher.start().map(|name| FileKey {
+            name: name.clone(),
+            content_id: ContentId::from_bytes([0; 32]),
+        });
         let from = match (after, first) {
-            (Some(after), first) if first.as_ref().is_none_or(|first| first <= after) => Bound::Excluded(after.clone()),
+            (Some(after), first) if first.as_ref().is_none_or(|first| first <= after) => {
+                Bound::Excluded(after.clone())
+            }
             (_, Some(first)) => Bound::Included(first),
             (_, None) => Bound::Unbounded,
         };
@@ -343,29 +394,50 @@ impl Index {
         match matcher.peer().map(|peer| self.peers.get(&peer)) {
             None => Box::new(self.rows.range(range).map(|(key, _)| key.clone())),
             Some(None) => Box::new(iter::empty()),
-            Some(Some(idx)) => Box::new(self.slot(*idx).files.range(range).map(|(key, _)| key.clone())),
+            Some(Some(idx)) => Box::new(
+                self.slot(*idx)
+                    .files
+                    .range(range)
+                    .map(|(key, _)| key.clone()),
+            ),
         }
     }
 
     /// The first keys after `after` whose content has the prefix; `None` if too many contents have it.
     fn keys_with(&self, prefix: ContentPrefix, after: Option<&FileKey>) -> Option<Vec<FileKey>> {
         let (first, last) = prefix.bounds();
-        let ids: Vec<ContentId> =
-            self.contents.range(first..=last).map(|(id, _)| *id).take(MAX_CONTENTS_OF_PREFIX + 1).collect();
+        let ids: Vec<ContentId> = self
+            .contents
+            .range(first..=last)
+            .map(|(id, _)| *id)
+            .take(MAX_CONTENTS_OF_PREFIX + 1)
+            .collect();
         if ids.len() > MAX_CONTENTS_OF_PREFIX {
             return None;
         }
-        let mut keys: Vec<FileKey> = ids.into_iter().flat_map(|id| self.keys_from(id, after).take(SLICE + 1)).collect();
+        let mut keys: Vec<FileKey> = ids
+            .into_iter()
+            .flat_map(|id| self.keys_from(id, after).take(SLICE + 1))
+            .collect();
         keys.sort_unstable();
         Some(keys)
     }
 
-    fn keys_from<'a>(&'a self, id: ContentId, after: Option<&FileKey>) -> impl Iterator<Item = FileKey> + 'a {
+    fn keys_from<'a>(
+        &'a self,
+        id: ContentId,
+        after: Option<&FileKey>,
+    ) -> impl Iterator<Item = FileKey> + 'a {
         let after = after.cloned();
         self.names
             .range((id, after.as_ref().map(|key| key.name.clone()))..)
             .take_while(move |(content_id, _)| *content_id == id)
-            .filter_map(move |(_, name)| Some(FileKey { name: name.clone()?, content_id: id }))
+            .filter_map(move |(_, name)| {
+                Some(FileKey {
+                    name: name.clone()?,
+                    content_id: id,
+                })
+            })
             .filter(move |key| after.as_ref().is_none_or(|after| key > after))
     }
 

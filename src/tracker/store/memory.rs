@@ -13,8 +13,8 @@ use std::{
 use tokio::{sync::broadcast, task::yield_now};
 
 use super::{
-    Budget, Heartbeat, Held, MAX_DELTA, PAUSE, PageInMaking, Registered, Registration, Stats, Store, StoreError,
-    Surveyed, check_bounds,
+    Budget, Heartbeat, Held, MAX_DELTA, PAUSE, PageInMaking, Registered, Registration, Stats,
+    Store, StoreError, Surveyed, check_bounds,
     index::{Index, Phase, SLICE, Slot, SlotIdx, Sources, file_bytes, slot_bytes},
 };
 use crate::{
@@ -52,7 +52,9 @@ struct Clock {
 
 impl Clock {
     fn tick(&mut self, now: Instant) -> Duration {
-        let gap = self.last.map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
+        let gap = self
+            .last
+            .map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
         if gap < PAUSE {
             self.ran += gap;
         }
@@ -64,15 +66,27 @@ impl Clock {
 impl MemoryStore {
     /// An empty store whose leases last this long.
     pub fn new(lease: Duration, budget: Arc<Budget>) -> Self {
-        let state = State { index: Index::new(budget.clone()), clock: Clock::default() };
-        Self { lease, budget, changes: broadcast::Sender::new(WATCH_CAPACITY), state: Mutex::new(state) }
+        let state = State {
+            index: Index::new(budget.clone()),
+            clock: Clock::default(),
+        };
+        Self {
+            lease,
+            budget,
+            changes: broadcast::Sender::new(WATCH_CAPACITY),
+            state: Mutex::new(state),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn replace(&self, mut registration: Registration, now: Instant) -> Result<Registered, StoreError> {
+    async fn replace(
+        &self,
+        mut registration: Registration,
+        now: Instant,
+    ) -> Result<Registered, StoreError> {
         let library = Building::open(self, registration.announcement.clone())?;
         loop {
             let batch: Vec<_> = iter::from_fn(|| registration.pop()).take(SLICE).collect();
@@ -87,7 +101,12 @@ impl MemoryStore {
         }
     }
 
-    fn amend(&self, mut delta: Registration, base: u64, now: Instant) -> Result<Registered, StoreError> {
+    fn amend(
+        &self,
+        mut delta: Registration,
+        base: u64,
+        now: Instant,
+    ) -> Result<Registered, StoreError> {
         let mut guard = self.lock();
         let State { index, clock } = &mut *guard;
         let idx = index.peers.get(&delta.announcement.peer).copied();
@@ -162,8 +181,12 @@ impl MemoryStore {
             let _ = self.changes.send(Change::Resync);
             return;
         }
-        let moved = old.zip(new).is_some_and(|(old, new)| old.announcement.addresses != new.announcement.addresses);
-        let changed = after.iter().filter(|(key, partial)| moved || before.get(*key) != Some(*partial));
+        let moved = old
+            .zip(new)
+            .is_some_and(|(old, new)| old.announcement.addresses != new.announcement.addresses);
+        let changed = after
+            .iter()
+            .filter(|(key, partial)| moved || before.get(*key) != Some(*partial));
         let gone = before.keys().filter(|key| !after.contains_key(*key));
         let told: Vec<FileKey> = changed.map(|(key, _)| key).chain(gone).cloned().collect();
         self.tell(index, &told);
@@ -178,8 +201,15 @@ impl MemoryStore {
             return;
         }
         for key in keys {
-            let own = if index.has_row(key) { Change::Changed } else { Change::Removed };
-            let others = index.names_of(key.content_id).filter(|other| other != key).take(MAX_OTHER_NAMES);
+            let own = if index.has_row(key) {
+                Change::Changed
+            } else {
+                Change::Removed
+            };
+            let others = index
+                .names_of(key.content_id)
+                .filter(|other| other != key)
+                .take(MAX_OTHER_NAMES);
             for change in iter::once(own(key.clone())).chain(others.map(Change::Changed)) {
                 // fails only if the last watcher has just gone
                 let _ = self.changes.send(change);
@@ -195,7 +225,11 @@ impl MemoryStore {
 }
 
 /// Whether the peer stays within its bounds.
-fn check_delta(files: &BTreeMap<FileKey, bool>, name_bytes: usize, delta: &Registration) -> Result<(), StoreError> {
+fn check_delta(
+    files: &BTreeMap<FileKey, bool>,
+    name_bytes: usize,
+    delta: &Registration,
+) -> Result<(), StoreError> {
     let (mut n_files, mut name_bytes) = (files.len(), name_bytes);
     for (key, held) in &delta.changes {
         let name_len = key.name.as_str().len();
@@ -220,7 +254,11 @@ impl<'a> Building<'a> {
         store.budget.take(slot_bytes())?;
         let (slot, serial) = store.lock().index.open(announcement);
         store.budget.give(slot_bytes());
-        Ok(Self { store, slot, serial })
+        Ok(Self {
+            store,
+            slot,
+            serial,
+        })
     }
 
     /// False once the peer was evicted.
@@ -234,7 +272,11 @@ impl<'a> Building<'a> {
         let mut state = self.store.lock();
         if self.is_open(&state) {
             for (key, held) in batch {
-                state.index.link(self.slot, key, held.expect("a full library holds no removals"));
+                state.index.link(
+                    self.slot,
+                    key,
+                    held.expect("a full library holds no removals"),
+                );
             }
         }
     }
@@ -263,7 +305,11 @@ impl Drop for Building<'_> {
 
 #[tonic::async_trait]
 impl Store for MemoryStore {
-    async fn register(&self, registration: Registration, now: Instant) -> Result<Registered, StoreError> {
+    async fn register(
+        &self,
+        registration: Registration,
+        now: Instant,
+    ) -> Result<Registered, StoreError> {
         let outcome = match registration.base {
             Some(base) => self.amend(registration, base, now),
             None => self.replace(registration, now).await,
@@ -272,21 +318,34 @@ impl Store for MemoryStore {
         outcome
     }
 
-    async fn heartbeat(&self, peer: PeerId, generation: u64, now: Instant) -> Result<Heartbeat, StoreError> {
+    async fn heartbeat(
+        &self,
+        peer: PeerId,
+        generation: u64,
+        now: Instant,
+    ) -> Result<Heartbeat, StoreError> {
         let mut guard = self.lock();
         let State { index, clock } = &mut *guard;
         let deadline = clock.tick(now) + self.lease;
-        let Some(idx) = index.peers.get(&peer).copied() else { return Ok(Heartbeat::Unknown) };
+        let Some(idx) = index.peers.get(&peer).copied() else {
+            return Ok(Heartbeat::Unknown);
+        };
         let slot = index.slot_mut(idx);
         slot.deadline = deadline;
-        Ok(if slot.announcement.generation == generation { Heartbeat::Renewed } else { Heartbeat::Stale })
+        Ok(if slot.announcement.generation == generation {
+            Heartbeat::Renewed
+        } else {
+            Heartbeat::Stale
+        })
     }
 
     async fn leave(&self, peer: PeerId, generation: u64) -> Result<bool, StoreError> {
         {
             let index = &mut self.lock().index;
             let idx = index.peers.get(&peer).copied();
-            let Some(idx) = idx.filter(|idx| index.slot(*idx).announcement.generation == generation) else {
+            let Some(idx) =
+                idx.filter(|idx| index.slot(*idx).announcement.generation == generation)
+            else {
                 return Ok(false);
             };
             self.retire(index, idx);
@@ -328,19 +387,31 @@ impl Store for MemoryStore {
         Ok(page.page)
     }
 
-    async fn rows_of(&self, contents: &[ContentId], caller_is_loopback: bool) -> Result<Vec<Row>, StoreError> {
+    async fn rows_of(
+        &self,
+        contents: &[ContentId],
+        caller_is_loopback: bool,
+    ) -> Result<Vec<Row>, StoreError> {
         let (mut rows, mut sources) = (Vec::new(), Sources::new(caller_is_loopback));
         for id in contents {
             {
                 let index = &self.lock().index;
-                rows.extend(index.names_of(*id).filter_map(|key| index.row(&key, &mut sources)));
+                rows.extend(
+                    index
+                        .names_of(*id)
+                        .filter_map(|key| index.row(&key, &mut sources)),
+                );
             }
             yield_now().await;
         }
         Ok(rows)
     }
 
-    async fn rows_at(&self, keys: &[FileKey], caller_is_loopback: bool) -> Result<Vec<Row>, StoreError> {
+    async fn rows_at(
+        &self,
+        keys: &[FileKey],
+        caller_is_loopback: bool,
+    ) -> Result<Vec<Row>, StoreError> {
         let (mut rows, mut sources) = (Vec::new(), Sources::new(caller_is_loopback));
         for keys in keys.chunks(64) {
             {
@@ -355,7 +426,10 @@ impl Store for MemoryStore {
     async fn peers(&self) -> Result<Vec<PeerRecord>, StoreError> {
         let index = &self.lock().index;
         let slots = index.peers.values().map(|idx| index.slot(*idx));
-        let record = |slot: &Slot| PeerRecord { announcement: slot.announcement.clone(), n_files: slot.files.len() };
+        let record = |slot: &Slot| PeerRecord {
+            announcement: slot.announcement.clone(),
+            n_files: slot.files.len(),
+        };
         Ok(slots.map(record).collect())
     }
 

@@ -32,7 +32,9 @@ use thiserror::Error;
 use tokio::sync::broadcast;
 
 use crate::{
-    catalog::{Announcement, Change, FileInfo, FileKey, Matcher, Page, PeerRecord, Row, SourceInfo},
+    catalog::{
+        Announcement, Change, FileInfo, FileKey, Matcher, Page, PeerRecord, Row, SourceInfo,
+    },
     content::ContentId,
     identity::PeerId,
 };
@@ -135,10 +137,19 @@ pub struct Surveyed {
 #[tonic::async_trait]
 pub trait Store: Send + Sync {
     /// Takes over a full library or a delta, and renews the lease.
-    async fn register(&self, registration: Registration, now: Instant) -> Result<Registered, StoreError>;
+    async fn register(
+        &self,
+        registration: Registration,
+        now: Instant,
+    ) -> Result<Registered, StoreError>;
 
     /// Renews the lease of a peer.
-    async fn heartbeat(&self, peer: PeerId, generation: u64, now: Instant) -> Result<Heartbeat, StoreError>;
+    async fn heartbeat(
+        &self,
+        peer: PeerId,
+        generation: u64,
+        now: Instant,
+    ) -> Result<Heartbeat, StoreError>;
 
     /// Forgets a peer that says goodbye, unless it is here with another generation. True if it was here.
     async fn leave(&self, peer: PeerId, generation: u64) -> Result<bool, StoreError>;
@@ -156,10 +167,18 @@ pub trait Store: Send + Sync {
     ) -> Result<Page, StoreError>;
 
     /// The rows of these contents, at most [`MAX_NAMES_PER_CONTENT`] for each.
-    async fn rows_of(&self, contents: &[ContentId], caller_is_loopback: bool) -> Result<Vec<Row>, StoreError>;
+    async fn rows_of(
+        &self,
+        contents: &[ContentId],
+        caller_is_loopback: bool,
+    ) -> Result<Vec<Row>, StoreError>;
 
     /// Those of these rows that exist.
-    async fn rows_at(&self, keys: &[FileKey], caller_is_loopback: bool) -> Result<Vec<Row>, StoreError>;
+    async fn rows_at(
+        &self,
+        keys: &[FileKey],
+        caller_is_loopback: bool,
+    ) -> Result<Vec<Row>, StoreError>;
 
     /// Everybody who is here.
     async fn peers(&self) -> Result<Vec<PeerRecord>, StoreError>;
@@ -191,7 +210,10 @@ pub struct Budget {
 impl Budget {
     /// A budget of so many bytes.
     pub fn new(limit: u64) -> Arc<Self> {
-        Arc::new(Self { limit, used: AtomicU64::new(0) })
+        Arc::new(Self {
+            limit,
+            used: AtomicU64::new(0),
+        })
     }
 
     /// Bytes in use.
@@ -207,9 +229,14 @@ impl Budget {
     /// Takes bytes if they are there. To be given back with [`give`](Self::give).
     fn take(&self, bytes: u64) -> Result<(), StoreError> {
         let fits = |used: u64| used.checked_add(bytes).filter(|used| *used <= self.limit);
-        match self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
+        match self
+            .used
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits)
+        {
             Ok(_) => Ok(()),
-            Err(_) => Err(StoreError::Exhausted { what: "the tracker's memory budget" }),
+            Err(_) => Err(StoreError::Exhausted {
+                what: "the tracker's memory budget",
+            }),
         }
     }
 
@@ -244,13 +271,28 @@ pub struct Registration {
 impl Registration {
     /// Begins a full library, or a delta on the generation `base`. The budget is the store's own.
     pub fn new(announcement: Announcement, base: Option<u64>, budget: Arc<Budget>) -> Self {
-        Self { announcement, base, changes: BTreeMap::new(), name_bytes: 0, budget }
+        Self {
+            announcement,
+            base,
+            changes: BTreeMap::new(),
+            name_bytes: 0,
+            budget,
+        }
     }
 
     /// Adds a file, or announces it anew.
     pub fn add(&mut self, file: FileInfo) -> Result<(), StoreError> {
-        let held = Held { size: file.size, partial: file.partial };
-        self.set(FileKey { name: file.name, content_id: file.content_id }, Some(held))
+        let held = Held {
+            size: file.size,
+            partial: file.partial,
+        };
+        self.set(
+            FileKey {
+                name: file.name,
+                content_id: file.content_id,
+            },
+            Some(held),
+        )
     }
 
     /// Takes a file out, also one that was added before.
@@ -292,7 +334,8 @@ impl Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.budget.give(self.changes.keys().map(staged_bytes).sum());
+        self.budget
+            .give(self.changes.keys().map(staged_bytes).sum());
     }
 }
 
@@ -303,10 +346,14 @@ fn staged_bytes(key: &FileKey) -> u64 {
 /// Whether one peer may have so many files with so many bytes of names.
 fn check_bounds(n_files: usize, name_bytes: usize) -> Result<(), StoreError> {
     if n_files > MAX_FILES {
-        return Err(StoreError::Exhausted { what: "the limit of 1,000,000 files for one peer" });
+        return Err(StoreError::Exhausted {
+            what: "the limit of 1,000,000 files for one peer",
+        });
     }
     if name_bytes > MAX_NAME_BYTES {
-        return Err(StoreError::Exhausted { what: "the limit of 256 MiB of names for one peer" });
+        return Err(StoreError::Exhausted {
+            what: "the limit of 256 MiB of names for one peer",
+        });
     }
     Ok(())
 }
@@ -322,13 +369,23 @@ struct PageInMaking {
 impl PageInMaking {
     fn new(limit: usize, caller_is_loopback: bool) -> Self {
         let (n_rows_left, bytes_left) = (limit.max(1), MAX_PAGE_BYTES);
-        Self { page: Page::default(), sources: Sources::new(caller_is_loopback), n_rows_left, bytes_left }
+        Self {
+            page: Page::default(),
+            sources: Sources::new(caller_is_loopback),
+            n_rows_left,
+            bytes_left,
+        }
     }
 
     /// False if there is no room for the row; the page then says where to go on. The first row always has room.
     fn push(&mut self, row: Row) -> bool {
-        let bytes =
-            128 + row.name.as_str().len() + row.sources.iter().map(|source| source_bytes(source)).sum::<usize>();
+        let bytes = 128
+            + row.name.as_str().len()
+            + row
+                .sources
+                .iter()
+                .map(|source| source_bytes(source))
+                .sum::<usize>();
         if let Some(last) = self.page.rows.last()
             && (self.n_rows_left == 0 || self.bytes_left < bytes)
         {
@@ -344,7 +401,11 @@ impl PageInMaking {
 
 /// About what a source takes on the wire.
 fn source_bytes(source: &SourceInfo) -> usize {
-    64 + source.addresses.iter().map(|address| address.len() + 4).sum::<usize>()
+    64 + source
+        .addresses
+        .iter()
+        .map(|address| address.len() + 4)
+        .sum::<usize>()
 }
 
 #[cfg(test)]
@@ -354,6 +415,8 @@ mod tests {
     #[test]
     fn one_peer_is_bounded() {
         assert_eq!(check_bounds(MAX_FILES, MAX_NAME_BYTES), Ok(()));
-        assert!(check_bounds(MAX_FILES + 1, 0).is_err() && check_bounds(0, MAX_NAME_BYTES + 1).is_err());
+        assert!(
+            check_bounds(MAX_FILES + 1, 0).is_err() && check_bounds(0, MAX_NAME_BYTES + 1).is_err()
+        );
     }
 }

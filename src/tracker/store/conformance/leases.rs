@@ -33,8 +33,15 @@ async fn expires_on_time(store: &Shared) {
     assert_eq!(store.heartbeat(peer(2), 7, now).await, Ok(Heartbeat::Stale));
     let (gone, now) = run(store, now, second).await;
     assert_eq!(gone, [peer(1)], "not after");
-    assert_eq!(everything(store).await, ["a"], "a stale heartbeat renews too");
-    assert_eq!(store.heartbeat(peer(1), 1, now).await, Ok(Heartbeat::Unknown));
+    assert_eq!(
+        everything(store).await,
+        ["a"],
+        "a stale heartbeat renews too"
+    );
+    assert_eq!(
+        store.heartbeat(peer(1), 1, now).await,
+        Ok(Heartbeat::Unknown)
+    );
     let (gone, now) = run(store, now, LEASE - second).await;
     assert_eq!(gone, [peer(2)]);
     assert_eq!(store.stats().await.unwrap().used_bytes, 0);
@@ -43,7 +50,11 @@ async fn expires_on_time(store: &Shared) {
     let (_, now) = run(store, now, LEASE - second).await;
     let amended = registration(store, from(1, 2), Some(1), &[]);
     store.register(amended, now).await.unwrap();
-    assert_eq!(run(store, now, LEASE - second).await.0, [], "a delta renews");
+    assert_eq!(
+        run(store, now, LEASE - second).await.0,
+        [],
+        "a delta renews"
+    );
 }
 
 async fn beats_keep_alive(store: &Shared) {
@@ -54,7 +65,10 @@ async fn beats_keep_alive(store: &Shared) {
         assert_eq!(gone, []);
         now = then;
         if beat % 20 != 0 {
-            assert_eq!(store.heartbeat(peer(1), 1, now).await, Ok(Heartbeat::Renewed));
+            assert_eq!(
+                store.heartbeat(peer(1), 1, now).await,
+                Ok(Heartbeat::Renewed)
+            );
         }
     }
 }
@@ -69,16 +83,36 @@ async fn pauses_do_not_count(store: &Shared) {
     let (gone, now) = run(store, woken, LEASE - BEAT - SWEEP_INTERVAL).await;
     assert_eq!(gone, [], "the lease goes on where it was");
     let woken = now + 2 * LEASE;
-    assert_eq!(store.heartbeat(peer(1), 1, woken).await, Ok(Heartbeat::Renewed), "whatever call comes first");
+    assert_eq!(
+        store.heartbeat(peer(1), 1, woken).await,
+        Ok(Heartbeat::Renewed),
+        "whatever call comes first"
+    );
     assert_eq!(run(store, woken, SWEEP_INTERVAL).await.0, [peer(2)]);
 }
 
 async fn expires_many(store: &Shared) {
     let begin = Instant::now();
     for n in 0..5000 {
-        full_at(store, n, 1, &[file(&format!("{n}"), n), file("all", 0)], begin).await;
+        full_at(
+            store,
+            n,
+            1,
+            &[file(&format!("{n}"), n), file("all", 0)],
+            begin,
+        )
+        .await;
     }
     let (gone, _) = run(store, begin, LEASE).await;
-    assert_eq!(gone.into_iter().collect::<BTreeSet<_>>(), (0..5000).map(peer).collect());
-    assert_eq!(store.stats().await.unwrap(), Stats { budget_bytes: DEFAULT_BUDGET, ..Stats::default() });
+    assert_eq!(
+        gone.into_iter().collect::<BTreeSet<_>>(),
+        (0..5000).map(peer).collect()
+    );
+    assert_eq!(
+        store.stats().await.unwrap(),
+        Stats {
+            budget_bytes: DEFAULT_BUDGET,
+            ..Stats::default()
+        }
+    );
 }

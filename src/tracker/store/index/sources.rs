@@ -16,13 +16,20 @@ pub(in super::super) struct Sources {
 
 impl Sources {
     pub(in super::super) fn new(caller_is_loopback: bool) -> Self {
-        Self { caller_is_loopback, known: HashMap::new() }
+        Self {
+            caller_is_loopback,
+            known: HashMap::new(),
+        }
     }
 
     pub(super) fn of(&mut self, slot: &Slot, partial: bool) -> Arc<SourceInfo> {
         let made = self.known.entry((slot.serial, partial)).or_insert_with(|| {
             let addresses = slot.announcement.addresses_for(self.caller_is_loopback);
-            Arc::new(SourceInfo { peer: slot.announcement.peer, addresses, partial })
+            Arc::new(SourceInfo {
+                peer: slot.announcement.peer,
+                addresses,
+                partial,
+            })
         });
         made.clone()
     }
