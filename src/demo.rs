@@ -25,8 +25,9 @@ use crate::{
     client::Control,
     content::ContentId,
     peer::{
-        self, Node, NodeOptions, Rates, hasher::hash_file, join::join,
-        tracker_client::TrackerClient,
+        self, Node, NodeOptions, Rates,
+        member::{join::join, tracker_client::TrackerClient},
+        sharing::hasher::hash_file,
     },
     proto::{
         Done, GetRequest, LimitRequest, ListFilesRequest, Wanted, get_event::Event,

@@ -6,14 +6,14 @@
 //! only, the operator port this machine only (`http.rs`); data never shares a connection with control.
 
 mod client_tls;
+mod congestion;
 mod dial;
 mod first_byte;
 mod http;
-mod line;
-mod manager;
-mod patience;
 mod rpc;
+mod sd_notify;
 mod serve;
+mod write_timeout;
 
 use std::{
     io,
@@ -26,10 +26,10 @@ use rustix::fs::{Mode, OFlags};
 use tokio::net::{TcpListener, TcpSocket, UdpSocket, UnixListener, UnixStream};
 
 pub use self::http::{bind_http, serve_http};
+pub use congestion::{LONG, Line};
 pub use dial::{Connection, DialError, dial, dial_unix, pipe};
 pub use hyper::body::Incoming;
-pub use line::{LONG, Line};
-pub use manager::tell_manager;
+pub use sd_notify::tell_manager;
 pub use serve::{Front, Limits, Listener, serve_unix};
 
 use crate::identity::Subject;

@@ -21,7 +21,7 @@ use crate::{
     client::{Control, GetEvents},
     config::Service,
     exit::{Exit, Failed},
-    peer::{self, Node, tracker_client::TrackerClient},
+    peer::{self, Node, member::tracker_client::TrackerClient},
     proto::{GetRequest, ListFilesRequest, Wanted, get_event::Event, get_request::Existing},
     safe_path::SafeName,
     units::human_size,

@@ -11,7 +11,7 @@ use super::{Action, Session, exit_code, peer as own_peer, run, status, tracker a
 use crate::{
     config::Service,
     exit::Exit,
-    peer::{self, Node, tracker_client::TrackerClient},
+    peer::{self, Node, member::tracker_client::TrackerClient},
     tracker::{Keep, Tracker},
 };
 

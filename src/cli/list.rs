@@ -17,7 +17,7 @@ use crate::{
     config::Service,
     exit::{Exit, Failed},
     identity::PeerId,
-    peer::tracker_client::TrackerClient,
+    peer::member::tracker_client::TrackerClient,
     proto::ListFilesRequest,
     safe_path::escape,
     units::human_size,

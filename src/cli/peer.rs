@@ -23,8 +23,10 @@ use crate::{
     exit::{Exit, Failed},
     peer::{
         self, Node, NodeOptions, Rates, ShareSpec,
-        join::{Joined, join as redeem, join_identity_only, renew},
-        membership::Membership,
+        member::{
+            join::{Joined, join as redeem, join_identity_only, renew},
+            membership::Membership,
+        },
     },
     safe_path::escape,
     token::JoinToken,

@@ -24,7 +24,10 @@ use crate::{
     content::ContentId,
     exit::{Exit, Failed},
     net,
-    peer::{self, membership::Membership, tracker_client::TrackerClient},
+    peer::{
+        self,
+        member::{membership::Membership, tracker_client::TrackerClient},
+    },
     proto::{ListFilesRequest, StatusResponse},
     safe_path::escape,
     tracker,

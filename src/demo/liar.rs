@@ -21,7 +21,10 @@ use tonic::{Request, Response, Status, service::Routes};
 use crate::{
     content::Manifest,
     net::{self, Front, Limits, Listener},
-    peer::{hasher::hash_file, membership::Membership, tracker_client::TrackerClient},
+    peer::{
+        member::{membership::Membership, tracker_client::TrackerClient},
+        sharing::hasher::hash_file,
+    },
     proto::{
         Chunk, FileEntry, GetChunksRequest, GetChunksResponse, GetManifestRequest,
         GetManifestResponse, HeartbeatRequest, ManifestHeader, RegisterBatch, RegisterHeader,

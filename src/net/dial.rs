@@ -36,9 +36,9 @@ use super::{
     Caller, Http2, Line,
     client_tls::{ClientTls, Clock},
     connect_unix,
-    line::Tuned,
     serve::serve_h2,
 };
+use crate::net::congestion::Tuned;
 use crate::request::{self, RequestId};
 
 /// Between two addresses of the same target (RFC 8305, "Connection Attempt Delay").

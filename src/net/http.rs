@@ -22,8 +22,8 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::Service;
 
-use super::patience::Patience;
 use crate::exit::{Exit, Failed};
+use crate::net::write_timeout::Patience;
 
 /// Connections at once: a few pages, each with its stream of events.
 const CONNECTIONS: usize = 64;

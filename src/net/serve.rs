@@ -32,12 +32,8 @@ use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
-use super::{
-    CONTROL, Caller, Http2, READ_BUFFER,
-    first_byte::FirstByte,
-    line::{Line, Tuned},
-    rpc::answer,
-};
+use super::{CONTROL, Caller, Http2, READ_BUFFER, first_byte::FirstByte, rpc::answer};
+use crate::net::congestion::{Line, Tuned};
 use crate::{
     identity::{CertificateFacts, JOIN_NAME, PeerId, Subject},
     metrics,

@@ -3,6 +3,9 @@
 //! Invariant: a Get lives as long as the stream of whoever asked for it; paths are absolute; an answer names the folder
 //! or file that was the trouble.
 
+pub mod instance;
+pub mod wire;
+
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -24,22 +27,26 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status};
 
+use self::wire::{Meter, Speed};
 use super::{
-    announce::Reachable,
-    download::Get,
-    find::Found,
-    index::Index,
-    library::Library,
     limit::{Limit, Limits as Bandwidth, Rates},
-    membership::Membership,
-    pace::Fixed,
-    progress::Progress,
-    report::{self, Meter, Speed},
     serve::Served,
-    shares::{ShareSpec, Shares},
-    swarm::Here,
-    targets::{Disk, Existing, Want},
-    tracker_client::TrackerClient,
+};
+use crate::peer::{
+    fetch::{
+        destination::{Disk, Existing, Want},
+        download::Get,
+        find::Found,
+        pace::Fixed,
+        progress::Progress,
+        swarm::Here,
+    },
+    member::{announce::Reachable, membership::Membership, tracker_client::TrackerClient},
+    sharing::{
+        index::Index,
+        library::Library,
+        shares::{ShareSpec, Shares},
+    },
 };
 use crate::{
     catalog::SourceInfo,
@@ -142,7 +149,7 @@ impl Drop for Attached {
             running.remove(&self.id);
             self.control
                 .downloaded
-                .fetch_add(report::fetched(&self.progress), Ordering::Relaxed);
+                .fetch_add(wire::fetched(&self.progress), Ordering::Relaxed);
         }
         let ended = match self.went_well {
             Some(true) => &metrics::TRANSFERS_DONE,
@@ -299,7 +306,7 @@ impl Control {
             .expect("no panic while the lock is held");
         let in_flight: u64 = running
             .values()
-            .map(|progress| report::fetched(progress))
+            .map(|progress| wire::fetched(progress))
             .sum();
         (
             running.clone(),
@@ -333,7 +340,7 @@ impl Control {
             addresses: self.reachable.addresses(),
             tracker: self.tracker.address(),
             tracker_state: self.state.borrow().clone(),
-            shares: self.shares.status().iter().map(report::share).collect(),
+            shares: self.shares.status().iter().map(wire::share).collect(),
             downloads: self
                 .downloads
                 .as_ref()
@@ -350,16 +357,13 @@ impl Control {
                 .iter()
                 .map(|(id, running)| DownloadStatus {
                     id: *id,
-                    progress: Some(report::running(
-                        running,
-                        running.rate.load(Ordering::Relaxed),
-                    )),
+                    progress: Some(wire::running(running, running.rate.load(Ordering::Relaxed))),
                 })
                 .collect(),
             certificate_seconds_left: self.membership.seconds_left(),
             uptime_seconds: self.started.elapsed().as_secs(),
             uploads_running: self.served.streams.load(Ordering::Relaxed),
-            limits: Some(report::limits(&self.limits)),
+            limits: Some(wire::limits(&self.limits)),
         }
     }
 }
@@ -402,24 +406,24 @@ async fn tell(
                 // All that there are, for each turn of this loop asks the whole Get how it is.
                 1.. = happened.recv_many(&mut heard, QUEUE) => {
                     for happening in heard.drain(..) {
-                        let _ = send(report::event(happening)).await;
+                        let _ = send(wire::event(happening)).await;
                     }
                 }
-                _ = ticks.tick() => drop(send(get_event::Event::Progress(report::progress(&progress, &mut speed))).await),
+                _ = ticks.tick() => drop(send(get_event::Event::Progress(wire::progress(&progress, &mut speed))).await),
                 () = events.closed() => return Ok(()),
             }
         };
         while let Ok(happening) = happened.try_recv() {
-            let _ = send(report::event(happening)).await;
+            let _ = send(wire::event(happening)).await;
         }
         outcome
     }
     .await;
-    let summary = report::summary(&progress, began.elapsed());
+    let summary = wire::summary(&progress, began.elapsed());
     attached.went_well = (!events.is_closed()).then_some(outcome.is_ok());
     let last = match outcome {
         Ok(()) => get_event::Event::Done(summary),
-        Err(error) => get_event::Event::Failed(report::failure(&error, summary)),
+        Err(error) => get_event::Event::Failed(wire::failure(&error, summary)),
     };
     // Detached before the last word, so that a Node that waits for its requests may end when it is heard.
     drop(attached);
@@ -476,7 +480,7 @@ impl control_service_server::ControlService for ControlServer {
             wanted.download_per_peer,
         );
         Ok(Response::new(LimitResponse {
-            limits: Some(report::limits(&self.0.limits)),
+            limits: Some(wire::limits(&self.0.limits)),
         }))
     }
 
@@ -508,7 +512,7 @@ impl control_service_server::ControlService for ControlServer {
             .await
             .map_err(|e| Status::internal(e.to_string()))?
             .map_err(|error| Status::invalid_argument(format!("{error:#}")))?;
-        super::remembered::add(&self.0.remember, &spec)
+        crate::peer::sharing::saved_shares::add(&self.0.remember, &spec)
             .map_err(|error| Status::internal(format!("{error:#}")))?;
         let path = path.canonicalize().unwrap_or(path);
         let deadline = Instant::now() + SCAN;
@@ -524,7 +528,7 @@ impl control_service_server::ControlService for ControlServer {
                     return Ok(Response::new(ShareResponse {
                         files_to_hash: state.progress.files_to_hash,
                         bytes_to_hash: state.progress.bytes_to_hash,
-                        share: Some(report::share(&state)),
+                        share: Some(wire::share(&state)),
                     }));
                 }
                 None => return Err(Status::internal("the share is gone")),

@@ -7,7 +7,7 @@
 //! Invariant: without a limit, taking is one load. A waiter that is dropped charges nothing. The queue of a limit is
 //! moved on by one task, which exists while somebody waits.
 
-mod turns;
+mod fair_queue;
 
 use std::{
     collections::HashMap,
@@ -23,8 +23,8 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-pub use self::turns::Rates;
-use self::turns::{Next, Ticket, Turns};
+pub use self::fair_queue::Rates;
+use self::fair_queue::{Next, Ticket, Turns};
 use crate::identity::PeerId;
 
 /// No limit at all, as a rate.

@@ -4,7 +4,8 @@
 
 use std::{collections::BTreeMap, sync::atomic::Ordering};
 
-use super::{account::State, control::Control, serve::STREAMS};
+use super::{control::Control, serve::STREAMS};
+use crate::peer::fetch::source_stats::State;
 use crate::{
     metrics::{self as counted, Page},
     operator::Operated,

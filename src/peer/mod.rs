@@ -3,38 +3,13 @@
 //! Invariants: one process per state directory; whoever holds the lock serves the control socket; everything runs under
 //! one token and one tracker of tasks, and stop means: leave the network, let streams finish, end.
 
-pub mod account;
-pub mod announce;
 pub mod control;
-pub mod download;
-pub mod find;
-pub mod hasher;
-mod holder;
-pub mod index;
-pub mod join;
-pub mod keeper;
-pub mod library;
+pub mod fetch;
 pub mod limit;
-pub mod membership;
+pub mod member;
 mod metrics;
-pub mod pace;
-pub mod picker;
-pub mod progress;
-pub mod remembered;
-pub mod report;
-pub mod reuse;
-pub mod roster;
-pub mod scan;
 pub mod serve;
-pub mod share;
-pub mod shares;
-pub mod source;
-mod spent;
-pub mod storage;
-pub mod swarm;
-pub mod targets;
-pub mod tracker_client;
-pub mod watcher;
+pub mod sharing;
 
 use std::{
     collections::BTreeMap,
@@ -50,21 +25,27 @@ use tokio::{net::TcpListener, sync::watch, task::spawn_blocking};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
-pub use self::holder::attach;
+pub use self::control::instance::attach;
 use self::{
-    announce::{Announcer, Reachable},
-    control::{Control, ControlServer},
-    holder::{SOCKET, lock},
-    index::Index,
-    library::Library,
+    control::{
+        Control, ControlServer,
+        instance::{SOCKET, lock},
+        wire::Meter,
+    },
     limit::{Limit, Limits as Bandwidth},
-    membership::Membership,
-    report::Meter,
+    member::{
+        announce::{Announcer, Reachable},
+        membership::Membership,
+        tracker_client::TrackerClient,
+    },
     serve::{ChunkServer, Served, Uncopied},
-    shares::{Shares, SharesConfig},
-    tracker_client::TrackerClient,
+    sharing::{
+        index::Index,
+        library::Library,
+        shares::{Shares, SharesConfig},
+    },
 };
-pub use self::{limit::Rates, shares::ShareSpec};
+pub use self::{limit::Rates, sharing::shares::ShareSpec};
 use crate::{
     exit::{Exit, Failed},
     identity::PeerId,
@@ -165,7 +146,7 @@ impl Node {
         let membership = tracker.membership().clone();
         let lock = lock(&options.state_dir).await?;
         if membership.seconds_left() <= 0 {
-            join::renew(&membership)
+            member::join::renew(&membership)
                 .await
                 .context("the certificate has ended")?;
         }
@@ -245,7 +226,7 @@ impl Node {
             .for_each(|listener| node.serve_operator(listener));
         node.announce(state, options.listen.is_none());
         node.tasks
-            .spawn(join::keep_renewed(membership, node.cancel.clone()));
+            .spawn(member::join::keep_renewed(membership, node.cancel.clone()));
         Ok(node)
     }
 
@@ -382,7 +363,7 @@ fn add_shares(options: &NodeOptions, shares: &Shares, remember: &Path) -> Result
     };
     // A folder that went away since it was remembered must not keep a peer from starting.
     for spec in if options.listen.is_some() {
-        remembered::load(remember)?
+        sharing::saved_shares::load(remember)?
     } else {
         vec![]
     } {

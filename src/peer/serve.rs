@@ -22,20 +22,18 @@ use tonic::{Request, Response, Status};
 
 mod body;
 mod chunks;
-mod crowd;
 mod have;
+mod super_seed;
 
 pub use self::body::Uncopied;
 use self::{
     body::Parts,
     chunks::{Sending, ranges},
-    crowd::Crowds,
     have::Watching,
+    super_seed::Crowds,
 };
-use super::{
-    library::{Library, ServeError},
-    limit::Limit,
-};
+use super::limit::Limit;
+use crate::peer::sharing::library::{Library, ServeError};
 use crate::{
     content::{ContentId, prove_single},
     identity::{PeerId, Role},

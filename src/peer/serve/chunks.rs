@@ -18,15 +18,10 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
 
 use super::{
-    super::{
-        library::{Have, Library, Reader, ServeError},
-        limit::Lane,
-    },
-    NO_PROGRESS, Served, blocking,
-    body::Part,
-    content_error,
-    crowd::Crowds,
+    super::limit::Lane, NO_PROGRESS, Served, blocking, body::Part, content_error,
+    super_seed::Crowds,
 };
+use crate::peer::sharing::library::{Have, Library, Reader, ServeError};
 use crate::{
     content::{ContentId, Layout},
     identity::PeerId,

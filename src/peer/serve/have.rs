@@ -9,10 +9,10 @@ use tokio::{sync::mpsc, time::sleep};
 use tonic::Status;
 
 use super::{
-    super::library::{Have, Library, ServeError},
     NO_PROGRESS, content_error,
-    crowd::{Crowds, Watch},
+    super_seed::{Crowds, Watch},
 };
+use crate::peer::sharing::library::{Have, Library, ServeError};
 use crate::{
     catalog::Announcement,
     content::ContentId,

@@ -1,0 +1,8 @@
+//! Membership of this machine: its certificate, joining and renewing, the tracker's client, and what is announced to it.
+//!
+//! Invariant: what is told to the tracker, and believed of it, goes through this wing.
+
+pub mod announce;
+pub mod join;
+pub mod membership;
+pub mod tracker_client;
