@@ -33,11 +33,15 @@ pub enum Exit {
     Tracker = 10,
     /// Not a member, token refused, certificate not accepted.
     Auth = 11,
+    /// Some of the files are here, the others could not be had.
+    Partly = 12,
+    /// The tracker's listing is not whole yet: those who were here before it restarted are not all back.
+    NotWhole = 13,
 }
 
 impl Exit {
     /// All of them with what they mean, for `--help` and the man page.
-    pub const TABLE: [(Self, &'static str); 11] = [
+    pub const TABLE: [(Self, &'static str); 13] = [
         (Self::Failure, "failure without a code of its own"),
         (
             Self::Usage,
@@ -54,6 +58,14 @@ impl Exit {
         (
             Self::Auth,
             "not a member, or the token or certificate was refused",
+        ),
+        (
+            Self::Partly,
+            "partly: some files are here, the others are named",
+        ),
+        (
+            Self::NotWhole,
+            "the tracker's listing is not whole yet; try again soon",
         ),
     ];
 
