@@ -31,8 +31,7 @@ use sprat::{
         Node, NodeOptions, Rates, ShareSpec,
         fetch::{
             destination::{Disk, Existing, Want},
-            download::Get,
-            find::Found,
+            download::{Get, open_files},
             pace::Fixed,
             progress::Progress,
             swarm::Here,
@@ -390,7 +389,9 @@ impl Stage {
                 cancel: cancel.clone(),
             },
             wants: vec![self.want.clone()],
-            found: Found::default(),
+            holders: vec![],
+            patience: None,
+            open_files: open_files(),
             existing: Existing::Refuse,
             tasks: tasks.clone(),
             ending,
@@ -407,11 +408,7 @@ impl Stage {
                 Some(_) = happened.recv() => {}
                 _ = ticks.tick() => {}
             }
-            let has: u64 = progress
-                .accounts()
-                .values()
-                .map(|account| account.bytes)
-                .sum();
+            let has: u64 = progress.sources().values().map(|source| source.bytes).sum();
             if has > had {
                 longest = longest.max(since.elapsed());
                 (had, since) = (has, Instant::now());

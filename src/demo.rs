@@ -281,7 +281,7 @@ async fn download(stage: &mut Stage, owl: &Node, id: ContentId, size: u64) -> Re
         wanted,
         output,
         existing: Existing::Refuse.into(),
-        sources: vec![],
+        ..GetRequest::default()
     };
     let mut control = Control::new(owl.control());
     let mut events = control.get(request).await?;

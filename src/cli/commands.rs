@@ -342,6 +342,30 @@ pub struct GetArgs {
     /// If a different file is in the way, leave it and go on
     #[arg(long)]
     pub(super) skip: bool,
+    /// How long to wait while no source brings anything, or none [default: 2m]
+    #[arg(long, value_name = "DURATION|none", value_parser = patience)]
+    pub(super) timeout: Option<Patience>,
+}
+
+/// How long a get waits for sources.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Patience {
+    /// So many seconds.
+    Seconds(u32),
+    /// For ever.
+    Endless,
+}
+
+fn patience(text: &str) -> Result<Patience, String> {
+    if text == "none" {
+        return Ok(Patience::Endless);
+    }
+    let duration = parse_duration(text).map_err(|error| error.to_string())?;
+    let seconds = u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
+    match seconds {
+        0 => Err("at least one second, or none to wait for ever".into()),
+        seconds => Ok(Patience::Seconds(seconds)),
+    }
 }
 
 /// `sprat status`

@@ -11,7 +11,7 @@ use futures_util::FutureExt;
 
 use super::{
     Ended, Session, Stop,
-    commands::GetArgs,
+    commands::{GetArgs, Patience},
     exit_code, list, message,
     peer::{one_shot, utf8},
     progress::Report,
@@ -32,20 +32,25 @@ const SHOWN: usize = 5;
 
 pub(super) async fn run(session: &Session, args: &GetArgs) -> Result<()> {
     let mut report = Report::new(session.json, session.quiet, session.verbose);
-    let result = fetch(session, args, &mut report).await;
+    let result = fetch(session, args, &mut report).await.map_err(interrupted);
     report.clear();
     if let Err(error) = &result {
         report.failed(exit_code(error), &message(error))?;
     }
-    result.map_err(|error| match error.downcast::<Ended>() {
-        Ok(Ended { code, message }) if !message.is_empty() => Ended {
-            code,
+    result
+}
+
+/// A get that was told to stop can be continued.
+fn interrupted(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast::<Ended>() {
+        Ok(Ended { message, .. }) if !message.is_empty() => Ended {
+            code: Exit::Incomplete as u8,
             message: format!("{message}; run the same command again to continue"),
         }
         .into(),
         Ok(ended) => ended.into(),
         Err(error) => error,
-    })
+    }
 }
 
 async fn fetch(session: &Session, args: &GetArgs, report: &mut Report) -> Result<()> {
@@ -135,7 +140,17 @@ impl Holder {
             (.., true) => Existing::Skip,
             _ => Existing::Refuse,
         };
-        let events = self.control.get(request(rows, output, existing)).await?;
+        let (timeout_seconds, no_timeout) = match args.timeout {
+            Some(Patience::Seconds(seconds)) => (seconds, false),
+            Some(Patience::Endless) => (0, true),
+            None => (0, false),
+        };
+        let request = GetRequest {
+            timeout_seconds,
+            no_timeout,
+            ..request(rows, output, existing)
+        };
+        let events = self.control.get(request).await?;
         let told = Self::tell(events, report).await;
         // What is on the disk is told before anything else is done, whatever ended it.
         let flushed = report.flush();
@@ -237,6 +252,7 @@ fn request(rows: &[Row], output: String, existing: Existing) -> GetRequest {
         output,
         existing: existing.into(),
         sources,
+        ..GetRequest::default()
     }
 }
 

@@ -105,6 +105,9 @@ impl Report {
             Event::FileDone(file) if !matches!(self.style, Style::Json) => {
                 self.say(&escape(&file.path))?;
             }
+            Event::FileFailed(file) if !matches!(self.style, Style::Json) => {
+                self.note(&file.text);
+            }
             Event::Note(told) if !matches!(self.style, Style::Json) => self.note(&told.text),
             Event::Done(done) if !matches!(self.style, Style::Json) => {
                 self.clear();
@@ -306,6 +309,13 @@ enum Line<'a> {
         path: &'a str,
         already_there: bool,
     },
+    FileFailed {
+        name: &'a str,
+        content_id: &'a str,
+        /// One word.
+        reason: String,
+        text: &'a str,
+    },
     Note {
         text: &'a str,
         #[serde(skip_serializing_if = "str::is_empty")]
@@ -346,6 +356,7 @@ struct Summary<'a> {
     bytes_wasted: u64,
     files: u64,
     files_skipped: u64,
+    files_failed: u64,
     duration_ms: u64,
     bottleneck: &'a str,
     sources: Vec<Share<'a>>,
@@ -371,6 +382,16 @@ impl<'a> Line<'a> {
                 size: file.size,
                 path: &file.path,
                 already_there: file.already_there,
+            },
+            Event::FileFailed(file) => Self::FileFailed {
+                name: &file.name,
+                content_id: &file.content_id,
+                reason: file
+                    .reason()
+                    .as_str_name()
+                    .trim_start_matches("REASON_")
+                    .to_ascii_lowercase(),
+                text: &file.text,
             },
             Event::Note(note) => Self::Note {
                 text: &note.text,
@@ -428,6 +449,7 @@ impl<'a> From<&'a Done> for Summary<'a> {
             bytes_wasted: done.bytes_wasted,
             files: done.files,
             files_skipped: done.files_skipped,
+            files_failed: done.files_failed,
             duration_ms: done.duration_ms,
             bottleneck: &done.bottleneck,
             sources: done.sources.iter().map(share).collect(),
@@ -464,6 +486,7 @@ mod tests {
             sources: vec![source(2 << 20, "gone"), source(0, "banned")],
             bytes_wasted: 0,
             files_skipped: 1,
+            files_failed: 0,
             bottleneck: "disk".into(),
         }
     }

@@ -20,11 +20,14 @@ use std::{
 use anyhow::{Context, Result};
 use futures_util::Stream;
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Semaphore, mpsc, watch},
     time::interval,
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{AbortOnDropHandle, TaskTracker},
+};
 use tonic::{Request, Response, Status};
 
 use self::wire::{Meter, Speed};
@@ -36,7 +39,6 @@ use crate::peer::{
     fetch::{
         destination::{Disk, Existing, Want},
         download::Get,
-        find::Found,
         pace::Fixed,
         progress::Progress,
         swarm::Here,
@@ -61,6 +63,8 @@ use crate::{
 
 /// Events that wait for whoever asked: many small files end at once.
 const QUEUE: usize = 1024;
+/// How long a Get waits for something useful unless told otherwise.
+const PATIENCE: Duration = Duration::from_secs(120);
 /// Between two progress events.
 const PROGRESS: Duration = Duration::from_millis(100);
 /// How long a first scan may take before a Share is answered without its counts.
@@ -98,6 +102,8 @@ pub struct Control {
     pub tasks: TaskTracker,
     /// Closed; holds what winds up a Get that was dropped.
     pub ending: TaskTracker,
+    /// Permits for files that Gets have open.
+    pub open_files: Arc<Semaphore>,
     /// Gets under way, by number.
     pub running: Mutex<BTreeMap<u64, Arc<Progress>>>,
     /// How many requests are attached.
@@ -233,7 +239,7 @@ impl Control {
             })
         });
         let wants = wants.collect::<Result<Vec<_>>>()?;
-        let found = self.told(request, &wants)?;
+        let holders = Self::holders(request)?;
         if file.is_some() && wants.len() != 1 {
             return Err(
                 Failed::new(Exit::Usage, "several files need a folder: end -o with /").into(),
@@ -263,6 +269,11 @@ impl Control {
             self.ending.clone(),
         );
         let fixed = Fixed::default();
+        let patience = match (request.no_timeout, request.timeout_seconds) {
+            (true, _) => None,
+            (_, 0) => Some(PATIENCE),
+            (_, seconds) => Some(Duration::from_secs(seconds.into())),
+        };
         Ok(Get {
             membership,
             tracker,
@@ -271,31 +282,28 @@ impl Control {
             fixed,
             disk,
             wants,
-            found,
+            holders,
             existing,
+            patience,
+            open_files: self.open_files.clone(),
             tasks,
             ending,
         })
     }
 
-    /// Who holds what, as the caller says.
-    fn told(&self, request: &GetRequest, wants: &[Want]) -> Result<Found> {
-        let sources = request
-            .sources
-            .iter()
-            .map(|source| SourceInfo::try_from(source.clone()));
-        let sources = sources.collect::<Result<Vec<_>, _>>()?;
-        let mut found = Found::default();
-        for (wanted, want) in request.wanted.iter().zip(wants) {
-            let holders = wanted
-                .sources
-                .iter()
-                .filter_map(|at| sources.get(*at as usize));
-            for holder in holders.filter(|holder| holder.peer != self.membership.id()) {
-                found.told(holder, want.id);
+    /// Who holds what, as the caller says: each holder with positions of what is wanted.
+    fn holders(request: &GetRequest) -> Result<Vec<(SourceInfo, Vec<usize>)>> {
+        let sources = request.sources.iter().cloned();
+        let sources = sources.map(|source| Ok((SourceInfo::try_from(source)?, vec![])));
+        let mut holders = sources.collect::<Result<Vec<_>>>()?;
+        for (want, wanted) in request.wanted.iter().enumerate() {
+            for at in &wanted.sources {
+                if let Some((_, wants)) = holders.get_mut(*at as usize) {
+                    wants.push(want);
+                }
             }
         }
-        Ok(found)
+        Ok(holders)
     }
 
     /// Gets under way, and the bytes that came over the network so far.
@@ -397,12 +405,14 @@ async fn tell(
         let started = Started { bytes_total, files_total: get.wants.len() as u64 };
         let _ = send(get_event::Event::Started(started)).await;
         let (happenings, mut happened) = mpsc::channel(QUEUE);
-        let mut run = std::pin::pin!(get.run(progress.clone(), happenings));
+        // A task of its own, so that a slow reader of its story holds up nothing else.
+        let run = carried(get.run(progress.clone(), happenings));
+        let mut run = AbortOnDropHandle::new(tokio::spawn(run));
         let mut ticks = interval(PROGRESS);
         let (mut speed, mut heard) = (Speed::default(), vec![]);
         let outcome = loop {
             tokio::select! {
-                outcome = run.as_mut() => break outcome,
+                outcome = &mut run => break outcome?,
                 // All that there are, for each turn of this loop asks the whole Get how it is.
                 1.. = happened.recv_many(&mut heard, QUEUE) => {
                     for happening in heard.drain(..) {

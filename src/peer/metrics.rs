@@ -5,19 +5,19 @@
 use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use super::{control::Control, serve::STREAMS};
-use crate::peer::fetch::source_stats::State;
+use crate::peer::fetch::source_stats::Standing;
 use crate::{
     metrics::{self as counted, Page},
     operator::Operated,
     tls::seconds_left,
 };
 
-const STATES: [(&str, State); 5] = [
-    ("connecting", State::Connecting),
-    ("active", State::Active),
-    ("resting", State::Resting),
-    ("banned", State::Banned),
-    ("gone", State::Gone),
+const STATES: [(&str, Standing); 5] = [
+    ("connecting", Standing::Connecting),
+    ("active", Standing::Active),
+    ("resting", Standing::Resting),
+    ("banned", Standing::Banned),
+    ("gone", Standing::Gone),
 ];
 
 impl Operated for Control {
@@ -96,8 +96,8 @@ fn sources(control: &Control, page: &mut Page) {
         .clone();
     let mut states = BTreeMap::new();
     for progress in running.values() {
-        for account in progress.accounts().values() {
-            *states.entry(account.state as usize).or_insert(0_u64) += 1;
+        for source in progress.sources().values() {
+            *states.entry(source.standing as usize).or_insert(0_u64) += 1;
         }
     }
     let mut sources = page.gauge(

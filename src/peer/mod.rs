@@ -192,6 +192,7 @@ impl Node {
             cancel: cancel.clone(),
             tasks: tasks.clone(),
             ending,
+            open_files: fetch::download::open_files(),
             running: Mutex::new(BTreeMap::new()),
             attached: watch::Sender::new(0),
             downloaded: AtomicU64::new(0),

@@ -9,8 +9,9 @@ use std::{
 
 use crate::peer::{
     fetch::{
+        contents::Aside,
         progress::{Happening, Progress},
-        source_stats::{Account, State},
+        source_stats::{SourceStats, Standing},
     },
     limit,
     sharing::share_task::ShareState,
@@ -18,7 +19,10 @@ use crate::peer::{
 use crate::{
     exit::{Exit, Failed},
     identity::PeerId,
-    proto::{self, FileDone, FileProgress, Note, ShareStatus, SourceProgress, get_event::Event},
+    proto::{
+        self, FileDone, FileFailed, FileProgress, Note, ShareStatus, SourceProgress,
+        file_failed::Reason, get_event::Event,
+    },
     safe_path::escape,
 };
 
@@ -117,11 +121,11 @@ impl Meter {
         kept: &mut HashMap<(u64, PeerId), Speed>,
     ) -> proto::Transfer {
         let mut sources = vec![];
-        for (peer, account) in progress.accounts() {
+        for (peer, stats) in progress.sources() {
             let mut speed = self.sources.remove(&(id, peer)).unwrap_or_default();
-            let bytes_per_second = speed.at(account.bytes, now);
+            let bytes_per_second = speed.at(stats.bytes, now);
             kept.insert((id, peer), speed);
-            if account.state == State::Active {
+            if stats.standing == Standing::Active {
                 sources.push(proto::TransferSource {
                     peer_id: peer.to_string(),
                     bytes_per_second,
@@ -173,6 +177,12 @@ pub fn event(happening: Happening) -> Event {
             path: path.to_string_lossy().into_owned(),
             already_there,
         }),
+        Happening::FileFailed { want, why, text } => Event::FileFailed(FileFailed {
+            name: want.name.to_string(),
+            content_id: want.id.to_string(),
+            reason: reason(why).into(),
+            text,
+        }),
         Happening::Note(peer, text) => Event::Note(Note {
             text,
             peer_id: peer.map(|peer| peer.to_string()).unwrap_or_default(),
@@ -180,31 +190,41 @@ pub fn event(happening: Happening) -> Event {
     }
 }
 
-fn source((peer, account): (&PeerId, &Account)) -> SourceProgress {
-    let state = match account.state {
-        State::Connecting => "connecting",
-        State::Active => "active",
-        State::Resting => "resting",
-        State::Banned => "banned",
-        State::Gone => "gone",
+const fn reason(why: Aside) -> Reason {
+    match why {
+        Aside::Unreachable => Reason::Unreachable,
+        Aside::Gone => Reason::Gone,
+        Aside::Changed => Reason::Changed,
+        Aside::Unreadable => Reason::Unreadable,
+        Aside::Bad => Reason::Bad,
+        Aside::Disk => Reason::Disk,
+        Aside::Exists => Reason::Exists,
+        Aside::Name => Reason::Name,
+        Aside::Denied => Reason::Denied,
+    }
+}
+
+fn source((peer, stats): (&PeerId, &SourceStats)) -> SourceProgress {
+    let state = match stats.standing {
+        Standing::Connecting => "connecting",
+        Standing::Active => "active",
+        Standing::Resting => "resting",
+        Standing::Banned => "banned",
+        Standing::Gone => "gone",
     };
     SourceProgress {
         peer_id: peer.to_string(),
-        bytes: account.bytes,
-        bytes_per_second: account.goodput,
-        chunk_length: account.sizes.0,
-        claim_pieces: account.sizes.1,
+        bytes: stats.bytes,
+        bytes_per_second: stats.goodput,
+        chunk_length: stats.sizes.0,
+        claim_pieces: stats.sizes.1,
         state: state.into(),
-        address: account.address.clone(),
+        address: stats.address.clone(),
     }
 }
 
 fn sources(progress: &Progress) -> Vec<SourceProgress> {
-    let accounts = progress
-        .accounts
-        .lock()
-        .expect("no panic while the lock is held");
-    let mut sources: Vec<_> = accounts.iter().map(source).collect();
+    let mut sources: Vec<_> = progress.sources().iter().map(source).collect();
     sources.sort_by(|a, b| {
         b.bytes
             .cmp(&a.bytes)
@@ -215,13 +235,8 @@ fn sources(progress: &Progress) -> Vec<SourceProgress> {
 
 /// Bytes of a Get that came over the network and were good.
 pub fn fetched(progress: &Progress) -> u64 {
-    progress
-        .accounts
-        .lock()
-        .expect("no panic while the lock is held")
-        .values()
-        .map(|account| account.bytes)
-        .sum()
+    let sources = progress.sources();
+    sources.values().map(|stats| stats.bytes).sum()
 }
 
 /// Where a Get stands.
@@ -259,12 +274,12 @@ pub fn running(progress: &Progress, bytes_per_second: u64) -> proto::Progress {
 /// What holds a Get up, in one word; empty if nothing came over the network.
 fn bottleneck(progress: &Progress, wall: Duration) -> String {
     let n_sources = progress
-        .accounts()
+        .sources()
         .values()
-        .filter(|account| account.bytes > 0)
+        .filter(|stats| stats.bytes > 0)
         .count();
     let found = progress
-        .spent
+        .stage_times
         .bottleneck(wall, u32::try_from(n_sources).unwrap_or(u32::MAX));
     found
         .filter(|_| n_sources > 0)
@@ -274,13 +289,7 @@ fn bottleneck(progress: &Progress, wall: Duration) -> String {
 
 /// How a Get ended.
 pub fn summary(progress: &Progress, duration: Duration) -> proto::Done {
-    let wasted = progress
-        .accounts
-        .lock()
-        .expect("no panic while the lock is held")
-        .values()
-        .map(|a| a.wasted)
-        .sum();
+    let wasted = progress.sources().values().map(|stats| stats.wasted).sum();
     proto::Done {
         bytes_total: progress.bytes_total.load(Ordering::Relaxed),
         bytes_fetched: fetched(progress),
@@ -290,6 +299,7 @@ pub fn summary(progress: &Progress, duration: Duration) -> proto::Done {
         sources: sources(progress),
         bytes_wasted: wasted,
         files_skipped: progress.files_skipped.load(Ordering::Relaxed),
+        files_failed: progress.files_failed.load(Ordering::Relaxed),
         bottleneck: bottleneck(progress, duration),
     }
 }

@@ -7,6 +7,7 @@
 use std::{io, path::PathBuf, sync::Arc};
 
 use anyhow::Result;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -68,6 +69,8 @@ pub struct Opened {
     pub storage: Arc<Storage>,
     /// Missing pieces that are probably on this disk, ascending.
     pub local: Vec<LocalPiece>,
+    /// It counts as open.
+    pub permit: Option<OwnedSemaphorePermit>,
 }
 
 /// A complete content that is to get its name.
@@ -110,22 +113,20 @@ pub struct Disk {
 const MAX_NUMBER: u32 = 999;
 
 impl Disk {
-    /// Looks at the targets of all of these, as [`look`](Self::look) does; once at a folder that is not there.
-    ///
-    /// # Errors
-    /// As [`look`](Self::look), at the first that fails.
-    pub fn look_at_all<'a>(&self, wants: &'a [Want], existing: Existing) -> Result<Vec<Target>> {
+    /// Looks at the targets of all of these, as [`look`](Self::look) does; once at a folder that is not there. What was
+    /// found is in the same order.
+    pub fn look_at_all(&self, wants: &[Want], existing: Existing) -> Vec<Result<Target>> {
         let mut missing = None;
-        let look = |want: &'a Want| {
+        let look = |want: &Want| {
             let folder = want.target.folder();
-            if Some(folder) == missing
+            if Some(folder) == missing.as_deref()
                 || self
                     .root
                     .folder_of(&want.target)
                     .map_err(unwritable)?
                     .is_none()
             {
-                missing = Some(folder);
+                missing = Some(folder.to_owned());
                 return Ok(Target::Free(want.target.clone()));
             }
             self.look(want, existing)
@@ -220,23 +221,18 @@ impl Disk {
     }
 
     /// Opens the `.part` of each content, under the name given beside it, and finds what is on this disk already. Reads no
-    /// data.
-    ///
-    /// # Errors
-    /// [`Exit::NoSpace`] and the like, see [`explain`]; of the first that fails.
-    pub fn open(&self, files: &[(&Want, &SafeName, Manifest)]) -> Result<Vec<Opened>> {
+    /// data. The outcomes are in the same order, and each concerns its own content.
+    pub fn open(
+        &self,
+        files: &[(&Want, &SafeName, Manifest)],
+    ) -> Vec<Result<Opened, StorageError>> {
         let open = |(_, name, manifest): &(_, &SafeName, Manifest)| {
             Storage::open(&self.root, name, manifest.clone())
         };
-        let storages = files
-            .iter()
-            .map(open)
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(explain)?;
-        let wanted: Vec<_> = storages
-            .iter()
-            .zip(files)
-            .map(|(storage, (want, ..))| (storage, &want.target))
+        let storages: Vec<_> = files.iter().map(open).collect();
+        let opened = storages.iter().zip(files);
+        let wanted: Vec<_> = opened
+            .filter_map(|(storage, (want, ..))| Some((storage.as_ref().ok()?, &want.target)))
             .collect();
         let local = Places {
             library: &self.library,
@@ -244,13 +240,17 @@ impl Disk {
             index: &self.index,
         }
         .find(&wanted);
-        let opened = storages.into_iter().zip(local);
-        Ok(opened
-            .map(|(storage, local)| Opened {
-                storage: Arc::new(storage),
-                local,
-            })
-            .collect())
+        let mut local = local.into_iter();
+        let opened = |storage: Storage| Opened {
+            storage: Arc::new(storage),
+            local: local.next().unwrap_or_default(),
+            permit: None,
+        };
+        let mut opened = opened;
+        storages
+            .into_iter()
+            .map(|storage| storage.map(&mut opened))
+            .collect()
     }
 
     /// Offers to others what a download holds and will hold, until the guard is dropped; nothing of a content of one
@@ -399,10 +399,11 @@ impl Disk {
 }
 
 fn unwritable(error: io::Error) -> anyhow::Error {
-    Failed::new(Exit::NoSpace, error.to_string()).into()
+    let text = escape(&error.to_string());
+    anyhow::Error::new(error).context(Failed::new(Exit::NoSpace, text))
 }
 
-/// A storage error with its exit code and the next step.
+/// A storage error with its exit code and the next step; the error itself is its cause.
 #[must_use]
 pub fn explain(error: StorageError) -> anyhow::Error {
     let exit = match &error {
@@ -411,7 +412,8 @@ pub fn explain(error: StorageError) -> anyhow::Error {
         StorageError::Io(_) | StorageError::Lost { .. } => Exit::NoSpace,
         _ => Exit::Failure,
     };
-    Failed::new(exit, escape(&error.to_string())).into()
+    let text = escape(&error.to_string());
+    anyhow::Error::new(error).context(Failed::new(exit, text))
 }
 
 #[cfg(test)]
@@ -480,8 +482,8 @@ mod tests {
         fn open(&self, want: &Want, target: &SafeName, manifest: &Manifest) -> Opened {
             self.disk
                 .open(&[(want, target, manifest.clone())])
-                .unwrap()
                 .remove(0)
+                .unwrap()
         }
 
         fn finish(&self, storage: &Storage, want: &Want, existing: Existing) -> Result<PathBuf> {
@@ -603,7 +605,8 @@ mod tests {
             .iter()
             .map(|(want, manifest)| (want, &want.target, manifest.clone()))
             .collect();
-        let opened = bench.disk.open(&files).unwrap();
+        let opened = bench.disk.open(&files).into_iter();
+        let opened: Vec<_> = opened.map(Result::unwrap).collect();
         assert_eq!(opened.iter().map(bring).collect::<Vec<_>>(), [31, 20, 1]);
         for ((want, _), bytes) in wants.iter().zip([mixed, one, content(99, 1)]) {
             let storage = &opened
@@ -669,7 +672,8 @@ mod tests {
             .iter()
             .map(|(want, manifest)| (want, &want.target, manifest.clone()))
             .collect();
-        let opened = bench.disk.open(&files).unwrap();
+        let opened = bench.disk.open(&files).into_iter();
+        let opened: Vec<_> = opened.map(Result::unwrap).collect();
         opened
             .iter()
             .zip(&contents)

@@ -1,42 +1,13 @@
-//! One Get from beginning to end: look at the disk, find sources, learn manifests, fetch in batches, give files their
-//! names, and say what happened.
+//! One get from beginning to end: looks at the disk, opens files, works with sources, gives files their names, and says what
+//! happened.
 //!
-//! Invariants: the tracker is asked who holds what, never for bytes, and a batch under way does not need it; every target
-//! is looked at before the first byte; a Get ends with everything it was asked for, or with one error that has an exit
-//! code, and what was verified by then stays for the next attempt.
-//!
-//! **Many small files**, profiled with perf and strace: CPU seconds of sink and source for 10,000 x 4 KiB, and with
-//! 1,000 x 100 KiB more.
-//!
-//! | | 4 KiB | both |
-//! |---|---:|---:|
-//! | before | 0.69 | 0.90 |
-//! | batches of 4,096 files, not 1,024; the tracker asked only for what takes long; a missing folder looked for once; few commits to the index, beside the work; fewer announcements | 0.59 | 0.85 |
-//! | no manifest in the index that the id and the size make up for; one change of the library for a group | 0.52 | 0.78 |
-//!
-//! Measured anew before the next steps, in one run with what came after them: 0.53 and 0.78, then 0.49 and 0.77, and 0.37 s
-//! for 4 KiB became 0.35. Larger pages of the listing, each read while the next one is on its way; paths in the order of
-//! their bytes; what happened told many at a time; batches of 16,384. Over 50 ms 2.8 s became 1.8.
-//!
-//! Less done before the first request, and what is to be remembered written in three commits and not in forty: CPU of the
-//! sink 0.61 s and then 0.55, time 0.54 and 0.51 (medians of 15 in turn, 4 KiB). Another allocator (mimalloc, versions 2 and
-//! 3) brought nothing that held in every round.
-//!
-//! Then no name for a file before it is whole (`safe_path/part.rs`), what happened written many lines at a time, no list for
-//! others of what is fetched within a second, memory left to the kernel at the end, and a source of the listing made once
-//! and not once for each row: time against an rsync daemon 1.42 and then 1.21 for 4 KiB, 1.44 and 1.33 for both (medians of 13
-//! in turn). Of 425 ms for 4 KiB then 41 went to the listing, 43 from there to the first file on the disk (request and plan
-//! 14, looking, batches and manifests 9, opening 9, connecting and the first answer 8), 318 to fetching, both cores busy,
-//! 60 % of them with the sink and 27 with the source, and 19 came after the last file.
-//!
-//! At the sink, before all these steps, for both: TLS and HTTP/2 a fifth; opening, hashing and writing 18 %; names
-//! 14 %; the index 12 %; lanes and picker 10 %; waking threads 7 %; the listing 4 %. rsync neither encrypts nor hashes.
-//!
-//! **A far file**, 256 MiB over 50 ms, seen with tcpdump: the first request for bytes left 0.57 s after the first packet,
-//! and now leaves after 0.27 (strace). One connection to the tracker serves the command and the Node (2 round trips), and whom the
-//! listing names is asked without waiting for the tracker's second word (1). Its news and its first pieces are asked for
-//! together with the manifest (`source/begun.rs`): the first bytes are here after 0.31 s. What is left: 3 round trips for the
-//! listing, 2 to connect to the source.
+//! Invariants:
+//! - The loop here *looks* at the state of the [`Engine`] and starts what can be started. It is woken when something may have
+//!   changed; what a wake says is nothing, so none can be lost, and none may be waited for in vain.
+//! - A get ends well only if every file that was wanted has its name. What could not be had is told, each with its reason.
+//! - Nothing that somebody else may hold up is awaited in the loop: neither the disk, nor a source, nor who reads what happens.
+//! - The tracker is asked who holds what, never for bytes; a get under way does not need it.
+//! - What is open is bounded by permits that all gets share, so that many files need few descriptors.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -47,52 +18,67 @@ use std::{
 
 use anyhow::Result;
 use tokio::{
-    sync::mpsc,
+    sync::{Semaphore, mpsc},
     task::{JoinSet, spawn_blocking},
-    time::timeout,
+    time::{interval, timeout},
 };
 use tokio_util::task::TaskTracker;
 
-mod batch;
-mod manifests;
+mod idle;
+mod outcome;
 
+use self::{idle::IdleClock, outcome::Ending};
 use super::{
-    destination::{Disk, Existing, Finishing, Hashes, Target, Want},
-    find::Found,
+    contents::{Aside, Contents, Position},
+    destination::{Disk, Existing, Finishing, Hashes, Opened, Target, Want, explain},
+    engine::{Engine, LOCAL},
+    find::Finder,
     pace::Fixed,
     progress::{Happening, Progress},
-    source::{Begun, Source},
+    reuse::LocalPiece,
+    session::work_with,
     stage_times::Stage,
-    swarm::{Here, Swarm},
-};
-use crate::peer::{
-    limit::Limit,
-    member::{membership::Membership, tracker_client::TrackerClient},
+    storage::{Storage, StorageError},
+    swarm::{Here, OpenFile, Swarm},
+    writer::panic_text,
 };
 use crate::{
-    content::{Layout, MAX_PIECES},
-    exit::{Exit, Failed},
+    catalog::{FileKey, Row, SourceInfo},
+    content::{ContentId, MAX_SINGLE, Manifest},
+    have::HaveMap,
     identity::PeerId,
+    peer::{
+        limit::Limit,
+        member::{membership::Membership, tracker_client::TrackerClient},
+    },
     proto::MAX_CONTENTS,
-    safe_path::SafeName,
+    request::carried,
+    safe_path::{SafeName, escape},
 };
 
-/// Contents in one batch: between batches the sources have nothing to do, and their connections forget how fast a long line
-/// is.
-const BATCH_FILES: usize = 16_384;
-/// Contents of several pieces in one batch: as many as one request may name, for a source is asked to tell what it has of
-/// all of them.
-const BATCH_LONG_FILES: usize = MAX_CONTENTS;
-/// Complete contents that are made durable and named in one go.
+/// Contents that are opened, or made durable and named, in one go.
 const GROUP_FILES: usize = 1024;
-/// Pieces in one batch: each costs some bytes in the picker.
-const BATCH_PIECES: u32 = 1 << 20;
-/// How long earlier Gets that were dropped may take to make durable what they wrote: the next one may want their files.
-const ENDING: Duration = Duration::from_secs(10);
 /// Groups of files that are made durable and named at once.
 const FINISHING: usize = 2;
+/// Pieces that are open and missing, beyond which nothing more is opened: each costs some bytes in the picker.
+const OPEN_PIECES: u32 = 1 << 20;
+/// Contents of several pieces that are open at once: as many as one request may name, for a source is asked to tell what it
+/// has of all of them.
+const OPEN_LONG: usize = MAX_CONTENTS;
+/// Files that a get may have open whatever other gets have.
+const OPEN_AT_LEAST: usize = 8;
+/// How long earlier gets that were dropped may take to make durable what they wrote: the next one may want their files.
+const ENDING: Duration = Duration::from_secs(10);
 /// Files that are remembered in one go: a commit to the index costs some syncs, however few they are.
 const REMEMBERED: usize = 4096;
+/// Files of one piece that the caller named holders of are mostly here before the tracker could tell of others, and nobody
+/// gives them on before they are whole: it is asked only when they take longer.
+const SOON: Duration = Duration::from_secs(1);
+const TICK: Duration = Duration::from_millis(100);
+/// Between two looks for something that should be synced, given up, or asked the tracker for.
+const SLOW_TICK: Duration = Duration::from_secs(1);
+/// Happenings that are told in one go.
+const TOLD: usize = 256;
 
 /// What to get.
 pub struct Get {
@@ -110,224 +96,493 @@ pub struct Get {
     pub disk: Disk,
     /// The contents.
     pub wants: Vec<Want>,
-    /// Who holds them, as far as whoever asks knows.
-    pub found: Found,
+    /// Who holds them, as far as whoever asks knows: each with positions in `wants`.
+    pub holders: Vec<(SourceInfo, Vec<usize>)>,
     /// What to do with targets that exist.
     pub existing: Existing,
+    /// How long to wait while nothing useful comes; none: for ever.
+    pub patience: Option<Duration>,
+    /// Permits for files that are open, of all gets.
+    pub open_files: Arc<Semaphore>,
     /// What has to end before the Node does.
     pub tasks: TaskTracker,
-    /// Closed; what winds up earlier Gets that were dropped.
+    /// Closed; what winds up earlier gets that were dropped.
     pub ending: TaskTracker,
 }
 
+/// Permits for open files under this process's limit of descriptors, with room left for connections and all else.
+#[must_use]
+pub fn open_files() -> Arc<Semaphore> {
+    const RESERVED: u64 = 256;
+    /// A `.part`, its journal while that is written, and its folder.
+    const EACH: u64 = 3;
+    const MOST: u64 = 16_384;
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let limit = limit.current.unwrap_or(u64::MAX);
+    let permits = (limit.saturating_sub(RESERVED) / EACH).clamp(OPEN_AT_LEAST as u64, MOST);
+    Arc::new(Semaphore::new(
+        usize::try_from(permits).unwrap_or(usize::MAX),
+    ))
+}
+
 /// A content whose target is free.
+#[derive(Clone)]
 struct Job {
     want: Want,
     target: SafeName,
-    /// The size that the listing states is in doubt, even if it is small.
-    is_disputed: bool,
 }
 
 impl Get {
-    /// Gets everything. Dropping the future stops at once and keeps what was verified.
+    /// Gets everything that can be had. Dropping the future stops at once and keeps what was verified.
     ///
     /// # Errors
-    /// With an exit code; a source that fails is no error while another can take over.
+    /// With an exit code, if a file that was wanted does not have its name. A source that fails is no error while another
+    /// can take over, and a file that cannot be had is none while others can.
     pub async fn run(
-        mut self,
+        self,
         progress: Arc<Progress>,
         happenings: mpsc::Sender<Happening>,
     ) -> Result<()> {
         let total = self.wants.iter().map(|want| want.size).sum();
         progress.bytes_total.store(total, Ordering::Relaxed);
-        progress
-            .files_total
-            .store(self.wants.len() as u64, Ordering::Relaxed);
+        let n_files = self.wants.len() as u64;
+        progress.files_total.store(n_files, Ordering::Relaxed);
         let _ = timeout(ENDING, self.ending.wait()).await;
-        let found = std::mem::take(&mut self.found);
-        let mut run = Run {
-            get: Arc::new(self),
-            progress,
-            happenings,
-            found,
-            connected: HashMap::new(),
-            begun: None,
-            to_finish: vec![],
-            finishing: JoinSet::new(),
-            hashes: vec![],
-        };
-        let mut batches: VecDeque<_> = batches(run.look().await?).into();
-        let mut begun = HashSet::new();
-        while let Some(batch) = batches.pop_front() {
-            let n_again = batch
-                .iter()
-                .filter(|job| !begun.insert(job.want.id))
-                .count();
-            if n_again > 0 {
-                // They are copied from the names they have, so they must have them.
-                run.finish_rest().await?;
-            }
-            let disputed = run.batch(batch, batches.is_empty()).await?;
-            if !disputed.is_empty() {
-                batches.push_back(disputed);
-            }
-        }
-        run.finish_rest().await
+        let mut run = Run::begin(Arc::new(self), progress, happenings).await?;
+        run.work().await?;
+        run.end().await
     }
 }
 
-/// Jobs in batches of different contents; of one content under several names the first is fetched, and copied for the
-/// others.
-fn batches(jobs: Vec<Job>) -> Vec<Vec<Job>> {
-    let mut batches: Vec<Vec<Job>> = vec![];
-    let (mut pieces, mut long, mut seen, mut again) = (0, 0, HashSet::new(), vec![]);
-    for job in jobs {
-        if !seen.insert(job.want.id) {
-            again.push(job);
-            continue;
-        }
-        // As the listing says; the manifest will tell.
-        let n = Layout::new(job.want.size)
-            .map_or(MAX_PIECES, |layout| layout.n_pieces())
-            .max(1);
-        pieces += n;
-        long += usize::from(n > 1);
-        match batches.last_mut() {
-            Some(batch)
-                if batch.len() < BATCH_FILES
-                    && long <= BATCH_LONG_FILES
-                    && pieces <= BATCH_PIECES =>
-            {
-                batch.push(job);
-            }
-            _ => {
-                (pieces, long) = (n, usize::from(n > 1));
-                batches.push(vec![job]);
-            }
-        }
-    }
-    if !again.is_empty() {
-        batches.extend(self::batches(again));
-    }
-    batches
+/// What a task on the blocking pool brought back.
+enum DiskDone {
+    Opened(Vec<(Position, OpenedFile)>),
+    Named(Vec<(Position, Arc<OpenFile>, Result<PathBuf>)>, Hashes),
+    /// Pieces were brought from this disk, or what was stale was synced.
+    Other,
+    Synced,
 }
 
+type OpenedFile = Result<Opened, StorageError>;
+
+/// A get under way.
 struct Run {
     get: Arc<Get>,
+    jobs: Arc<[Job]>,
+    swarm: Arc<Swarm>,
     progress: Arc<Progress>,
     happenings: mpsc::Sender<Happening>,
-    found: Found,
-    /// Connections that no batch uses now.
-    connected: HashMap<PeerId, Source>,
-    /// What one of them was asked for beside the manifests of the batch.
-    begun: Option<Begun>,
-    /// Complete contents that wait for their names, by their position in a batch.
-    to_finish: Vec<(Arc<Swarm>, usize)>,
-    finishing: JoinSet<Finished>,
+    /// What happened and was not told yet.
+    untold: VecDeque<Happening>,
+    finder: Finder,
+    sessions: JoinSet<()>,
+    disk: JoinSet<DiskDone>,
+    n_finishing: usize,
+    is_opening: bool,
+    is_syncing: bool,
+    /// Nothing is opened before: there were no descriptors.
+    open_from: Option<Instant>,
+    clock: IdleClock,
+    ending: Ending,
     /// What later runs need not hash.
     hashes: Hashes,
 }
 
-/// The files that have their names now, and what there is to remember of them.
-type Finished = (Result<Vec<(Want, PathBuf)>>, Hashes);
-
 impl Drop for Run {
+    /// The clean stop, also of a get that is dropped half-way.
     fn drop(&mut self) {
+        self.publish();
         self.remember();
+        self.sessions.abort_all();
+        let (swarm, ending) = (self.swarm.clone(), self.get.ending.token());
+        self.get.tasks.spawn_blocking(move || {
+            swarm.close();
+            drop(swarm);
+            drop(ending);
+        });
     }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    spawn_blocking(work).await?
 }
 
 impl Run {
-    async fn tell(&self, happening: Happening) {
-        // Whoever asked may have gone; then this future is about to be dropped.
-        let _ = self.happenings.send(happening).await;
-    }
-
-    /// Looks at every target before anything is fetched.
-    async fn look(&self) -> Result<Vec<Job>> {
-        let get = self.get.clone();
-        let targets = blocking(move || get.disk.look_at_all(&get.wants, get.existing)).await?;
-        let mut jobs = vec![];
+    async fn begin(
+        get: Arc<Get>,
+        progress: Arc<Progress>,
+        happenings: mpsc::Sender<Happening>,
+    ) -> Result<Self> {
+        let looking = get.clone();
+        let targets =
+            spawn_blocking(move || looking.disk.look_at_all(&looking.wants, looking.existing))
+                .await?;
+        let (mut jobs, mut untold, mut ending) = (vec![], VecDeque::new(), Ending::default());
+        // Of each want the position of its job.
+        let mut positions = vec![None; get.wants.len()];
         let mut taken = HashSet::new();
-        for (want, target) in self.get.wants.iter().cloned().zip(targets) {
+        for (i, (want, target)) in get.wants.iter().cloned().zip(targets).enumerate() {
             match target {
-                Target::Free(name) if taken.insert(name.clone()) => jobs.push(Job {
-                    want,
-                    target: name,
-                    is_disputed: false,
-                }),
-                Target::Free(name) => {
+                Ok(Target::Free(target)) if taken.insert(target.clone()) => {
+                    positions[i] = Some(jobs.len());
+                    jobs.push(Job { want, target });
+                }
+                Ok(Target::Free(target)) => {
                     let text = format!(
-                        "two different files would become {}: get them one by one",
-                        crate::safe_path::escape(name.as_str())
+                        "two of the files would become {}: get them one by one",
+                        escape(target.as_str())
                     );
-                    return Err(Failed::new(Exit::Exists, text).into());
+                    ending.failed(want, Aside::Exists, text);
                 }
-                Target::Identical(path) => {
-                    Progress::add(&self.progress.bytes_done, want.size);
-                    Progress::add(&self.progress.bytes_resumed, want.size);
-                    Progress::add(&self.progress.files_skipped, 1);
-                    self.done(want, path, true).await;
+                Ok(Target::Identical(path)) => {
+                    Progress::add(&progress.bytes_done, want.size);
+                    Progress::add(&progress.bytes_resumed, want.size);
+                    Progress::add(&progress.files_skipped, 1);
+                    Progress::add(&progress.files_done, 1);
+                    untold.push_back(Happening::FileDone {
+                        want,
+                        path,
+                        already_there: true,
+                    });
                 }
-                Target::Skipped(path) => {
-                    self.progress
-                        .bytes_total
-                        .fetch_sub(want.size, Ordering::Relaxed);
-                    self.progress.files_total.fetch_sub(1, Ordering::Relaxed);
-                    Progress::add(&self.progress.files_skipped, 1);
-                    let path = crate::safe_path::escape(&path.display().to_string());
-                    self.tell(Happening::Note(
-                        None,
-                        format!("{path} exists and differs: left alone"),
-                    ))
-                    .await;
+                Ok(Target::Skipped(path)) => {
+                    progress.bytes_total.fetch_sub(want.size, Ordering::Relaxed);
+                    progress.files_total.fetch_sub(1, Ordering::Relaxed);
+                    Progress::add(&progress.files_skipped, 1);
+                    let path = escape(&path.display().to_string());
+                    let text = format!("{path} exists and differs: left alone");
+                    untold.push_back(Happening::Note(None, text));
                 }
+                Err(error) => ending.failed(want, outcome::why(&error), format!("{error}")),
             }
         }
-        Ok(jobs)
+        let now = Instant::now();
+        let wants = jobs.iter().map(|job| (job.want.id, job.want.size));
+        let mut engine = Engine::new(Contents::new(wants), rand::random(), now);
+        for (at, job) in jobs.iter().enumerate() {
+            if engine.contents.is_wanted(at)
+                && let Some(manifest) = get.disk.library.manifest(&job.want.id)
+            {
+                engine.learn(at, manifest);
+            }
+        }
+        let me = get.membership.id();
+        for (holder, wants) in get.holders.iter().filter(|(holder, _)| holder.peer != me) {
+            for at in wants.iter().filter_map(|want| *positions.get(*want)?) {
+                let of = engine.contents.original(at);
+                engine.listed(holder.peer, &holder.addresses, of, !holder.partial);
+            }
+        }
+        let is_soon = jobs.iter().enumerate().all(|(at, job)| {
+            let of = engine.contents.original(at);
+            job.want.size <= MAX_SINGLE.into() && engine.sources.is_hoped_for(of)
+        });
+        let mut ids: Vec<_> = jobs.iter().map(|job| job.want.id).collect();
+        let mut seen = HashSet::new();
+        ids.retain(|id| seen.insert(*id));
+        let (tracker, patience) = (get.tracker.clone(), get.patience);
+        let is_far = tracker.is_far();
+        let swarm = Swarm::new(
+            get.membership.clone(),
+            get.here.clone(),
+            (get.limit.clone(), get.fixed),
+            is_far,
+            engine,
+            (progress.stage_times.clone(), get.tasks.clone()),
+        );
+        let ask_tracker_from = if is_soon { now + SOON } else { now };
+        Ok(Self {
+            get,
+            jobs: jobs.into(),
+            swarm: Arc::new(swarm),
+            progress,
+            happenings,
+            untold,
+            finder: Finder::new(tracker, &ids),
+            sessions: JoinSet::new(),
+            disk: JoinSet::new(),
+            n_finishing: 0,
+            is_opening: false,
+            is_syncing: false,
+            open_from: None,
+            clock: IdleClock::new(patience, ask_tracker_from, now),
+            ending,
+            hashes: vec![],
+        })
     }
 
-    async fn done(&self, want: Want, path: PathBuf, already_there: bool) {
-        Progress::add(&self.progress.files_done, 1);
-        self.tell(Happening::FileDone {
-            want,
-            path,
-            already_there,
-        })
-        .await;
+    /// Until nothing is to be done any more.
+    async fn work(&mut self) -> Result<()> {
+        let mut ticks = interval(TICK);
+        let happenings = self.happenings.clone();
+        self.dial();
+        loop {
+            self.look()?;
+            if self.swarm.engine().contents.are_over() && self.n_finishing == 0 {
+                return Ok(());
+            }
+            let n_told = self.untold.len().min(TOLD);
+            tokio::select! {
+                () = self.swarm.news.notified() => {}
+                rows = self.finder.next() => self.heard(rows),
+                Some(ended) = self.sessions.join_next() => {
+                    ended.map_err(internal)?;
+                    self.dial();
+                }
+                Some(done) = self.disk.join_next() => self.disk_done(done.map_err(internal)?),
+                permits = happenings.reserve_many(n_told), if n_told > 0 => match permits {
+                    Ok(permits) => permits
+                        .zip(self.untold.drain(..n_told))
+                        .for_each(|(permit, happening)| permit.send(happening)),
+                    // Whoever asked has gone; then this future is about to be dropped.
+                    Err(_) => self.untold.clear(),
+                },
+                _ = ticks.tick() => self.tick(),
+            }
+        }
+    }
+
+    /// Starts whatever can be started.
+    fn look(&mut self) -> Result<()> {
+        if let Some(error) = self.swarm.take_failure() {
+            return Err(error);
+        }
+        for (peer, text) in self.swarm.take_notes() {
+            self.untold.push_back(Happening::Note(peer, text));
+        }
+        self.finish_more();
+        self.open_more();
+        Ok(())
+    }
+
+    /// Connects to whom it is of use to connect to.
+    fn dial(&mut self) {
+        let now = Instant::now();
+        loop {
+            let next = self.swarm.engine().next_to_dial(now, rand::random());
+            let Some(peer) = next else { return };
+            self.sessions
+                .spawn(carried(work_with(self.swarm.clone(), peer)));
+        }
+    }
+
+    /// The tracker's word.
+    fn heard(&mut self, rows: Vec<Row>) {
+        let me = self.get.membership.id();
+        let news: Vec<PeerId> = {
+            let mut engine = self.swarm.engine();
+            let mut news = vec![];
+            for row in &rows {
+                let Some(at) = engine.contents.position(&row.content_id) else {
+                    continue;
+                };
+                for source in row.sources.iter().filter(|source| source.peer != me) {
+                    if engine.listed(source.peer, &source.addresses, at, !source.partial) {
+                        news.push(source.peer);
+                    }
+                }
+            }
+            news
+        };
+        news.into_iter().for_each(|peer| self.swarm.wake(peer));
+        if !rows.is_empty() {
+            self.swarm.changed.notify_waiters();
+        }
+        self.dial();
+    }
+
+    /// Opens files, as many as there are permits for.
+    fn open_more(&mut self) {
+        let now = Instant::now();
+        if self.is_opening || self.open_from.is_some_and(|from| now < from) {
+            return;
+        }
+        let (files, permits) = {
+            let mut engine = self.swarm.engine();
+            if engine.contents.known().next().is_none() {
+                return;
+            }
+            engine.renumber();
+            let n_in_hand = engine.contents.n_in_hand();
+            let is_full = !engine.has_room() || engine.picker.remaining() >= OPEN_PIECES;
+            if n_in_hand > 0 && is_full {
+                return;
+            }
+            let permits = self.get.open_files.available_permits().min(GROUP_FILES);
+            let room = permits.max(OPEN_AT_LEAST.saturating_sub(n_in_hand));
+            let mut long_room = OPEN_LONG.saturating_sub(engine.contents.n_long());
+            let mut pieces_room = OPEN_PIECES.saturating_sub(engine.picker.remaining());
+            let mut chosen = vec![];
+            for (at, manifest) in engine.contents.known() {
+                let layout = manifest.layout();
+                let is_long = !layout.is_single();
+                let is_first = n_in_hand == 0 && chosen.is_empty();
+                if is_long && long_room == 0 {
+                    continue;
+                }
+                if chosen.len() == room || layout.n_pieces() > pieces_room && !is_first {
+                    break;
+                }
+                long_room -= usize::from(is_long);
+                pieces_room = pieces_room.saturating_sub(layout.n_pieces());
+                chosen.push(at);
+            }
+            let begin = |at| Some((at, engine.contents.begin_opening(at)?));
+            let files: Vec<(Position, Manifest)> = chosen.into_iter().filter_map(begin).collect();
+            (files, permits)
+        };
+        if files.is_empty() {
+            return;
+        }
+        self.is_opening = true;
+        let (disk, jobs) = (self.get.disk.clone(), self.jobs.clone());
+        let permits: Vec<_> = (0..files.len().min(permits))
+            .map_while(|_| self.get.open_files.clone().try_acquire_owned().ok())
+            .collect();
+        self.disk.spawn_blocking(move || {
+            let wanted: Vec<_> = files
+                .iter()
+                .map(|(at, manifest)| {
+                    let Job { want, target } = &jobs[*at];
+                    (want, target, manifest.clone())
+                })
+                .collect();
+            let mut permits = permits.into_iter();
+            let opened = disk.open(&wanted);
+            let opened = files.iter().zip(opened).map(|((at, _), opened)| {
+                let permit = permits.next();
+                (*at, opened.map(|opened| Opened { permit, ..opened }))
+            });
+            DiskDone::Opened(opened.collect())
+        });
+    }
+
+    fn opened(&mut self, files: Vec<(Position, OpenedFile)>) {
+        self.is_opening = false;
+        let (mut open, mut local) = (vec![], vec![]);
+        for (at, opened) in files {
+            let Job { want, target } = &self.jobs[at];
+            match opened {
+                Ok(Opened {
+                    storage,
+                    local: pieces,
+                    permit,
+                }) => {
+                    let have = storage.have();
+                    let bytes = bytes_of(&storage, &have);
+                    Progress::add(&self.progress.bytes_done, bytes);
+                    Progress::add(&self.progress.bytes_resumed, bytes);
+                    let partial = self.get.disk.offer_partial(&storage, want, target);
+                    let file = Arc::new(OpenFile {
+                        name: want.name.clone(),
+                        storage,
+                        partial,
+                        _permit: permit,
+                    });
+                    if !pieces.is_empty() {
+                        local.push((at, file.clone(), pieces));
+                    }
+                    open.push((at, file, have));
+                }
+                Err(error) => self.not_opened(at, error),
+            }
+        }
+        {
+            let mut engine = self.swarm.engine();
+            engine.open(open);
+            // Before anybody else may claim them.
+            for (at, _, pieces) in &local {
+                let pieces = pieces.iter().map(LocalPiece::index);
+                let numbers = pieces.filter_map(|piece| engine.contents.number(*at, piece));
+                let numbers: Vec<u32> = numbers.collect();
+                engine.picker.claim_local(LOCAL, numbers);
+            }
+        }
+        for (at, file, mut pieces) in local {
+            let other_half = pieces.split_off(pieces.len() / 2);
+            for pieces in [pieces, other_half] {
+                let (swarm, file) = (self.swarm.clone(), file.clone());
+                self.disk.spawn(async move {
+                    swarm.bring(at, file, pieces).await;
+                    DiskDone::Other
+                });
+            }
+        }
+        self.swarm.changed.notify_waiters();
+    }
+
+    fn not_opened(&mut self, at: Position, error: StorageError) {
+        if error.is_no_descriptor() {
+            self.swarm.engine().contents.step_back(at);
+            self.open_from = Some(Instant::now() + SLOW_TICK);
+            return;
+        }
+        let error = explain(error);
+        self.set_aside(at, outcome::why(&error), format!("{error}"));
+    }
+
+    fn set_aside(&mut self, at: Position, why: Aside, text: String) {
+        let copies: Vec<Position> = self.swarm.engine().contents.same(at).collect();
+        for copy in copies {
+            self.ending.texts.insert(copy, text.clone());
+        }
+        self.swarm.engine().set_aside(at, why);
     }
 
     /// Gives names to complete contents, a group at a time: what came while one group is synced is the next.
     fn finish_more(&mut self) {
-        if self.to_finish.is_empty() || self.finishing.len() >= FINISHING {
-            return;
+        while self.n_finishing < FINISHING {
+            let group: Vec<(Position, Arc<OpenFile>)> = {
+                let mut engine = self.swarm.engine();
+                let taken = engine.contents.take_complete(GROUP_FILES);
+                let file = |at: Position| Some((at, engine.contents.opened(at)?.handle.clone()));
+                taken.into_iter().filter_map(file).collect()
+            };
+            if group.is_empty() {
+                return;
+            }
+            self.n_finishing += 1;
+            let (get, jobs, swarm) = (self.get.clone(), self.jobs.clone(), self.swarm.clone());
+            self.disk.spawn(finish(get, jobs, swarm, group));
         }
-        let n = self.to_finish.len().min(GROUP_FILES);
-        let group: Vec<_> = self.to_finish.drain(..n).collect();
-        let get = self.get.clone();
-        self.finishing.spawn_blocking(move || {
-            let works = group.iter().map(|(swarm, at)| &swarm.work()[*at]);
-            let files: Vec<_> = works
-                .map(|work| Finishing {
-                    storage: &work.storage,
-                    want: &work.want,
-                    target: &work.target,
-                })
-                .collect();
-            let (paths, hashes) = get.disk.finish(&files, get.existing);
-            let named = files
-                .iter()
-                .zip(paths)
-                .map(|(file, path)| Ok((file.want.clone(), path?)))
-                .collect();
-            (named, hashes)
-        });
+    }
+
+    fn named(&mut self, named: Vec<(Position, Arc<OpenFile>, Result<PathBuf>)>, hashes: Hashes) {
+        self.n_finishing -= 1;
+        self.hashes.extend(hashes);
+        if self.hashes.len() >= REMEMBERED {
+            self.remember();
+        }
+        for (at, file, path) in named {
+            match path {
+                Ok(path) => {
+                    self.swarm.engine().contents.named(at);
+                    Progress::add(&self.progress.files_done, 1);
+                    self.untold.push_back(Happening::FileDone {
+                        want: self.jobs[at].want.clone(),
+                        path,
+                        already_there: false,
+                    });
+                }
+                Err(error) => match error.downcast::<StorageError>() {
+                    Ok(error @ StorageError::Lost { .. }) => {
+                        self.swarm.engine().contents.step_back(at);
+                        self.swarm.disk_failed(at, &file, error);
+                    }
+                    Ok(error) => {
+                        let error = explain(error);
+                        self.set_aside(at, outcome::why(&error), format!("{error}"));
+                    }
+                    Err(error) => self.set_aside(at, outcome::why(&error), format!("{error}")),
+                },
+            }
+        }
+        self.swarm.changed.notify_waiters();
+    }
+
+    fn disk_done(&mut self, done: DiskDone) {
+        match done {
+            DiskDone::Opened(files) => self.opened(files),
+            DiskDone::Named(named, hashes) => self.named(named, hashes),
+            DiskDone::Synced => self.is_syncing = false,
+            DiskDone::Other => {}
+        }
     }
 
     /// Has what is to be remembered written down, beside everything else.
@@ -338,27 +593,158 @@ impl Run {
         }
     }
 
-    async fn finished(&mut self, (named, hashes): Finished) -> Result<()> {
-        self.hashes.extend(hashes);
-        if self.hashes.len() >= REMEMBERED {
-            self.remember();
+    /// What is to be done now and then.
+    fn tick(&mut self) {
+        let now = Instant::now();
+        self.publish();
+        if self.swarm.engine().ask_again(now) {
+            self.swarm.changed.notify_waiters();
         }
-        let named = named?;
-        self.finish_more();
-        for (want, path) in named {
-            self.done(want, path, false).await;
+        self.dial();
+        if !self.clock.is_slow_tick(now, SLOW_TICK) {
+            return;
         }
-        Ok(())
+        if self.clock.may_ask_tracker(now) {
+            let engine = self.swarm.engine();
+            let is_pending = |id: &ContentId| {
+                let of = engine.contents.position(id);
+                of.is_some_and(|of| engine.contents.same(of).any(|at| engine.contents.needs(at)))
+            };
+            self.finder.advance(is_pending);
+        }
+        if !self.is_syncing {
+            self.is_syncing = true;
+            let swarm = self.swarm.clone();
+            self.disk.spawn(async move {
+                swarm.sync_stale().await;
+                DiskDone::Synced
+            });
+        }
+        let jobs = &self.jobs;
+        let note = self
+            .clock
+            .look(&self.swarm, now, |at| escape(jobs[at].want.name.as_str()));
+        if let Some(text) = note {
+            self.untold.push_back(Happening::Note(None, text));
+        }
     }
 
-    async fn finish_rest(&mut self) -> Result<()> {
-        let began = Instant::now();
-        self.finish_more();
-        while let Some(finished) = self.finishing.join_next().await {
-            self.finished(finished?).await?;
+    fn publish(&self) {
+        let progress = &self.progress;
+        let (fetched, resumed) = self.swarm.take_counts();
+        Progress::add(&progress.bytes_done, fetched + resumed);
+        Progress::add(&progress.bytes_resumed, resumed);
+        let corrected = self.swarm.bytes_corrected.swap(0, Ordering::Relaxed);
+        progress.bytes_total.fetch_add(corrected, Ordering::Relaxed);
+        let (sources, in_work) = {
+            let engine = self.swarm.engine();
+            let sources: HashMap<_, _> = engine
+                .sources
+                .stats()
+                .map(|(peer, stats)| (peer, stats.clone()))
+                .collect();
+            let begun = engine.contents.long().filter_map(|at| {
+                let open = engine.contents.opened(at)?;
+                let layout = open.layout;
+                let n_done = u64::from(layout.n_pieces() - open.left);
+                let done = layout.size().min(n_done * u64::from(layout.piece_len()));
+                let file = FileKey {
+                    name: self.jobs[at].want.name.clone(),
+                    content_id: self.jobs[at].want.id,
+                };
+                (done > 0).then_some((file, done, layout.size()))
+            });
+            let in_work = begun.take(8).collect();
+            (sources, in_work)
+        };
+        const UNLOCKED: &str = "no panic while the lock is held";
+        *progress.sources.lock().expect(UNLOCKED) = sources;
+        *progress.in_work.lock().expect(UNLOCKED) = in_work;
+    }
+
+    /// Tells what is untold, and what could not be had.
+    async fn end(mut self) -> Result<()> {
+        self.publish();
+        for (peer, text) in self.swarm.take_notes() {
+            self.untold.push_back(Happening::Note(peer, text));
         }
-        self.progress.spent.add(Stage::Full, began.elapsed());
-        self.progress.spent.add(Stage::Disk, began.elapsed());
-        Ok(())
+        let sources = self.progress.sources();
+        let fetched = sources.values().map(|stats| stats.bytes).sum();
+        let n_done = self.progress.files_done.load(Ordering::Relaxed);
+        let (failed, error) = {
+            let engine = self.swarm.engine();
+            let jobs = &self.jobs;
+            let ending = std::mem::take(&mut self.ending);
+            ending.settle(&engine, |at| jobs[at].want.clone(), (n_done, fetched))
+        };
+        let n_failed = failed.len() as u64;
+        self.progress
+            .files_failed
+            .store(n_failed, Ordering::Relaxed);
+        self.untold.extend(failed);
+        for happening in std::mem::take(&mut self.untold) {
+            // Whoever asked may have gone; then this future is about to be dropped.
+            let _ = self.happenings.send(happening).await;
+        }
+        error.map_or(Ok(()), Err)
+    }
+}
+
+/// Makes these files durable and gives them their names. While the disk is full, what has no name waits for room.
+async fn finish(
+    get: Arc<Get>,
+    jobs: Arc<[Job]>,
+    swarm: Arc<Swarm>,
+    mut group: Vec<(Position, Arc<OpenFile>)>,
+) -> DiskDone {
+    let (mut named, mut hashes) = (vec![], vec![]);
+    loop {
+        let (get, jobs, files) = (get.clone(), jobs.clone(), group.clone());
+        let began = Instant::now();
+        let finished = spawn_blocking(move || {
+            let files = files.iter().map(|(at, file)| Finishing {
+                storage: &file.storage,
+                want: &jobs[*at].want,
+                target: &jobs[*at].target,
+            });
+            let files: Vec<_> = files.collect();
+            get.disk.finish(&files, get.existing)
+        });
+        let (paths, learnt) = match finished.await {
+            Ok(finished) => finished,
+            Err(error) => {
+                swarm.fail(internal(error));
+                return DiskDone::Other;
+            }
+        };
+        swarm.stage_times.add(Stage::Disk, began.elapsed());
+        hashes.extend(learnt);
+        let mut full = vec![];
+        for ((at, file), path) in group.into_iter().zip(paths) {
+            match path {
+                Err(error) if outcome::is_full(&error) => full.push((at, file)),
+                path => named.push((at, file, path)),
+            }
+        }
+        let Some((_, first)) = full.first() else {
+            return DiskDone::Named(named, hashes);
+        };
+        swarm.wait_for_room(first).await;
+        group = full;
+    }
+}
+
+/// Bytes of these pieces.
+fn bytes_of(storage: &Storage, have: &HaveMap) -> u64 {
+    let layout = storage.manifest().layout();
+    let pieces = have.iter().filter_map(|piece| layout.piece(piece));
+    pieces.map(|piece| u64::from(layout.len_of(piece))).sum()
+}
+
+/// A task of ours ended in a way that it must not.
+fn internal(error: tokio::task::JoinError) -> anyhow::Error {
+    match error.try_into_panic() {
+        Ok(panic) => anyhow::anyhow!(panic_text(&*panic)),
+        Err(error) => anyhow::anyhow!("internal error: {error}"),
     }
 }

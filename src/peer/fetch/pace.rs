@@ -148,6 +148,11 @@ impl Pace {
         }
     }
 
+    /// The mean length of pieces is another by now, bytes.
+    pub fn set_piece_len(&mut self, piece_len: u32) {
+        self.piece_len = piece_len.max(1);
+    }
+
     /// As [`Self::new`], with some sizes fixed.
     pub fn fixed(piece_len: u32, fixed: Fixed) -> Self {
         Self {

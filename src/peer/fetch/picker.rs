@@ -75,6 +75,17 @@ impl Next {
     }
 }
 
+/// What a source has of a content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offer {
+    /// Every piece.
+    All,
+    /// It fetches the content as well; which pieces it has comes piece by piece.
+    Part,
+    /// No piece.
+    Nothing,
+}
+
 /// What a verified piece was good for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Received {
@@ -135,6 +146,53 @@ impl Picker {
         }
     }
 
+    /// Pieces there are.
+    pub fn n_pieces(&self) -> u32 {
+        self.board.n_pieces()
+    }
+
+    /// The pieces of further contents follow the last one, so many of each, free; `offer` says what a source, by its first
+    /// connection, has of each of these contents.
+    pub fn grow(&mut self, counts: &[u32], offer: impl Fn(SourceKey, usize) -> Offer) {
+        let first = self.board.n_pieces();
+        self.board.grow(counts.iter().sum());
+        let end = self.board.n_pieces();
+        for source in self.sources.values_mut() {
+            source.idle_since = None;
+            let offers: Vec<_> = (0..counts.len()).map(|i| offer(source.first, i)).collect();
+            source.is_receiver |= offers.contains(&Offer::Part);
+            let has_all = offers.iter().all(|offer| *offer == Offer::All);
+            if matches!(source.have, Have::All) {
+                if has_all {
+                    continue;
+                }
+                let mut pieces = PieceSet::full(first);
+                pieces.grow(end);
+                let partial = Have::Some(pieces);
+                if source.counted {
+                    self.board.count(&partial, true);
+                    self.board.count(&Have::All, false);
+                }
+                source.have = partial;
+            } else if let Have::Some(pieces) = &mut source.have {
+                pieces.grow(end);
+            }
+            let Have::Some(pieces) = &mut source.have else {
+                continue;
+            };
+            let mut next = first;
+            for (offer, count) in offers.iter().zip(counts) {
+                for piece in (next..next + count).filter(|_| *offer == Offer::All) {
+                    pieces.insert(piece);
+                    if source.counted {
+                        self.board.count_piece(piece, true);
+                    }
+                }
+                next += count;
+            }
+        }
+    }
+
     /// A piece that is on this disk already.
     pub fn mark_done(&mut self, piece: u32) {
         self.board.settle(piece);
@@ -165,7 +223,7 @@ impl Picker {
             None => drop(self.sources.insert(key, Source::new(key, have))),
         }
         if let Some(source) = self.sources.get_mut(&key) {
-            source.is_receiver |= map.is_empty();
+            source.is_receiver |= map.is_empty() && map.len() > 0;
         }
         self.set_counted(key, counts);
     }

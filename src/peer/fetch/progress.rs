@@ -11,9 +11,7 @@ use std::{
 };
 
 use super::{
-    destination::Want,
-    source_stats::{Account, Accounts},
-    stage_times::Spent,
+    contents::Aside, destination::Want, source_stats::SourceStats, stage_times::StageTimes,
 };
 use crate::{catalog::FileKey, identity::PeerId};
 
@@ -28,6 +26,15 @@ pub enum Happening {
         path: PathBuf,
         /// It was there before.
         already_there: bool,
+    },
+    /// A file could not be had.
+    FileFailed {
+        /// Which.
+        want: Want,
+        /// Why.
+        why: Aside,
+        /// The same for people.
+        text: String,
     },
     /// Worth a line.
     Note(Option<PeerId>, String),
@@ -46,12 +53,12 @@ impl Default for Began {
 /// Where a Get stands; shared with whoever watches it.
 #[derive(Default)]
 pub struct Progress {
-    /// All sources so far.
-    pub accounts: Accounts,
+    /// What each source did, as of the last look.
+    pub sources: Mutex<HashMap<PeerId, SourceStats>>,
     /// When it began.
     pub began: Began,
     /// Where the time went so far.
-    pub spent: Arc<Spent>,
+    pub stage_times: Arc<StageTimes>,
     /// Bytes of all files.
     pub bytes_total: AtomicU64,
     /// Verified bytes that are on the disk.
@@ -62,6 +69,8 @@ pub struct Progress {
     pub files_total: AtomicU64,
     /// Files that have their names.
     pub files_done: AtomicU64,
+    /// Files that could not be had.
+    pub files_failed: AtomicU64,
     /// Files that were not fetched, because the target is identical, or differs and was left alone; the latter do not
     /// count as done.
     pub files_skipped: AtomicU64,
@@ -77,10 +86,10 @@ impl Progress {
         counter.fetch_add(n, Ordering::Relaxed);
     }
 
-    /// The accounts as they are now.
+    /// What each source did, as of the last look.
     #[must_use]
-    pub fn accounts(&self) -> HashMap<PeerId, Account> {
-        self.accounts
+    pub fn sources(&self) -> HashMap<PeerId, SourceStats> {
+        self.sources
             .lock()
             .expect("no panic while the lock is held")
             .clone()

@@ -3,7 +3,7 @@
 //! Invariant: whatever comes is taken as a stranger's word. Bytes leave this file only as `VerifiedPiece`s, sizes only
 //! as [`Manifest`]s.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::time::timeout;
@@ -23,16 +23,19 @@ pub use self::{
 };
 use crate::peer::member::membership::Membership;
 use crate::{
-    content::{ContentId, Hash32, Manifest},
+    content::{ContentId, Hash32, Layout, Manifest},
     identity::PeerId,
     net::{self, Connection, DialError},
     proto::{
-        self, GetManifestRequest, chunk_service_client::ChunkServiceClient, get_manifest_response,
+        self, GetManifestRequest, GetManifestResponse, chunk_service_client::ChunkServiceClient,
+        content_error::Code, get_manifest_response,
     },
     tls::{self, Expect},
 };
 
 const FIRST_ANSWER: Duration = Duration::from_secs(10);
+/// Bytes a second of manifests that an answer must have in the mean, beyond [`FIRST_ANSWER`].
+const SLOWEST: u64 = 16 << 10;
 /// The TLS library wants a name; with SNI off it is not sent, and the verifier looks for the peer's own.
 const UNSENT_NAME: &str = "peer.sprat.internal";
 
@@ -57,9 +60,23 @@ pub enum SourceError {
     /// It sent a whole piece that is none, so many bytes: ban it, too.
     #[error("sent wrong bytes ({0})")]
     BadPiece(String, u64),
+    /// It was banned for what it sent.
+    #[error("banned")]
+    Banned,
     /// Ours: the network's rules could not be set up.
     #[error("{0}")]
     Setup(String),
+}
+
+impl SourceError {
+    /// Bytes that came in vain.
+    #[must_use]
+    pub const fn bad_bytes(&self) -> u64 {
+        match self {
+            Self::BadPiece(_, bytes) => *bytes,
+            _ => 0,
+        }
+    }
 }
 
 impl From<Status> for SourceError {
@@ -186,15 +203,22 @@ impl Source {
             .max_decoding_message_size(proto::MAX_CHUNK_MESSAGE)
     }
 
-    /// The manifests of these contents, at most 1,024; `None` for those that it does not hold.
+    /// Asks for the manifests of these contents, at most 1,024, and tells each answer with its position as soon as it is
+    /// there, once for each content.
     ///
     /// # Errors
-    /// [`SourceError::Lied`] if one does not prove itself.
-    pub async fn manifests(&self, ids: &[ContentId]) -> Result<Vec<Option<Manifest>>, SourceError> {
+    /// If the source does not answer as it should, or takes longer in all than [`SLOWEST`] and its bytes allow. What a
+    /// manifest has of wrong in it is an answer, and no error.
+    pub async fn manifests(
+        &self,
+        ids: &[ContentId],
+        mut tell: impl FnMut(usize, Described),
+    ) -> Result<(), SourceError> {
         let content_ids = ids
             .iter()
             .map(|id| Bytes::copy_from_slice(id.as_bytes()))
             .collect();
+        let began = Instant::now();
         let call = self.client();
         let stream = timeout(
             FIRST_ANSWER,
@@ -202,72 +226,124 @@ impl Source {
         )
         .await;
         let mut stream = stream.map_err(|_| SourceError::Stalled)??.into_inner();
-        let mut found: Vec<Option<Manifest>> = vec![None; ids.len()];
-        let mut draft: Option<Draft> = None;
+        let mut answers = Answers::of(ids.len());
         loop {
-            let message = timeout(FIRST_ANSWER, stream.message())
+            let patience = FIRST_ANSWER + Duration::from_secs(answers.bytes / SLOWEST);
+            let left = patience.saturating_sub(began.elapsed());
+            let message = timeout(left.min(FIRST_ANSWER), stream.message())
                 .await
                 .map_err(|_| SourceError::Stalled)??;
-            let next = message.as_ref().map(|message| message.index);
-            if let Some(ready) = draft.take_if(|draft| Some(draft.index) != next) {
-                let index = ready.index as usize;
-                found[index] = Some(ready.prove(ids[index])?);
+            let next = message.as_ref().map(|message| message.index as usize);
+            if let Some(ready) = answers.draft.take_if(|draft| Some(draft.index) != next) {
+                tell(ready.index, ready.prove(ids));
             }
             let Some(message) = message else {
-                return Ok(found);
+                let unanswered = answers.is_told.iter().enumerate();
+                unanswered
+                    .filter(|(_, is_told)| !**is_told)
+                    .for_each(|(i, _)| tell(i, Described::Refused(Code::NotFound)));
+                return Ok(());
             };
-            let unasked = || SourceError::Lied("a manifest that nobody asked for".into());
-            if message.index as usize >= ids.len() || found[message.index as usize].is_some() {
-                return Err(unasked());
+            if let Some(code) = answers.take(message)? {
+                tell(code.0, Described::Refused(code.1));
             }
-            match (message.part, &mut draft) {
-                (Some(get_manifest_response::Part::Header(header)), None) => {
-                    draft = Some(Draft {
-                        index: message.index,
-                        header,
-                        hashes: vec![],
-                    });
-                }
-                (Some(get_manifest_response::Part::PieceHashes(run)), Some(draft)) => {
-                    draft.extend(&run)?
-                }
-                (Some(get_manifest_response::Part::Error(_)), None) => {}
-                _ => return Err(unasked()),
+        }
+    }
+}
+
+/// What a source says of a content that it was asked for the manifest of.
+#[derive(Debug)]
+pub enum Described {
+    /// The manifest, which proved itself.
+    Manifest(Manifest),
+    /// It has none, for this reason.
+    Refused(Code),
+    /// One that is wrong, and in which way.
+    Wrong(String),
+}
+
+/// The answers to one request for manifests. Invariant: each content is answered once, at its turn or never.
+struct Answers {
+    is_told: Vec<bool>,
+    draft: Option<Draft>,
+    /// Of hashes that came.
+    bytes: u64,
+}
+
+impl Answers {
+    fn of(n: usize) -> Self {
+        Self {
+            is_told: vec![false; n],
+            draft: None,
+            bytes: 0,
+        }
+    }
+
+    /// One message; gives the content and the reason if that is refused.
+    fn take(&mut self, message: GetManifestResponse) -> Result<Option<(usize, Code)>, SourceError> {
+        let unasked = || SourceError::Lied("a manifest that nobody asked for".into());
+        let index = message.index as usize;
+        let is_told = self.is_told.get_mut(index).ok_or_else(unasked)?;
+        match (message.part, &mut self.draft) {
+            (Some(get_manifest_response::Part::Header(header)), None) if !*is_told => {
+                *is_told = true;
+                self.draft = Some(Draft {
+                    index,
+                    header,
+                    hashes: vec![],
+                    is_too_long: false,
+                });
+                Ok(None)
             }
+            (Some(get_manifest_response::Part::PieceHashes(run)), Some(draft)) => {
+                self.bytes += run.len() as u64;
+                draft.extend(&run);
+                Ok(None)
+            }
+            (Some(get_manifest_response::Part::Error(error)), None) if !*is_told => {
+                *is_told = true;
+                Ok(Some((index, error.code())))
+            }
+            _ => Err(unasked()),
         }
     }
 }
 
 /// A manifest that is still arriving.
 struct Draft {
-    index: u32,
+    index: usize,
     header: proto::ManifestHeader,
     hashes: Vec<Hash32>,
+    /// More came than a content of that size has, and is not kept.
+    is_too_long: bool,
 }
 
 impl Draft {
-    fn extend(&mut self, run: &[u8]) -> Result<(), SourceError> {
+    fn extend(&mut self, run: &[u8]) {
         let (hashes, rest) = run.as_chunks::<32>();
-        let most = crate::content::MAX_PIECES as usize;
+        let most = Layout::new(self.header.size).map_or(0, Layout::n_pieces) as usize;
         if !rest.is_empty() || self.hashes.len() + hashes.len() > most {
-            return Err(SourceError::Lied("a malformed manifest".into()));
+            self.is_too_long = true;
+        } else {
+            self.hashes.extend_from_slice(hashes);
         }
-        self.hashes.extend_from_slice(hashes);
-        Ok(())
     }
 
-    fn prove(self, id: ContentId) -> Result<Manifest, SourceError> {
+    fn prove(self, ids: &[ContentId]) -> Described {
         let (edge, rest) = self.header.right_edge.as_chunks::<32>();
-        if !rest.is_empty() {
-            return Err(SourceError::Lied("a malformed manifest".into()));
+        if !rest.is_empty() || self.is_too_long {
+            return Described::Wrong("sent a malformed manifest".into());
         }
         let proved = Manifest::accept(
-            id,
+            ids[self.index],
             self.header.size,
             self.hashes,
             &self.header.last_chunk,
             edge,
         );
-        proved.map_err(|e| SourceError::Lied(e.to_string()))
+        proved.map_or_else(
+            |error| Described::Wrong(error.to_string()),
+            Described::Manifest,
+        )
     }
 }

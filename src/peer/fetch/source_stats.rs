@@ -1,15 +1,8 @@
-//! What each source did for a Get, for people and for the decision when to give up.
-
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex},
-};
-
-use crate::identity::PeerId;
+//! What each source did for a Get, for people.
 
 /// How a source stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum Standing {
     /// Being dialled.
     Connecting,
     /// Connected.
@@ -24,13 +17,13 @@ pub enum State {
 
 /// What a source did for the whole Get, for people.
 #[derive(Clone, Debug)]
-pub struct Account {
+pub struct SourceStats {
     /// Verified bytes that were new.
     pub bytes: u64,
     /// Bytes of no use: wrong, or brought by another source first.
     pub wasted: u64,
     /// How it stands.
-    pub state: State,
+    pub standing: Standing,
     /// The address in use.
     pub address: String,
     /// Chunk length in bytes and claim length in pieces.
@@ -45,12 +38,12 @@ pub struct Account {
     pub trouble: String,
 }
 
-impl Default for Account {
+impl Default for SourceStats {
     fn default() -> Self {
         Self {
             bytes: 0,
             wasted: 0,
-            state: State::Connecting,
+            standing: Standing::Connecting,
             address: String::new(),
             sizes: (0, 0),
             goodput: 0,
@@ -60,6 +53,3 @@ impl Default for Account {
         }
     }
 }
-
-/// The accounts of all sources, over all batches.
-pub type Accounts = Arc<Mutex<HashMap<PeerId, Account>>>;

@@ -1,6 +1,6 @@
 //! Where the time of a transfer went, and which stage held it up.
 //!
-//! Invariant: adding is one atomic operation. [`Spent::bottleneck`] is a pure function of the sums and the wall time.
+//! Invariant: adding is one atomic operation. [`StageTimes::bottleneck`] is a pure function of the sums and the wall time.
 
 use std::{
     fmt,
@@ -35,7 +35,7 @@ const STAGES: usize = Stage::Full as usize + 1;
 
 /// Sums over a transfer, from all its lanes. Stages overlap, so together they may exceed the wall time.
 #[derive(Debug, Default)]
-pub struct Spent([AtomicU64; STAGES]);
+pub struct StageTimes([AtomicU64; STAGES]);
 
 /// What a transfer would be faster without.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +70,7 @@ impl fmt::Display for Bottleneck {
     }
 }
 
-impl Spent {
+impl StageTimes {
     /// Adds to a stage.
     pub fn add(&self, stage: Stage, time: Duration) {
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     fn named(spent: &[(Stage, u64)]) -> Option<Bottleneck> {
-        let sums = Spent::default();
+        let sums = StageTimes::default();
         for (stage, millis) in spent {
             sums.add(*stage, Duration::from_millis(*millis));
         }

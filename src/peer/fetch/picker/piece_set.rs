@@ -32,6 +32,27 @@ impl PieceSet {
         }
     }
 
+    /// Makes the space larger: 0..n. Members stay.
+    pub(super) fn grow(&mut self, n: u32) {
+        let mut larger = Self::empty(n);
+        for (level, words) in larger.levels.iter_mut().zip(&self.levels) {
+            level[..words.len()].copy_from_slice(words);
+        }
+        // Levels that the smaller space did not need.
+        for height in self.levels.len().max(1)..larger.levels.len() {
+            let (below, above) = larger.levels.split_at_mut(height);
+            for (at, _) in below[height - 1]
+                .iter()
+                .enumerate()
+                .filter(|(_, word)| **word != 0)
+            {
+                above[0][at / WORD] |= 1 << (at % WORD);
+            }
+        }
+        larger.n_members = self.n_members;
+        *self = larger;
+    }
+
     /// All of 0..n.
     pub(super) fn full(n: u32) -> Self {
         let mut set = Self::empty(n);

@@ -79,6 +79,18 @@ impl Board {
         self.n_pieces
     }
 
+    /// `more` pieces follow the last one, free and had by nobody that is partial; complete sources have them.
+    pub(super) fn grow(&mut self, more: u32) {
+        let (first, n_pieces) = (self.n_pieces, self.n_pieces + more);
+        self.n_pieces = n_pieces;
+        self.done.grow(n_pieces);
+        self.free.iter_mut().for_each(|class| class.grow(n_pieces));
+        self.n_partial.resize(n_pieces as usize, 0);
+        self.promises.grow(n_pieces);
+        self.n_without_partial += more;
+        (first..n_pieces).for_each(|piece| self.put_free(piece));
+    }
+
     pub(super) fn claims(&self) -> &Claims {
         &self.claims
     }

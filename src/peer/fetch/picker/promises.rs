@@ -30,6 +30,13 @@ impl Promises {
         self.since[piece as usize] = u32::try_from(millis).unwrap_or(u32::MAX).saturating_add(1);
     }
 
+    /// There are so many pieces from now on.
+    pub(super) fn grow(&mut self, n_pieces: u32) {
+        if !self.since.is_empty() {
+            self.since.resize(n_pieces as usize, 0);
+        }
+    }
+
     pub(super) fn forget(&mut self, piece: u32) {
         if let Some(since) = self.since.get_mut(piece as usize) {
             *since = 0;

@@ -162,6 +162,7 @@ impl Source {
             frames,
             assembly,
             at_source: [0; 3],
+            has_told_spent: false,
         })
     }
 
@@ -297,6 +298,7 @@ pub struct Fetch {
     assembly: Assembly,
     /// Microseconds that the source says it spent on its disk, its limit and the network.
     at_source: [u64; 3],
+    has_told_spent: bool,
 }
 
 impl Fetch {
@@ -329,6 +331,7 @@ impl Fetch {
                 .transpose()
                 .map_err(|e| SourceError::Broken(e.to_string()))?;
             match frame.map(Frame::into_data) {
+                Some(Ok(data)) if data.is_empty() => self.flight.on_chunk(0)?,
                 Some(Ok(data)) => self.input = data,
                 Some(Err(other)) => return self.ended(other.trailers_ref()),
                 None => return self.ended(None),
@@ -366,7 +369,11 @@ impl Fetch {
                     let (range, done) = self.assembly.skip(error.range)?;
                     Ok(Some(Event::Missing(range, done, reason)))
                 }
+                get_chunks_response::Part::Spent(_) if self.has_told_spent => {
+                    Err(SourceError::Lied("its times twice".into()))
+                }
                 get_chunks_response::Part::Spent(spent) => {
+                    self.has_told_spent = true;
                     // Nobody waits longer than a day, whatever it says.
                     self.at_source = [spent.disk, spent.limit, spent.network]
                         .map(|micros| micros.min(86_400_000_000));
@@ -418,6 +425,9 @@ impl Assembly {
     fn begin(&self, range: u32, offset: u64, len: usize) -> Result<(), SourceError> {
         let (wanted, piece) = self.expected()?;
         let layout = wanted.layout;
+        if len == 0 {
+            return Err(SourceError::Lied("an empty chunk".into()));
+        }
         if range as usize != self.range || offset != layout.offset(piece) + self.buffer.len() as u64
         {
             return Err(SourceError::Lied("bytes out of order".into()));

@@ -57,6 +57,16 @@ impl StorageError {
             _ => false,
         }
     }
+
+    /// Whether this process, or this machine, has as many files open as it may.
+    pub fn is_no_descriptor(&self) -> bool {
+        let Self::Io(error) = self else { return false };
+        let errno = rustix::io::Errno::from_io_error(error);
+        matches!(
+            errno,
+            Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE)
+        )
+    }
 }
 
 /// Whether the disk says that it has no room.

@@ -16,8 +16,7 @@ use std::{
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use super::{Swarm, connection_of};
-use crate::peer::fetch::{pace::Pace, picker::SourceKey, source::Source};
+use super::{pace::Pace, picker::SourceKey, session::Session, source::CONNECTIONS, swarm::lock};
 
 /// Next to nothing is less than so many bytes in that time.
 const SILENCE: Duration = Duration::from_secs(2);
@@ -34,7 +33,7 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn pace(&self) -> MutexGuard<'_, Pace> {
-        self.pace.lock().expect("no panic while the lock is held")
+        lock(&self.pace)
     }
 
     /// Is it let go?
@@ -71,10 +70,17 @@ impl Line {
     }
 }
 
-impl Swarm {
+/// The key of a source's connection.
+fn connection_of(source: SourceKey, connection: usize) -> SourceKey {
+    let connection = u32::try_from(connection).unwrap_or(0) % CONNECTIONS;
+    SourceKey(source.0.saturating_add(connection))
+}
+
+impl Session {
     /// While next to nothing comes over a connection, what it was promised is there for those who have nothing else to fetch.
     /// Ends if the others leave it nothing: then it is let go.
-    pub(super) async fn look_on(&self, source: &Source, line: &Line, connection: usize) {
+    pub(super) async fn look_on(&self, connection: usize) {
+        let (swarm, line) = (&self.swarm, &self.line);
         let link = &line.0[connection];
         let bytes = || {
             let pace = link.pace();
@@ -87,20 +93,16 @@ impl Swarm {
             let (own, all) = (now.0 - before.0, now.1 - before.1);
             let n = line.live().count() as u64;
             let is_behind = all >= NEXT_TO_NOTHING && own.saturating_mul(FAR_BEHIND * n) <= all;
-            if connection > 0
-                && is_behind
-                && !self.in_company()
-                && self.account(source.id, |account| account.is_proven)
-            {
-                tracing::debug!(peer = %source.id, connection, own, all, "a connection gets nothing beside the others");
-                source.let_go(connection);
+            if connection > 0 && is_behind && !swarm.in_company() && swarm.is_proven(self.peer()) {
+                tracing::debug!(peer = %self.peer(), connection, own, all, "a connection gets nothing beside the others");
+                self.source.let_go(connection);
                 link.gone.cancel();
                 return;
             }
             // All of a slow line is next to nothing for each of many connections.
             if own < NEXT_TO_NOTHING && (all < NEXT_TO_NOTHING || is_behind) {
-                self.picker().hurry(link.key, Instant::now());
-                self.changed.notify_waiters();
+                swarm.engine().picker.hurry(link.key, Instant::now());
+                swarm.changed.notify_waiters();
             }
         }
     }
