@@ -16,6 +16,7 @@ mod liar;
 mod visitor;
 
 mod bad_input;
+mod bad_messages;
 mod bad_sources;
 mod dashboard;
 mod fan_out;
