@@ -32,7 +32,6 @@ fn endings(lie: Lie) -> &'static [i32] {
         | Lie::Deaf
         | Lie::Unknown
         | Lie::Denial
-        | Lie::OutOfRange
         | Lie::Promised
         | Lie::Busy
         | Lie::Failure
@@ -42,9 +41,11 @@ fn endings(lie: Lie) -> &'static [i32] {
         | Lie::EndlessSpent
         | Lie::ManifestNever
         | Lie::ManifestTrickle => &[4],
-        Lie::ManifestEnds | Lie::ManifestEmpty | Lie::ManifestOfOther | Lie::EmptyMessages => {
-            &[4, 6]
-        }
+        Lie::ManifestEnds
+        | Lie::ManifestEmpty
+        | Lie::ManifestOfOther
+        | Lie::EmptyMessages
+        | Lie::OutOfRange => &[4, 6],
         Lie::Delay | Lie::NewsNever | Lie::NewsEnd | Lie::NewsRefused | Lie::NewsTwice => &[0],
         // Nobody need put up with it, and nobody must not.
         _ => &[0, 4, 6, 12],

@@ -33,6 +33,7 @@ mod operations;
 mod operator;
 mod outputs;
 mod own_certificate;
+mod partly;
 mod poisoned;
 mod request_id;
 mod reuse;

@@ -4,6 +4,7 @@
 //! nobody waits for a full pipe.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -167,6 +168,39 @@ impl Outcome {
             serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}\n{self:#?}"))
         };
         self.stdout.lines().map(read).collect()
+    }
+
+    /// The files that could not be had, each with its reason, as `get --json` names them.
+    #[track_caller]
+    pub fn failed_files(&self) -> BTreeMap<String, String> {
+        let word = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let events = self.json().into_iter();
+        events
+            .filter(|event| event["event"] == "file_failed")
+            .map(|event| {
+                let (id, text) = (word(&event["content_id"]), word(&event["text"]));
+                assert!(id.len() == 64 && !text.is_empty(), "{event}");
+                (word(&event["name"]), word(&event["reason"]))
+            })
+            .collect()
+    }
+
+    /// Demands that a `get --json` could not have these files, each for one of these reasons, and that it had others.
+    #[track_caller]
+    pub fn partly(self, failed: &[(&str, &[&str])]) -> Self {
+        assert_eq!(self.code, Some(12), "{self:#?}");
+        let told = self.failed_files();
+        assert!(
+            told.keys().eq(failed.iter().map(|(name, _)| name)),
+            "{told:?}: {self:#?}"
+        );
+        for (name, reasons) in failed {
+            assert!(reasons.contains(&&*told[*name]), "{name}: {told:?}");
+        }
+        let last = self.json().pop().unwrap_or_default();
+        let n_failed = [&last, &last["so_far"]].map(|last| last["files_failed"].as_u64());
+        assert!(n_failed.contains(&Some(failed.len() as u64)), "{last}");
+        self
     }
 
     /// The summary that ends `get --json`.
