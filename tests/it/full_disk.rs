@@ -87,7 +87,7 @@ pub fn fill(filler: &Path) {
 }
 
 /// Waits until a `get --json` has noted this.
-fn wait_note(get: &mut Process, words: &str) {
+pub fn wait_note(get: &mut Process, words: &str) {
     wait_until(&format!("a note says {words:?}"), PATIENCE, || {
         assert!(get.is_running(), "{}", get.said());
         get.stdout()

@@ -44,7 +44,7 @@ fn a_peer_that_vanishes_is_forgotten_with_its_lease() {
     swarm.kill("a");
     // Until then it is listed, and nobody answers.
     swarm
-        .run("b", ["get", "film", "-o", "copy"])
+        .run("b", ["get", "film", "-o", "copy", "--timeout", "4s"])
         .fails(4, &["no source"]);
     assert!(!swarm.path("copy").exists());
     swarm.wait_ls("b", Duration::from_secs(10), |rows| {

@@ -43,4 +43,5 @@ mod tidy;
 mod tracker_restart;
 mod two_at_once;
 mod unattended;
+mod waiting;
 mod watching;
