@@ -73,15 +73,15 @@ fn three_receivers_share_what_the_seed_sends_once() {
     );
 }
 
-/// Leaves what an earlier download would have left of the film: these bytes, and nothing else.
-fn leave_part(swarm: &Swarm, member: &str, keep: impl Fn(usize) -> bool) {
-    let mut bytes = fs::read(swarm.path("film")).unwrap();
+/// Leaves in `part` what an earlier download would have left of a file: these bytes, and nothing else.
+pub fn leave_part(swarm: &Swarm, file: &str, part: &str, keep: impl Fn(usize) -> bool) {
+    let mut bytes = fs::read(swarm.path(file)).unwrap();
     for (i, byte) in bytes.iter_mut().enumerate() {
         if !keep(i) {
             *byte = 0;
         }
     }
-    let part = swarm.path(&format!("{}/{FILM}.part", member_folder(member)));
+    let part = swarm.path(part);
     fs::create_dir_all(part.parent().unwrap()).unwrap();
     fs::write(part, bytes).unwrap();
 }
@@ -90,8 +90,9 @@ fn leave_part(swarm: &Swarm, member: &str, keep: impl Fn(usize) -> bool) {
 fn two_halves_complete_one_another_without_the_seed() {
     let (mut swarm, ids, _link) = network(&["a", "b"], MIB / 2);
     let half = usize::try_from(12 * MIB).unwrap();
-    leave_part(&swarm, "a", |i| i < half);
-    leave_part(&swarm, "b", |i| i >= half);
+    let part = |member| format!("{}/{FILM}.part", member_folder(member));
+    leave_part(&swarm, "film", &part("a"), |i| i < half);
+    leave_part(&swarm, "film", &part("b"), |i| i >= half);
     let (mut a, mut b) = (
         swarm.spawn("a", ["get", FILM, "--json"]),
         swarm.spawn("b", ["get", FILM, "--json"]),

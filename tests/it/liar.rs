@@ -323,7 +323,7 @@ impl Liar {
         self.counts.asked.load(Ordering::Relaxed)
     }
 
-    /// How often it told a lie.
+    /// How often it told a lie; each hint is one.
     pub fn lied(&self) -> usize {
         self.counts.lied.load(Ordering::Relaxed)
     }

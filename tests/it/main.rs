@@ -25,6 +25,8 @@ mod leaving;
 mod limits;
 mod long_line;
 mod main_job;
+mod many_files;
+mod many_sources;
 mod membership;
 mod metrics;
 mod moved;

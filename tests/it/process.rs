@@ -6,10 +6,11 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
+    io::{self, PipeReader},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicUsize, Ordering},
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -37,23 +38,45 @@ pub struct Process {
     what: String,
     stdout: PathBuf,
     stderr: PathBuf,
+    /// Its output that nobody reads yet.
+    unread: Option<PipeReader>,
+    reader: Option<JoinHandle<()>>,
 }
 
 impl Process {
     /// Starts `command`; its output goes to files in `folder`, its standard input is empty unless the caller set `stdin`.
     pub fn spawn(command: &mut Command, folder: &Path, stdin: Option<Stdio>) -> Self {
-        static COUNT: AtomicUsize = AtomicUsize::new(0);
-        let file = folder.join(COUNT.fetch_add(1, Ordering::Relaxed).to_string());
-        let (stdout, stderr) = (file.with_extension("out"), file.with_extension("err"));
-        let what = command
-            .get_args()
-            .map(|arg| arg.to_string_lossy())
-            .collect::<Vec<_>>()
-            .join(" ");
+        let (stdout, stderr) = Self::files(folder);
         command.stdin(stdin.unwrap_or_else(Stdio::null));
         command
             .stdout(File::create(&stdout).unwrap())
             .stderr(File::create(&stderr).unwrap());
+        Self::begin(command, (stdout, stderr), None)
+    }
+
+    /// Starts `command`, whose output nobody reads before [`Self::read_on`].
+    pub fn spawn_unread(mut command: Command, folder: &Path) -> Self {
+        let (stdout, stderr) = Self::files(folder);
+        let (reader, writer) = io::pipe().unwrap();
+        command.stdin(Stdio::null()).stdout(writer);
+        command.stderr(File::create(&stderr).unwrap());
+        File::create(&stdout).unwrap();
+        Self::begin(&mut command, (stdout, stderr), Some(reader))
+    }
+
+    fn files(folder: &Path) -> (PathBuf, PathBuf) {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let file = folder.join(COUNT.fetch_add(1, Ordering::Relaxed).to_string());
+        (file.with_extension("out"), file.with_extension("err"))
+    }
+
+    fn begin(
+        command: &mut Command,
+        (stdout, stderr): (PathBuf, PathBuf),
+        unread: Option<PipeReader>,
+    ) -> Self {
+        let args = command.get_args().map(|arg| arg.to_string_lossy());
+        let what = args.collect::<Vec<_>>().join(" ");
         let child = command
             .spawn()
             .unwrap_or_else(|error| panic!("{:?}: {error}", command.get_program()));
@@ -62,7 +85,16 @@ impl Process {
             what,
             stdout,
             stderr,
+            unread,
+            reader: None,
         }
+    }
+
+    /// Reads what it said, and says from now on.
+    pub fn read_on(&mut self) {
+        let mut from = self.unread.take().unwrap();
+        let mut to = File::create(&self.stdout).unwrap();
+        self.reader = Some(thread::spawn(move || _ = io::copy(&mut from, &mut to)));
     }
 
     pub fn stdout(&self) -> String {
@@ -85,6 +117,14 @@ impl Process {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
+    /// The most memory that it ever had, in bytes.
+    pub fn peak_memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.unwrap().trim().trim_end_matches(" kB");
+        kib.parse::<u64>().unwrap() << 10
+    }
+
     /// Ends it as a power cut would.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
@@ -95,6 +135,9 @@ impl Process {
     pub fn finish(mut self, within: Duration) -> Outcome {
         let what = format!("`sprat {}` ends\n{}", self.what, self.said());
         let end = wait_until(&what, within, || self.child.try_wait().unwrap());
+        if let Some(reader) = self.reader.take() {
+            reader.join().unwrap();
+        }
         Outcome {
             what: self.what.clone(),
             code: end.code(),

@@ -159,9 +159,22 @@ impl Swarm {
     }
 
     pub fn spawn_command(&self, command: &mut Command, stdin: Option<Stdio>) -> Process {
+        Process::spawn(command, &self.logs(), stdin)
+    }
+
+    /// Starts a command of a member whose output nobody reads before [`Process::read_on`].
+    pub fn spawn_unread<A: AsRef<OsStr>>(
+        &self,
+        member: &str,
+        args: impl IntoIterator<Item = A>,
+    ) -> Process {
+        Process::spawn_unread(self.command(member, args), &self.logs())
+    }
+
+    fn logs(&self) -> PathBuf {
         let logs = self.path(".output");
         fs::create_dir_all(&logs).unwrap();
-        Process::spawn(command, &logs, stdin)
+        logs
     }
 
     /// Runs a command of a member to its end.

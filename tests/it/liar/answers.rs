@@ -41,7 +41,7 @@ pub struct Counts {
     pub asked: AtomicUsize,
     /// Calls for a manifest, by content.
     pub described: AtomicUsize,
-    /// Answers that were lies.
+    /// Answers that were lies; of hints, each.
     pub lied: AtomicUsize,
     /// Bytes that were taken.
     pub sent: AtomicU64,
@@ -224,7 +224,11 @@ impl Served {
                 return Box::pin(stream::iter([Ok(all)]).chain(promises));
             }
             Some(Lie::Hints) => {
-                let hints = stream::repeat_with(move || Ok(say(Change::Peer(hint()))));
+                let counts = self.counts.clone();
+                let hints = stream::repeat_with(move || {
+                    counts.lied.fetch_add(1, Ordering::Relaxed);
+                    Ok(say(Change::Peer(hint())))
+                });
                 return Box::pin(stream::iter([Ok(all)]).chain(hints));
             }
             _ => vec![all],
@@ -344,7 +348,7 @@ impl Served {
     }
 }
 
-/// Somebody who does not exist, at a port where nobody is.
+/// Somebody who does not exist, at ports where nobody is.
 fn hint() -> PeerHint {
     const DIGITS: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
     // 256 bits are 51 digits of five and one of one, which comes first in the bits of the last.
@@ -352,6 +356,8 @@ fn hint() -> PeerHint {
     let last = DIGITS[rand::random_range(0..2) * 16];
     PeerHint {
         peer_id: (0..51).map(digit).chain([last.into()]).collect(),
-        addresses: vec![format!("127.0.0.1:{}", rand::random_range(1..1024))],
+        addresses: (1..=proto::MAX_ADDRESSES)
+            .map(|port| format!("127.0.0.1:{port}"))
+            .collect(),
     }
 }
