@@ -5,7 +5,6 @@
 //! handshake, preface, stream and connection has a limit and a deadline (`serve.rs`); Unix sockets serve the same user
 //! only, the operator port this machine only (`http.rs`); data never shares a connection with control.
 
-mod client_tls;
 mod congestion;
 mod dial;
 mod first_byte;
@@ -13,6 +12,7 @@ mod http;
 mod rpc;
 mod sd_notify;
 mod serve;
+mod timed_tls;
 mod write_timeout;
 
 use std::{

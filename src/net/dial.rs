@@ -33,10 +33,9 @@ use tonic::{body::Body, service::Routes};
 use tower::Service;
 
 use super::{
-    Caller, Http2, Line,
-    client_tls::{ClientTls, Clock},
-    connect_unix,
+    Caller, Http2, Line, connect_unix,
     serve::serve_h2,
+    timed_tls::{Clock, TimedTls},
 };
 use crate::net::congestion::Tuned;
 use crate::request::{self, RequestId};
@@ -247,7 +246,7 @@ async fn dial_one(
     let shaking = Instant::now();
     let tls = timeout(
         CONNECT,
-        ClientTls::connect(stream, config, name, clock.clone()),
+        TimedTls::connect(stream, config, name, clock.clone()),
     )
     .await
     .map_err(late)
