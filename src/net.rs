@@ -27,7 +27,7 @@ use tokio::net::{TcpListener, TcpSocket, UdpSocket, UnixListener, UnixStream};
 
 pub use self::http::{bind_http, serve_http};
 pub use congestion::{LONG, Line};
-pub use dial::{Connection, DialError, dial, dial_unix, pipe};
+pub use dial::{Connection, DialError, Refusal, dial, dial_unix, pipe};
 pub use hyper::body::Incoming;
 pub use sd_notify::tell_manager;
 pub use serve::{Front, Limits, Listener, serve_unix};

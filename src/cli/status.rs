@@ -26,7 +26,11 @@ use crate::{
     net,
     peer::{
         self,
-        member::{membership::Membership, tracker_client::TrackerClient},
+        member::{
+            membership::Membership,
+            standing::{TrackerStanding, TrackerState, advice, exit_of},
+            tracker_client::TrackerClient,
+        },
     },
     proto::{ListFilesRequest, StatusResponse},
     safe_path::escape,
@@ -34,7 +38,8 @@ use crate::{
     units::human_size,
 };
 
-const ONLINE: &str = "online";
+/// How the tracker is for a member that does not run.
+const REACHABLE: &str = "reachable";
 
 pub(super) async fn run(session: &Session, args: &StatusArgs) -> Result<()> {
     let (peer_dir, tracker_dir) = (
@@ -122,10 +127,8 @@ async fn idle(session: &Session, state_dir: &Path) -> Result<()> {
         content_id: ContentId::EMPTY.to_string(),
         ..Default::default()
     };
-    let state = client
-        .list(question)
-        .await
-        .map_or_else(|error| format!("{error:#}"), |_| "reachable".into());
+    let trouble = client.list(question).await.err();
+    let trouble = trouble.map(|error| TrackerStanding::after(&error));
     let (peer_id, left) = (membership.id().to_string(), membership.seconds_left());
     if session.json {
         return json(&IdleLine {
@@ -133,16 +136,19 @@ async fn idle(session: &Session, state_dir: &Path) -> Result<()> {
             running: false,
             peer_id,
             tracker: client.address(),
-            tracker_state: state,
+            tracker_state: trouble.as_ref().map_or(REACHABLE, |it| word(it.state)),
+            tracker_error: trouble.map(|it| it.error).unwrap_or_default(),
             certificate_seconds_left: left,
         });
     }
     line(&format!("peer         {peer_id}"))?;
     line("running      no; start it with `sprat peer`")?;
-    line(&format!(
-        "tracker      {}",
-        escape(&tracker_line(&client.address(), &state))
-    ))?;
+    let tracker = client.address();
+    let tracker = trouble.map_or_else(
+        || format!("{tracker}, {REACHABLE}"),
+        |it| tracker_line(&tracker, &it),
+    );
+    line(&format!("tracker      {}", escape(&tracker)))?;
     line(&format!(
         "certificate  good for {}",
         span(u64::try_from(left).unwrap_or_default())
@@ -176,8 +182,8 @@ pub(super) async fn tracker_status(state_dir: &Path) -> Result<Option<TrackerLin
 
 /// Why a peer is not healthy.
 fn ailment(status: &StatusResponse) -> Option<Failed> {
-    let state = &status.tracker_state;
-    let offline = || format!("tracker {}", tracker_line(&status.tracker, state));
+    let standing = standing(status);
+    let offline = || format!("tracker {}", tracker_line(&status.tracker, &standing));
     if status.certificate_seconds_left <= 0 {
         let text = format!(
             "the certificate of this peer has ended, and cannot be renewed: {}",
@@ -191,25 +197,40 @@ fn ailment(status: &StatusResponse) -> Option<Failed> {
     {
         return Some(failed);
     }
-    (state != ONLINE).then(|| {
-        let exit = if state.contains("certificate") {
-            Exit::Auth
-        } else {
-            Exit::Tracker
-        };
-        Failed::new(exit, offline())
-    })
+    (standing.state != TrackerState::Online)
+        .then(|| Failed::new(exit_of(standing.state), offline()))
 }
 
-/// Address and state; an error names the address itself.
-fn tracker_line(tracker: &str, state: &str) -> String {
-    let state = state
-        .strip_prefix("tracker")
-        .map_or(state, |rest| rest.trim_start_matches([':', ' ']));
-    if state.contains(tracker) {
-        state.to_owned()
-    } else {
-        format!("{tracker}, {state}")
+fn standing(status: &StatusResponse) -> TrackerStanding {
+    TrackerStanding {
+        state: status.tracker_state(),
+        error: status.tracker_error.clone(),
+    }
+}
+
+/// A tracker's address and how a peer stands with it, for people.
+fn tracker_line(tracker: &str, TrackerStanding { state, error }: &TrackerStanding) -> String {
+    match state {
+        TrackerState::Unspecified | TrackerState::Connecting | TrackerState::Online => {
+            format!("{tracker}, {}", word(*state))
+        }
+        TrackerState::Failing => format!("{tracker}, {error}"),
+        // An error of dialling names the address that was dialled.
+        _ => format!("{error}{}", advice(*state)),
+    }
+}
+
+/// For programs.
+const fn word(state: TrackerState) -> &'static str {
+    match state {
+        TrackerState::Unspecified | TrackerState::Connecting => "connecting",
+        TrackerState::Online => "online",
+        TrackerState::Unreachable => "unreachable",
+        TrackerState::NoTracker => "no_tracker",
+        TrackerState::OtherNetwork => "other_network",
+        TrackerState::Clock => "clock",
+        TrackerState::NotAMember => "not_a_member",
+        TrackerState::Failing => "failing",
     }
 }
 
@@ -234,7 +255,7 @@ fn describe(status: &StatusResponse) -> Vec<String> {
         ),
         format!(
             "tracker      {}",
-            shown(&tracker_line(&status.tracker, &status.tracker_state))
+            shown(&tracker_line(&status.tracker, &standing(status)))
         ),
         format!("addresses    {}", shown(&status.addresses.join(", "))),
         format!("certificate  good for {}", span(left)),
@@ -315,7 +336,8 @@ struct IdleLine {
     running: bool,
     peer_id: String,
     tracker: String,
-    tracker_state: String,
+    tracker_state: &'static str,
+    tracker_error: String,
     certificate_seconds_left: i64,
 }
 
@@ -328,7 +350,8 @@ struct PeerLine<'a> {
     pid: u32,
     addresses: &'a [String],
     tracker: &'a str,
-    tracker_state: &'a str,
+    tracker_state: &'static str,
+    tracker_error: &'a str,
     shares: Vec<ShareLine<'a>>,
     downloads: &'a str,
     files: u64,
@@ -393,7 +416,8 @@ impl<'a> From<&'a StatusResponse> for PeerLine<'a> {
             pid: status.pid,
             addresses: &status.addresses,
             tracker: &status.tracker,
-            tracker_state: &status.tracker_state,
+            tracker_state: word(status.tracker_state()),
+            tracker_error: &status.tracker_error,
             shares: shares.collect(),
             downloads: &status.downloads,
             files: status.files,
@@ -433,7 +457,7 @@ mod tests {
         StatusResponse {
             peer_id: "p".into(),
             tracker: "t:7700".into(),
-            tracker_state: ONLINE.into(),
+            tracker_state: TrackerState::Online.into(),
             certificate_seconds_left: 90_000,
             files: 2,
             files_to_hash: 1,
@@ -460,16 +484,21 @@ mod tests {
     fn health_is_a_tracker_and_a_certificate() {
         assert!(ailment(&status()).is_none());
         let offline = StatusResponse {
-            tracker_state: "tracker: cannot reach t:7700".into(),
+            tracker_state: TrackerState::Unreachable.into(),
+            tracker_error: "cannot reach t:7700".into(),
             ..status()
         };
         let failed = ailment(&offline).unwrap();
         assert_eq!(
             (failed.exit, failed.message.as_str()),
-            (Exit::Tracker, "tracker cannot reach t:7700")
+            (
+                Exit::Tracker,
+                "tracker cannot reach t:7700; is the tracker running, and its port open?"
+            )
         );
         let refused = StatusResponse {
-            tracker_state: "it does not accept our certificate".into(),
+            tracker_state: TrackerState::NotAMember.into(),
+            tracker_error: "t:7700 answers, but no".into(),
             ..status()
         };
         assert_eq!(ailment(&refused).unwrap().exit, Exit::Auth);

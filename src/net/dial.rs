@@ -35,7 +35,7 @@ use tower::Service;
 use super::{
     Caller, Http2, Line, connect_unix,
     serve::serve_h2,
-    timed_tls::{Clock, TimedTls},
+    timed_tls::{Notes, TimedTls, tls_error},
 };
 use crate::net::congestion::Tuned;
 use crate::request::{self, RequestId};
@@ -55,9 +55,35 @@ pub enum DialError {
     /// No TCP connection.
     #[error("cannot reach {0}: {1}")]
     Unreachable(String, io::Error),
-    /// Somebody answers, but not the one we mean, or not with our protocol.
+    /// Somebody answers, but not the one we mean, or not with our protocol, or does not want us.
     #[error("{0} answers, but {1}")]
-    Refused(String, String),
+    Refused(String, Refusal),
+}
+
+/// Why somebody who answers is of no use.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// A certificate that the other side's authority did not sign.
+    #[error("{0}")]
+    OtherNetwork(&'static str),
+    /// A certificate that does not hold now, by one of the two clocks.
+    #[error("{0}")]
+    Clock(String),
+    /// Our certificate is not accepted.
+    #[error("it does not accept our certificate, as if we were no member any more")]
+    NotAMember,
+    /// The certificate of the other side was denied.
+    #[error("it was revoked")]
+    Revoked,
+    /// A member, and not the one we mean.
+    #[error("it is somebody else than expected")]
+    SomebodyElse,
+    /// Not with our protocol.
+    #[error("{0}")]
+    NotSprat(&'static str),
+    /// Anything else; it may be different the next time.
+    #[error("{0}")]
+    Broken(String),
 }
 
 /// An established connection; clones share it.
@@ -67,8 +93,8 @@ pub struct Connection {
     origin: Uri,
     remote: Option<SocketAddr>,
     round_trip: Duration,
-    clock: Clock,
-    ended: watch::Receiver<Option<String>>,
+    notes: Notes,
+    ended: watch::Receiver<Option<Refusal>>,
     _driver: Arc<AbortOnDropHandle<()>>,
 }
 
@@ -102,7 +128,7 @@ impl Connection {
     /// Time spent in TLS reading from this connection since this was last asked.
     #[must_use]
     pub fn take_tls_time(&self) -> Duration {
-        self.clock.take()
+        self.notes.take_reading()
     }
 
     /// Has the other end gone?
@@ -111,9 +137,9 @@ impl Connection {
         self.requests.is_closed()
     }
 
-    /// Why the connection ended, in words for a person; `None` if it lives, or ended in good order. A server judges our
+    /// Why the connection ended; `None` if it lives, or ended in good order. A server judges our
     /// certificate only after our side of the handshake is done, so its refusal shows here, after the first call.
-    pub async fn why_ended(&self) -> Option<String> {
+    pub async fn why_ended(&self) -> Option<Refusal> {
         let mut ended = self.ended.clone();
         timeout(WHY, ended.wait_for(Option::is_some))
             .await
@@ -126,6 +152,7 @@ impl Connection {
         stream: I,
         http2: Http2,
         remote: Option<SocketAddr>,
+        notes: Notes,
     ) -> Result<Self, hyper::Error>
     where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -141,10 +168,12 @@ impl Connection {
             .handshake(TokioIo::new(stream))
             .await?;
         let (end, ended) = watch::channel(None);
+        let told = notes.clone();
         let driver = AbortOnDropHandle::new(tokio::spawn(async move {
             if let Err(error) = driver.await {
                 tracing::debug!("connection ended: {error}");
-                end.send_replace(Some(explain_any(&error)));
+                let refusal = told.error().map_or_else(|| broken(&error), explain);
+                end.send_replace(Some(refusal));
             }
         }));
         let origin = Uri::from_static("https://sprat");
@@ -153,7 +182,7 @@ impl Connection {
             origin,
             remote,
             round_trip: Duration::ZERO,
-            clock: Clock::default(),
+            notes,
             ended,
             _driver: Arc::new(driver),
         })
@@ -231,7 +260,7 @@ async fn dial_one(
     http2: Http2,
 ) -> Result<Connection, DialError> {
     let unreachable = |error| DialError::Unreachable(target.to_owned(), error);
-    let refused = |reason: String| DialError::Refused(target.to_owned(), reason);
+    let refused = |reason| DialError::Refused(target.to_owned(), reason);
     let late = |_| io::Error::new(io::ErrorKind::TimedOut, "no answer within 5 s");
     let (stream, round_trip) = timeout(CONNECT, connect(target))
         .await
@@ -240,29 +269,30 @@ async fn dial_one(
         .map_err(unreachable)?;
     let remote = stream.peer_addr().ok();
     stream.set_nodelay(true).map_err(unreachable)?;
-    let clock = Clock::default();
+    let notes = Notes::default();
     let stream = Tuned::new(stream, Line::default());
-    let name = ServerName::try_from(name).map_err(|e| refused(e.to_string()))?;
+    let name = ServerName::try_from(name).map_err(|e| refused(broken(&e)))?;
     let shaking = Instant::now();
     let tls = timeout(
         CONNECT,
-        TimedTls::connect(stream, config, name, clock.clone()),
+        TimedTls::connect(stream, config, name, notes.clone()),
     )
     .await
     .map_err(late)
     .and_then(|tls| tls)
-    .map_err(|error| refused(explain(&error)))?;
+    .map_err(|error| refused(explain_handshake(&error)))?;
     if tls.protocol() != Some(b"h2") {
-        return Err(refused("it does not speak HTTP/2: not a sprat".into()));
+        return Err(refused(Refusal::NotSprat(
+            "it does not speak HTTP/2: not a sprat",
+        )));
     }
     // A TLS 1.3 handshake takes one round trip, too, and a busy machine seldom delays both.
     let round_trip = round_trip.min(shaking.elapsed());
-    let connection = Connection::over(tls, http2, remote).await;
-    let connection =
-        connection.map_err(|error| refused(format!("the connection broke: {error}")))?;
+    let connection = Connection::over(tls, http2, remote, notes)
+        .await
+        .map_err(|error| refused(broken(&error)))?;
     Ok(Connection {
         round_trip,
-        clock,
         ..connection
     })
 }
@@ -279,43 +309,64 @@ async fn connect(target: &str) -> io::Result<(TcpStream, Duration)> {
     Err(last)
 }
 
-/// Finds what TLS said below a broken connection.
-fn explain_any(error: &hyper::Error) -> String {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(this) = cause {
-        if let Some(io) = this.downcast_ref::<io::Error>() {
-            return explain(io);
-        }
-        cause = this.source();
+/// An error that TLS has no part in, with its first cause.
+fn broken(error: &(dyn std::error::Error + 'static)) -> Refusal {
+    let mut cause = error;
+    while let Some(below) = cause.source() {
+        cause = below;
     }
-    error.to_string()
+    Refusal::Broken(format!("the connection broke: {cause}"))
 }
 
-/// Says what a failed handshake means to a person.
-fn explain(error: &io::Error) -> String {
-    use rustls::{CertificateError as Bad, Error};
-    match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
-        Some(Error::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature)) => {
-            "its certificate is of another network (unknown authority)".into()
+fn explain_handshake(error: &io::Error) -> Refusal {
+    match tls_error(error) {
+        Some(error) => explain(error),
+        None if error.kind() == io::ErrorKind::UnexpectedEof => {
+            Refusal::NotSprat("it hangs up: not a sprat, or too busy")
         }
-        Some(Error::InvalidCertificate(Bad::ExpiredContext { time, not_after })) => {
-            format!("its certificate ended {}, and this machine's clock says {}", date(*not_after), date(*time))
-        }
-        Some(Error::InvalidCertificate(Bad::NotValidYetContext { time, not_before })) => {
-            format!("its certificate begins {}, and this machine's clock says {}", date(*not_before), date(*time))
-        }
-        Some(Error::InvalidCertificate(Bad::Revoked)) => "it was revoked".into(),
-        Some(Error::InvalidCertificate(Bad::NotValidForName | Bad::NotValidForNameContext { .. })) => {
-            "it is somebody else than expected".into()
-        }
-        Some(Error::InvalidCertificate(_)) => {
-            "its certificate is not one of this network's; if the tracker got a new one, join again with a new link"
-                .into()
-        }
-        Some(Error::InvalidMessage(_)) => "it does not speak TLS: not a sprat".into(),
-        Some(error) => explain_alert(&error.to_string()),
-        None if error.kind() == io::ErrorKind::UnexpectedEof => "it hangs up: not a sprat, or too busy".into(),
-        None => explain_alert(&error.to_string()),
+        None => broken(error),
+    }
+}
+
+/// What an error of TLS means.
+fn explain(error: &rustls::Error) -> Refusal {
+    use rustls::{AlertDescription as Alert, CertificateError as Bad, Error};
+    match error {
+        Error::InvalidCertificate(bad) => match bad {
+            Bad::UnknownIssuer | Bad::BadSignature => {
+                Refusal::OtherNetwork("its certificate is of another network (unknown authority)")
+            }
+            Bad::ExpiredContext { time, not_after } => Refusal::Clock(format!(
+                "its certificate ended {}, and this machine's clock says {}",
+                date(*not_after),
+                date(*time)
+            )),
+            Bad::NotValidYetContext { time, not_before } => Refusal::Clock(format!(
+                "its certificate begins {}, and this machine's clock says {}",
+                date(*not_before),
+                date(*time)
+            )),
+            Bad::Revoked => Refusal::Revoked,
+            Bad::NotValidForName | Bad::NotValidForNameContext { .. } => Refusal::SomebodyElse,
+            _ => Refusal::OtherNetwork(
+                "its certificate is not one of this network's; if the tracker got a new one, join again with a new link",
+            ),
+        },
+        Error::InvalidMessage(_) => Refusal::NotSprat("it does not speak TLS: not a sprat"),
+        Error::AlertReceived(alert) => match alert {
+            Alert::CertificateRequired | Alert::AccessDenied | Alert::CertificateRevoked => {
+                Refusal::NotAMember
+            }
+            Alert::CertificateExpired => Refusal::Clock(format!(
+                "by its clock our certificate is out of date; this machine's clock says {}",
+                date(UnixTime::now())
+            )),
+            Alert::UnknownCA | Alert::DecryptError => Refusal::OtherNetwork(
+                "it belongs to another network (it does not know our authority)",
+            ),
+            _ => Refusal::Broken(format!("TLS failed: {error}")),
+        },
+        _ => Refusal::Broken(format!("TLS failed: {error}")),
     }
 }
 
@@ -332,33 +383,13 @@ fn date(time: UnixTime) -> String {
     )
 }
 
-/// By its text: HTTP/2 passes on no more of what TLS said.
-fn explain_alert(text: &str) -> String {
-    match text
-        .rsplit_once("received fatal alert: ")
-        .map(|(_, alert)| alert)
-    {
-        Some("CertificateRequired" | "AccessDenied" | "CertificateRevoked") => {
-            "it does not accept our certificate: not a member any more?".into()
-        }
-        Some("CertificateExpired") => {
-            let now = date(UnixTime::now());
-            format!("by its clock our certificate is out of date; this machine's clock says {now}")
-        }
-        Some("UnknownCA" | "DecryptError") => {
-            "it belongs to another network (it does not know our authority)".into()
-        }
-        _ => format!("TLS failed: {text}"),
-    }
-}
-
 /// Connects to a Unix socket in `folder`.
 ///
 /// # Errors
 /// As the system answers.
 pub async fn dial_unix(folder: &Path, name: &str, http2: Http2) -> io::Result<Connection> {
     let stream = connect_unix(folder, name).await?;
-    Connection::over(stream, http2, None)
+    Connection::over(stream, http2, None, Notes::default())
         .await
         .map_err(io::Error::other)
 }
@@ -381,7 +412,7 @@ pub async fn pipe(
     tokio::spawn(async move {
         let _ = serve_h2(far, routes, caller, http2, cancel).await;
     });
-    Connection::over(near, http2, None)
+    Connection::over(near, http2, None, Notes::default())
         .await
         .map_err(io::Error::other)
 }

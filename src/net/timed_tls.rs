@@ -1,4 +1,5 @@
-//! The dialling side of a TLS session, and how much time it costs to read from it.
+//! The dialling side of a TLS session, and what it leaves for others to tell: how much time reading from it takes, and
+//! with which error of TLS it ended, of which the layers above pass on the text at most.
 //!
 //! Invariant: the time of the system calls below is not counted.
 
@@ -6,7 +7,7 @@ use std::{
     io,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll},
@@ -19,20 +20,43 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::READ_BUFFER;
 
-/// How long decryption took. Clones share it.
+/// What is told of a session. Clones share it.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Clock(Arc<AtomicU64>);
+pub(super) struct Notes(Arc<Told>);
 
-impl Clock {
-    /// Time since this was last asked.
-    pub(super) fn take(&self) -> Duration {
-        Duration::from_nanos(self.0.swap(0, Ordering::Relaxed))
+#[derive(Debug, Default)]
+struct Told {
+    /// Nanoseconds of decryption.
+    reading: AtomicU64,
+    error: OnceLock<rustls::Error>,
+}
+
+impl Notes {
+    /// How long decryption took since this was last asked.
+    pub(super) fn take_reading(&self) -> Duration {
+        Duration::from_nanos(self.0.reading.swap(0, Ordering::Relaxed))
+    }
+
+    /// The first error of TLS itself.
+    pub(super) fn error(&self) -> Option<&rustls::Error> {
+        self.0.error.get()
     }
 
     fn add(&self, time: Duration) {
         let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        self.0.fetch_add(nanos, Ordering::Relaxed);
+        self.0.reading.fetch_add(nanos, Ordering::Relaxed);
     }
+
+    fn keep(&self, error: &io::Error) {
+        if let Some(error) = tls_error(error) {
+            let _ = self.0.error.set(error.clone());
+        }
+    }
+}
+
+/// The error of TLS that an error of reading or shaking hands is made of.
+pub(super) fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref().and_then(|inner| inner.downcast_ref())
 }
 
 /// What TLS reads from, with the time that this took in all.
@@ -44,7 +68,7 @@ struct Below<I> {
 /// TLS over `I`.
 pub(super) struct TimedTls<I> {
     tls: TlsStream<BufReader<Below<I>>>,
-    clock: Clock,
+    notes: Notes,
 }
 
 impl<I: AsyncRead + AsyncWrite + Unpin> TimedTls<I> {
@@ -56,12 +80,12 @@ impl<I: AsyncRead + AsyncWrite + Unpin> TimedTls<I> {
         io: I,
         config: Arc<ClientConfig>,
         name: ServerName<'static>,
-        clock: Clock,
+        notes: Notes,
     ) -> io::Result<Self> {
         let reading = Duration::ZERO;
         let below = BufReader::with_capacity(READ_BUFFER, Below { io, reading });
         let tls = TlsConnector::from(config).connect(name, below).await?;
-        Ok(Self { tls, clock })
+        Ok(Self { tls, notes })
     }
 
     /// The protocol that both ends agreed on.
@@ -83,7 +107,10 @@ impl<I: AsyncRead + AsyncWrite + Unpin> AsyncRead for TimedTls<I> {
         let (began, before) = (Instant::now(), self.reading());
         let read = Pin::new(&mut self.tls).poll_read(cx, to);
         let below = self.reading().saturating_sub(before);
-        self.clock.add(began.elapsed().saturating_sub(below));
+        self.notes.add(began.elapsed().saturating_sub(below));
+        if let Poll::Ready(Err(error)) = &read {
+            self.notes.keep(error);
+        }
         read
     }
 }
@@ -197,7 +224,7 @@ mod tests {
     async fn connected(line: usize) -> (TimedTls<DuplexStream>, TlsStream<DuplexStream>) {
         let (ends, (near, far)) = (ends(), duplex(line));
         let name = ServerName::try_from("it").unwrap();
-        let near = TimedTls::connect(near, ends.client, name, Clock::default());
+        let near = TimedTls::connect(near, ends.client, name, Notes::default());
         let (near, far) = tokio::join!(near, ends.server.accept(far));
         (near.unwrap(), far.unwrap())
     }
@@ -214,7 +241,7 @@ mod tests {
                 tokio::io::copy(&mut far_in, &mut far_out).await.unwrap();
                 far_out.shutdown().await.unwrap();
             };
-            let clock = near.clock.clone();
+            let notes = near.notes.clone();
             let (mut near_in, mut near_out) = tokio::io::split(near);
             let talk = async {
                 for chunk in sent.chunks(70_001) {
@@ -232,7 +259,7 @@ mod tests {
             };
             tokio::join!(echo, talk, listen);
             assert!(got == sent, "over a line of {line}");
-            assert!(clock.take() > Duration::ZERO);
+            assert!(notes.take_reading() > Duration::ZERO);
         }
     }
 
@@ -254,23 +281,20 @@ mod tests {
     async fn whoever_is_refused_is_told() {
         let (ends, stranger, (near, far)) = (ends(), ends(), duplex(1 << 16));
         let name = ServerName::try_from("it").unwrap();
-        let near = TimedTls::connect(near, ends.client, name, Clock::default());
+        let near = TimedTls::connect(near, ends.client, name, Notes::default());
         let (near, far) = tokio::join!(near, stranger.server.accept(far));
         let error = near.err().unwrap();
-        let inner = error
-            .get_ref()
-            .and_then(|inner| inner.downcast_ref::<rustls::Error>());
         assert!(
-            matches!(inner, Some(rustls::Error::InvalidCertificate(_))),
+            matches!(
+                tls_error(&error),
+                Some(rustls::Error::InvalidCertificate(_))
+            ),
             "{error}"
         );
         let told = far.unwrap_err();
-        let told = told
-            .get_ref()
-            .and_then(|inner| inner.downcast_ref::<rustls::Error>());
         assert!(
-            matches!(told, Some(rustls::Error::AlertReceived(_))),
-            "{told:?}"
+            matches!(tls_error(&told), Some(rustls::Error::AlertReceived(_))),
+            "{told}"
         );
     }
 
@@ -281,7 +305,7 @@ mod tests {
         far.write_all(b"SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3\r\n")
             .await
             .unwrap();
-        let near = TimedTls::connect(near, ends().client, name, Clock::default());
+        let near = TimedTls::connect(near, ends().client, name, Notes::default());
         assert_eq!(near.await.err().unwrap().kind(), io::ErrorKind::InvalidData);
     }
 }

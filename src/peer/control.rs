@@ -43,7 +43,10 @@ use crate::peer::{
         progress::Progress,
         swarm::Here,
     },
-    member::{announce::Reachable, membership::Membership, tracker_client::TrackerClient},
+    member::{
+        announce::Reachable, membership::Membership, standing::TrackerStanding,
+        tracker_client::TrackerClient,
+    },
     sharing::{
         index::Index,
         library::Library,
@@ -93,7 +96,7 @@ pub struct Control {
     /// Where we listen.
     pub reachable: Reachable,
     /// How we stand with the tracker.
-    pub state: watch::Receiver<String>,
+    pub standing: watch::Receiver<TrackerStanding>,
     /// When the Node began.
     pub started: Instant,
     /// Ends everything.
@@ -341,13 +344,15 @@ impl Control {
         let (files, bytes) = self.library.totals();
         let to_do = self.shares.progress();
         let (running, bytes_downloaded) = self.received();
+        let standing = self.standing.borrow().clone();
         StatusResponse {
             peer_id: self.membership.id().to_string(),
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
             addresses: self.reachable.addresses(),
             tracker: self.tracker.address(),
-            tracker_state: self.state.borrow().clone(),
+            tracker_state: standing.state.into(),
+            tracker_error: standing.error,
             shares: self.shares.status().iter().map(wire::share).collect(),
             downloads: self
                 .downloads

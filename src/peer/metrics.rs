@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use super::{control::Control, serve::STREAMS};
-use crate::peer::fetch::source_stats::Standing;
+use crate::peer::{fetch::source_stats::Standing, member::standing::TrackerState};
 use crate::{
     metrics::{self as counted, Page},
     operator::Operated,
@@ -22,9 +22,11 @@ const STATES: [(&str, Standing); 5] = [
 
 impl Operated for Control {
     fn ready(&self) -> Result<(), String> {
-        match &**self.state.borrow() {
-            "online" => Ok(()),
-            why => Err(why.to_owned()),
+        let standing = self.standing.borrow();
+        match standing.state {
+            TrackerState::Online => Ok(()),
+            TrackerState::Connecting => Err("connecting".into()),
+            _ => Err(format!("tracker: {}", standing.error)),
         }
     }
 

@@ -36,6 +36,7 @@ use self::{
     member::{
         announce::{Announcer, Reachable},
         membership::Membership,
+        standing::TrackerStanding,
         tracker_client::TrackerClient,
     },
     serve::{ChunkServer, Served, Uncopied},
@@ -172,7 +173,7 @@ impl Node {
             bound: listener.local_addr()?,
             advertise: options.advertise.clone(),
         };
-        let (state, state_shown) = watch::channel("connecting".to_owned());
+        let (standing, standing_shown) = watch::channel(TrackerStanding::CONNECTING);
         let control = Arc::new(Control {
             membership: membership.clone(),
             tracker,
@@ -187,7 +188,7 @@ impl Node {
                 download: Limit::new(options.download_limit),
             },
             reachable,
-            state: state_shown,
+            standing: standing_shown,
             started: Instant::now(),
             cancel: cancel.clone(),
             tasks: tasks.clone(),
@@ -225,7 +226,7 @@ impl Node {
         operator
             .into_iter()
             .for_each(|listener| node.serve_operator(listener));
-        node.announce(state, options.listen.is_none());
+        node.announce(standing, options.listen.is_none());
         node.tasks
             .spawn(member::join::keep_renewed(membership, node.cancel.clone()));
         Ok(node)
@@ -279,8 +280,8 @@ impl Node {
         self.operator
     }
 
-    /// Announces until the end; `state` shows how that goes.
-    fn announce(&self, state: watch::Sender<String>, is_short_lived: bool) {
+    /// Announces until the end; `standing` shows how that goes.
+    fn announce(&self, standing: watch::Sender<TrackerStanding>, is_short_lived: bool) {
         let (control, mut meter) = (self.control.clone(), Meter::default());
         let announcer = Announcer {
             library: control.library.clone(),
@@ -290,7 +291,7 @@ impl Node {
             attached: control.attached.subscribe(),
             is_short_lived,
             activity: Box::new(move || control.activity(&mut meter)),
-            state,
+            standing,
         };
         self.tasks.spawn(announcer.run(self.cancel.clone()));
     }

@@ -190,6 +190,32 @@ const NEVER_IN: &[(&str, &str)] = &[
     ),
 ];
 
+/// What an error's text comes from or is called, and the methods that look for words in a text.
+const TEXTS_OF_ERRORS: &[&str] = &[
+    "cause",
+    "e",
+    "err",
+    "error",
+    "message",
+    "reason",
+    "status",
+    "to_string",
+    "trouble",
+    "why",
+];
+const LOOKS_FOR_WORDS: &[&str] = &[
+    "contains",
+    "ends_with",
+    "eq_ignore_ascii_case",
+    "find",
+    "matches",
+    "rsplit_once",
+    "split_once",
+    "starts_with",
+    "strip_prefix",
+    "strip_suffix",
+];
+
 /// Words that mark unfinished work, and folders of the machines that sprat is built on.
 const NO_WORDS: &[&str] = &[
     concat!("TO", "DO"),
@@ -262,6 +288,11 @@ fn the_law_has_no_cycles() {
 #[test]
 fn outside_items_are_named_where_they_may_be() {
     none(sources().iter().flat_map(Source::misplaced).collect());
+}
+
+#[test]
+fn nothing_is_decided_by_the_words_of_an_error() {
+    none(sources().iter().flat_map(Source::word_hunts).collect());
 }
 
 #[test]
@@ -346,6 +377,18 @@ fn the_reader_sees_through_aliases_and_skips_tests() {
         "write, create, channel, redb: {:?}",
         source.misplaced()
     );
+    let hunts = |text| Source::read("net", text).word_hunts().len();
+    assert_eq!(hunts(r#"fn f() { why.is_some_and(|w| w.len() > 1) }"#), 0);
+    assert_eq!(
+        hunts(r#"fn f() { names.contains("x"); why.contains(&name) }"#),
+        0
+    );
+    assert_eq!(hunts(r#"fn f() { error.to_string().contains("x") }"#), 1);
+    assert_eq!(
+        hunts(r#"fn f() { why.as_ref().is_some_and(|w| w.starts_with("x")) }"#),
+        1
+    );
+    assert_eq!(hunts(r#"fn f() { self.status.message().find('x') }"#), 1);
     assert_eq!(
         source
             .functions()
@@ -672,6 +715,49 @@ impl Source {
                     i += 1;
                 }
             }
+        }
+    }
+
+    /// Where a literal is looked for in the text of an error. Literals are no tokens, so `("x")` is read as `()`.
+    fn word_hunts(&self) -> Vec<String> {
+        let is_hunt = |i: usize| {
+            self.text(i) == "."
+                && LOOKS_FOR_WORDS.contains(&self.text(i + 1))
+                && self.text(i + 2) == "("
+                && self.text(i + 3) == ")"
+        };
+        let hunts = (1..self.tokens.len()).filter(|&i| is_hunt(i) && self.is_text_of_error(i));
+        hunts
+            .map(|i| {
+                format!(
+                    "{} .{} looks for words in an error: give it a kind",
+                    self.at(self.tokens[i].line),
+                    self.text(i + 1)
+                )
+            })
+            .collect()
+    }
+
+    /// Whether the value before the `.` at `i`, or the one whose closure has it as its argument, comes of an error.
+    fn is_text_of_error(&self, i: usize) -> bool {
+        // `why . is_some_and ( | w | w . contains`
+        let is_argument = i >= 8 && self.text(i - 2) == "|" && self.text(i - 4) == "|";
+        self.comes_of_error(i - 1) || (is_argument && self.comes_of_error(i - 8))
+    }
+
+    /// Whether a chain of fields and of calls without arguments, with its end at `at`, names an error.
+    fn comes_of_error(&self, mut at: usize) -> bool {
+        loop {
+            if at >= 2 && self.text(at) == ")" && self.text(at - 1) == "(" {
+                at -= 2;
+            }
+            if TEXTS_OF_ERRORS.contains(&self.text(at)) {
+                return true;
+            }
+            if at < 2 || self.text(at - 1) != "." {
+                return false;
+            }
+            at -= 2;
         }
     }
 

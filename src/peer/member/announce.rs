@@ -20,6 +20,7 @@ use tonic::Code;
 
 use super::{
     membership::Membership,
+    standing::{TrackerStanding, one_line},
     tracker_client::{TrackerClient, batches, status_of},
 };
 use crate::peer::sharing::library::{Library, Update};
@@ -81,8 +82,8 @@ pub struct Announcer {
     pub membership: Arc<Membership>,
     /// From where.
     pub reachable: Reachable,
-    /// Shown in `status`: "online", or why not.
-    pub state: watch::Sender<String>,
+    /// Shown in `status`.
+    pub standing: watch::Sender<TrackerStanding>,
     /// What moves now, and whether anything does.
     pub activity: Box<dyn FnMut() -> (Activity, bool) + Send + Sync>,
     /// Changes when a Get begins or ends, so that the tracker soon hears of it.
@@ -165,7 +166,7 @@ impl Announcer {
             match outcome {
                 Ok(()) => {
                     backoff.reset();
-                    self.state.send_replace("online".into());
+                    self.standing.send_replace(TrackerStanding::ONLINE);
                     if due <= Instant::now() {
                         beat = Instant::now();
                         // The first report follows a full registration at once: what comes later is counted from it.
@@ -174,11 +175,11 @@ impl Announcer {
                 }
                 Err(error) => {
                     announced = None;
-                    let text = format!("{error:#}");
-                    if *self.state.borrow() != text {
-                        tracing::warn!("{text}");
+                    let standing = TrackerStanding::after(&error);
+                    if *self.standing.borrow() != standing {
+                        tracing::warn!("{}", one_line(&error));
                     }
-                    self.state.send_replace(text);
+                    self.standing.send_replace(standing);
                     due = Instant::now() + backoff.delay(rand::random());
                 }
             }

@@ -13,14 +13,17 @@ use anyhow::{Context, Result, ensure};
 use rustls::pki_types::CertificateDer;
 use tokio_util::sync::CancellationToken;
 
-use super::membership::Membership;
+use super::{
+    membership::Membership,
+    standing::{failed, one_line},
+};
 use crate::{
     backoff::Backoff,
     exit::{Exit, Failed},
     identity::{
         CertificateFacts, Identity, JOIN_NAME, Key, PEER_FILES, PeerId, Role, base32, renew_message,
     },
-    net::{self, DialError},
+    net,
     proto::{
         JoinRequest, JoinResponse, RenewRequest, enrollment_service_client::EnrollmentServiceClient,
     },
@@ -163,29 +166,6 @@ fn accept(answer: &JoinResponse, key: Key, pin: Option<Pin>) -> Result<Identity>
     Ok(identity)
 }
 
-/// A dialling error with its exit code.
-#[must_use]
-pub fn failed(error: DialError) -> anyhow::Error {
-    let (exit, hint) = match &error {
-        DialError::Refused(_, reason) if reason.contains("clock") => {
-            (Exit::Auth, "is either clock wrong?")
-        }
-        DialError::Refused(_, reason)
-            if reason.contains("network") || reason.contains("certificate") =>
-        {
-            (
-                Exit::Auth,
-                "is this link or state directory of that tracker?",
-            )
-        }
-        DialError::Refused(..) => (Exit::Tracker, "is this the tracker's address and port?"),
-        DialError::Unreachable(..) | DialError::NoAddress => {
-            (Exit::Tracker, "is the tracker running, and its port open?")
-        }
-    };
-    Failed::new(exit, format!("tracker: {error}; {hint}")).into()
-}
-
 fn refused(address: &str, status: &tonic::Status) -> anyhow::Error {
     let (exit, text) = match status.code() {
         tonic::Code::PermissionDenied => {
@@ -267,7 +247,8 @@ pub async fn keep_renewed(membership: Arc<Membership>, cancel: CancellationToken
                     u64::try_from(left / 10).unwrap_or(0).max(2),
                 ));
                 tracing::warn!(
-                    "renewing the certificate ({left} s left): {error:#}; trying again in {delay:?}"
+                    "renewing the certificate ({left} s left): {}; trying again in {delay:?}",
+                    one_line(&error)
                 );
                 if cancel
                     .run_until_cancelled(tokio::time::sleep(delay))

@@ -8,12 +8,12 @@ use anyhow::Result;
 use tokio::sync::Mutex;
 use tonic::{Code, Request, Status, Streaming};
 
-use super::{join, membership::Membership};
+use super::{join, membership::Membership, standing};
 use crate::{
     catalog::Row,
     content::ContentId,
     exit::{Exit, Failed},
-    net::{self, Connection},
+    net::{self, Connection, DialError, Refusal},
     proto::{
         self, FileRow, HeartbeatRequest, HeartbeatResponse, ListFilesRequest, ListFilesResponse,
         RegisterRequest, RegisterResponse, RowReader, WatchFilesRequest, WatchFilesResponse,
@@ -99,7 +99,7 @@ impl TrackerClient {
             net::CONTROL,
         )
         .await
-        .map_err(join::failed)?;
+        .map_err(standing::failed)?;
         *slot = Some(fresh.clone());
         Ok(fresh)
     }
@@ -117,14 +117,11 @@ impl TrackerClient {
         let tracker = self.address();
         // A status without a cause came from the tracker itself.
         if std::error::Error::source(&status).is_some() || connection.is_closed() {
-            let why = connection.why_ended().await;
-            let exit = if why.as_ref().is_some_and(|w| w.contains("certificate")) {
-                Exit::Auth
-            } else {
-                Exit::Tracker
-            };
-            let why = why.unwrap_or_else(|| "the connection broke".into());
-            return Failed::new(exit, format!("tracker {tracker}: {why}")).into();
+            let refusal = connection
+                .why_ended()
+                .await
+                .unwrap_or_else(|| Refusal::Broken("the connection broke".into()));
+            return standing::failed(DialError::Refused(tracker, refusal));
         }
         let exit = match status.code() {
             Code::PermissionDenied | Code::Unauthenticated => Exit::Auth,

@@ -447,6 +447,47 @@ Global___StatusRequest: _TypeAlias = StatusRequest  # noqa: Y015
 class StatusResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _TrackerState:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _TrackerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[StatusResponse._TrackerState.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        TRACKER_STATE_UNSPECIFIED: StatusResponse._TrackerState.ValueType  # 0
+        TRACKER_STATE_CONNECTING: StatusResponse._TrackerState.ValueType  # 1
+        """No attempt has ended yet."""
+        TRACKER_STATE_ONLINE: StatusResponse._TrackerState.ValueType  # 2
+        TRACKER_STATE_UNREACHABLE: StatusResponse._TrackerState.ValueType  # 3
+        """Nobody answers at its addresses, or the connection breaks."""
+        TRACKER_STATE_NO_TRACKER: StatusResponse._TrackerState.ValueType  # 4
+        """Somebody answers who is not the tracker."""
+        TRACKER_STATE_OTHER_NETWORK: StatusResponse._TrackerState.ValueType  # 5
+        """The tracker is of another network than this peer."""
+        TRACKER_STATE_CLOCK: StatusResponse._TrackerState.ValueType  # 6
+        """A certificate does not hold now, by the clock of one of the two."""
+        TRACKER_STATE_NOT_A_MEMBER: StatusResponse._TrackerState.ValueType  # 7
+        """The tracker does not accept this peer's certificate."""
+        TRACKER_STATE_FAILING: StatusResponse._TrackerState.ValueType  # 8
+        """The tracker answers with an error, or too late."""
+
+    class TrackerState(_TrackerState, metaclass=_TrackerStateEnumTypeWrapper): ...
+    TRACKER_STATE_UNSPECIFIED: StatusResponse.TrackerState.ValueType  # 0
+    TRACKER_STATE_CONNECTING: StatusResponse.TrackerState.ValueType  # 1
+    """No attempt has ended yet."""
+    TRACKER_STATE_ONLINE: StatusResponse.TrackerState.ValueType  # 2
+    TRACKER_STATE_UNREACHABLE: StatusResponse.TrackerState.ValueType  # 3
+    """Nobody answers at its addresses, or the connection breaks."""
+    TRACKER_STATE_NO_TRACKER: StatusResponse.TrackerState.ValueType  # 4
+    """Somebody answers who is not the tracker."""
+    TRACKER_STATE_OTHER_NETWORK: StatusResponse.TrackerState.ValueType  # 5
+    """The tracker is of another network than this peer."""
+    TRACKER_STATE_CLOCK: StatusResponse.TrackerState.ValueType  # 6
+    """A certificate does not hold now, by the clock of one of the two."""
+    TRACKER_STATE_NOT_A_MEMBER: StatusResponse.TrackerState.ValueType  # 7
+    """The tracker does not accept this peer's certificate."""
+    TRACKER_STATE_FAILING: StatusResponse.TrackerState.ValueType  # 8
+    """The tracker answers with an error, or too late."""
+
     PEER_ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
@@ -467,13 +508,13 @@ class StatusResponse(_message.Message):
     UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
     UPLOADS_RUNNING_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    TRACKER_ERROR_FIELD_NUMBER: _builtins.int
     peer_id: _builtins.str
     version: _builtins.str
     pid: _builtins.int
     """Process id."""
     tracker: _builtins.str
-    tracker_state: _builtins.str
-    """"online", "connecting" or the reason it is offline."""
+    tracker_state: Global___StatusResponse.TrackerState.ValueType
     downloads: _builtins.str
     files: _builtins.int
     bytes: _builtins.int
@@ -489,6 +530,8 @@ class StatusResponse(_message.Message):
     uptime_seconds: _builtins.int
     uploads_running: _builtins.int
     """Streams being served now."""
+    tracker_error: _builtins.str
+    """What the last attempt to reach the tracker brought, for people; empty unless it failed."""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -505,7 +548,7 @@ class StatusResponse(_message.Message):
         pid: _builtins.int = ...,
         addresses: _abc.Iterable[_builtins.str] | None = ...,
         tracker: _builtins.str = ...,
-        tracker_state: _builtins.str = ...,
+        tracker_state: Global___StatusResponse.TrackerState.ValueType = ...,
         shares: _abc.Iterable[Global___ShareStatus] | None = ...,
         downloads: _builtins.str = ...,
         files: _builtins.int = ...,
@@ -520,10 +563,11 @@ class StatusResponse(_message.Message):
         uptime_seconds: _builtins.int = ...,
         uploads_running: _builtins.int = ...,
         limits: Global___Limits | None = ...,
+        tracker_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "bytes", b"bytes", "bytes_downloaded", b"bytes_downloaded", "bytes_to_hash", b"bytes_to_hash", "bytes_uploaded", b"bytes_uploaded", "certificate_seconds_left", b"certificate_seconds_left", "downloads", b"downloads", "downloads_running", b"downloads_running", "files", b"files", "files_skipped", b"files_skipped", "files_to_hash", b"files_to_hash", "limits", b"limits", "peer_id", b"peer_id", "pid", b"pid", "shares", b"shares", "tracker", b"tracker", "tracker_state", b"tracker_state", "uploads_running", b"uploads_running", "uptime_seconds", b"uptime_seconds", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "bytes", b"bytes", "bytes_downloaded", b"bytes_downloaded", "bytes_to_hash", b"bytes_to_hash", "bytes_uploaded", b"bytes_uploaded", "certificate_seconds_left", b"certificate_seconds_left", "downloads", b"downloads", "downloads_running", b"downloads_running", "files", b"files", "files_skipped", b"files_skipped", "files_to_hash", b"files_to_hash", "limits", b"limits", "peer_id", b"peer_id", "pid", b"pid", "shares", b"shares", "tracker", b"tracker", "tracker_error", b"tracker_error", "tracker_state", b"tracker_state", "uploads_running", b"uploads_running", "uptime_seconds", b"uptime_seconds", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
