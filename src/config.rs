@@ -10,6 +10,7 @@
 
 mod file;
 mod layers;
+mod leaf;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;

@@ -17,7 +17,7 @@ use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::{Value as Json, json};
 
 use super::ConfigError;
-use super::layers::{Known, Leaf, nearest};
+use super::leaf::{Known, Leaf, nearest};
 
 const MAX_FILE_BYTES: u64 = 1 << 20;
 const SECTIONS: [&str; 5] = ["tracker", "peer", "log", "server", "client"];
