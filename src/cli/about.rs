@@ -15,10 +15,10 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::{
-    Session,
     args::{Args, EXAMPLES, VARIABLES},
     commands::ConfigCommand,
     output::{json, line, print},
+    session::Session,
 };
 use crate::{exit::Exit, safe_path::escape};
 

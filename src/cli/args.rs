@@ -5,11 +5,12 @@
 
 use std::path::PathBuf;
 
+use anyhow::Result;
 use clap::{ArgAction, CommandFactory, Parser, builder::FalseyValueParser};
 use serde_json::{Value, json};
 
 use super::commands::{Action, Command, NodeArgs, TrackerCommand};
-use crate::exit::Exit;
+use crate::exit::{Exit, Failed};
 
 /// What people type first, for `--help` and the man page.
 pub(super) const EXAMPLES: [(&str, &str); 7] = [
@@ -106,6 +107,12 @@ pub(super) struct Global {
 }
 
 impl Args {
+    /// What to do; nothing was typed: the menu.
+    #[must_use]
+    pub fn wanted(&self) -> Option<Command> {
+        self.command.clone()
+    }
+
     /// The definitions, for man page and completions.
     pub(super) fn definitions() -> clap::Command {
         Self::command()
@@ -203,6 +210,19 @@ fn after_long_help() -> String {
         table(&EXAMPLES),
         table(&VARIABLES),
     )
+}
+
+impl Action {
+    /// Reads the words that would follow `sprat`.
+    ///
+    /// # Errors
+    /// If they are no action.
+    pub fn from_words(words: &[String]) -> Result<Self> {
+        match Args::try_parse_from([&"sprat".to_owned()].into_iter().chain(words))?.command {
+            Some(Command::Action(action)) => Ok(action),
+            _ => Err(Failed::new(Exit::Usage, "not an action").into()),
+        }
+    }
 }
 
 #[cfg(test)]

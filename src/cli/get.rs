@@ -10,11 +10,13 @@ use anyhow::Result;
 use futures_util::FutureExt;
 
 use super::{
-    Ended, Session, Stop,
     commands::{GetArgs, Patience},
-    exit_code, list, message,
+    ending::{Ended, exit_code, message},
+    list,
     peer::{one_shot, utf8},
     progress::Report,
+    session::Session,
+    signals::Stop,
 };
 use crate::{
     catalog::{MIN_PREFIX_LEN, Row, SourceInfo},
@@ -125,7 +127,7 @@ impl Holder {
         report: &mut Report,
     ) -> Result<()> {
         let output = match &args.output {
-            Some(path) => output(path, &session.cwd, rows.len())?,
+            Some(path) => output(path, session.cwd(), rows.len())?,
             None => self.downloads(session).await?,
         };
         let to = if output.is_empty() {
@@ -188,7 +190,7 @@ impl Holder {
         if has_folder {
             Ok(String::new())
         } else {
-            output(Path::new("./"), &session.cwd, 1)
+            output(Path::new("./"), session.cwd(), 1)
         }
     }
 

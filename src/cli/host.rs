@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::{Action, Session, exit_code, peer as own_peer, run, status, tracker as own_tracker};
+use super::{
+    actions::run, commands::Action, ending::exit_code, peer as own_peer, session::Session, status,
+    tracker as own_tracker,
+};
 use crate::{
     config::Service,
     exit::Exit,

@@ -6,9 +6,10 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::{
-    Session, Stop,
     commands::{LimitArgs, Rate},
     output::{json, line},
+    session::Session,
+    signals::Stop,
 };
 use crate::{
     client::Control,

@@ -8,9 +8,10 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::{
-    Session, Stop,
     commands::{Filters, ListArgs, SearchArgs},
     output::{count, json, line, table},
+    session::Session,
+    signals::Stop,
 };
 use crate::{
     catalog::Row,

@@ -6,9 +6,10 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::{
-    Session, Stop,
     commands::LogLevelArgs,
     output::{json, line},
+    session::Session,
+    signals::Stop,
 };
 use crate::{
     client::{Admin, Control},

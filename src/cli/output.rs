@@ -7,7 +7,7 @@ use std::io::{self, IsTerminal, Write};
 use anyhow::Result;
 use serde::Serialize;
 
-use super::Ended;
+use super::ending::Ended;
 use crate::safe_path::escape;
 
 /// Ends a process whose reader has gone, as the signal of that name would.

@@ -12,10 +12,12 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::{
-    Session, Stop,
     commands::{JoinArgs, PeerArgs, ShareArgs},
+    listen::{to_listen, to_operate},
     output::{count, json, line, shell},
-    to_listen, to_operate, unattended,
+    session::Session,
+    signals::Stop,
+    unattended,
 };
 use crate::{
     client::Control,
@@ -41,7 +43,7 @@ pub(super) async fn join(session: &Session, args: &JoinArgs) -> Result<()> {
     let stop = Stop::listen()?;
     let Joined { peer_id, trackers } = match &args.identity_only {
         Some(folder) => {
-            stop.unless(join_identity_only(&token, &session.cwd.join(folder)))
+            stop.unless(join_identity_only(&token, &session.cwd().join(folder)))
                 .await?
         }
         None => {
@@ -114,7 +116,7 @@ async fn join_by_file(session: &Session, file: &Path) -> Result<()> {
     {
         return Ok(());
     }
-    let token = link_in(&session.cwd.join(file))?
+    let token = link_in(&session.cwd().join(file))?
         .parse::<JoinToken>()
         .with_context(|| file.display().to_string())?;
     let joined = redeem(&token, &state_dir).await?;
@@ -127,7 +129,7 @@ async fn join_by_file(session: &Session, file: &Path) -> Result<()> {
 }
 
 pub(super) async fn share(session: &Session, args: &ShareArgs) -> Result<()> {
-    let dir = absolute(session.cwd.join(&args.dir))?;
+    let dir = absolute(session.cwd().join(&args.dir))?;
     match peer::attach(&session.state_dir(Service::Peer)?).await? {
         Some(connection) => {
             let path = utf8(&dir)?;

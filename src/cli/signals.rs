@@ -11,7 +11,7 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Ended, output::show_cursor};
+use super::{ending::Ended, output::show_cursor};
 
 /// Ctrl-C.
 const SIGINT: u8 = 128 + 2;

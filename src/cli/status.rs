@@ -10,11 +10,12 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::{
-    Session, Stop,
     commands::StatusArgs,
     limit::{LimitsLine, summary},
     output::{count, json, line, span},
     progress::SourceLine,
+    session::Session,
+    signals::Stop,
     unattended::{trouble, why_not_running},
     words,
 };

@@ -12,10 +12,12 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::{
-    Session, Stop,
     commands::{OperatorCommand, TokenCommand, TrackerCommand, TrackerRunArgs},
+    listen::{to_listen, to_operate},
     output::{count, json, line, span, table},
-    to_listen, to_operate, unattended,
+    session::Session,
+    signals::Stop,
+    unattended,
 };
 use crate::{
     client::Admin,
@@ -125,7 +127,7 @@ pub(super) async fn start(session: &Session, keep: Keep) -> Result<Tracker> {
 
 async fn serve(session: &Session, args: &TrackerRunArgs) -> Result<()> {
     let (stop, state_dir) = (Stop::listen()?, session.state_dir(Service::Tracker)?);
-    let at = |path: &PathBuf| session.cwd.join(path);
+    let at = |path: &PathBuf| session.cwd().join(path);
     let keep = Keep {
         token_file: args.keep_token_file.as_ref().map(at),
         operator: args.keep_operator_certificate.as_ref().map(at),
@@ -295,7 +297,7 @@ fn members(session: &Session, members: &[MemberRow]) -> Result<()> {
 
 pub(super) async fn operator(session: &Session, command: &OperatorCommand) -> Result<()> {
     let OperatorCommand::Cert { out, ttl } = command;
-    let out = session.cwd.join(out);
+    let out = session.cwd().join(out);
     if let Some(there) = OPERATOR_FILES
         .map(|name| out.join(name))
         .iter()

@@ -14,7 +14,7 @@ use std::{
 use anyhow::Result;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
-use super::message;
+use super::ending::message;
 use crate::{backoff::Backoff, safe_path};
 
 /// In the state directory: why the service there has not started yet.

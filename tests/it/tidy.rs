@@ -189,6 +189,11 @@ const NEVER_IN: &[(&str, &str)] = &[
         "tracker/store",
         "tonic::Status tonic::Request tonic::Response",
     ),
+    (
+        "cli",
+        "crate::cli::Action crate::cli::Args crate::cli::Command crate::cli::Ended crate::cli::Session crate::cli::Stop \
+         crate::cli::exit_code crate::cli::finish crate::cli::message crate::cli::note crate::cli::run",
+    ),
     ("config/leaf", "crate::config::file crate::config::layers"),
     ("config/file", "crate::config::layers"),
 ];
