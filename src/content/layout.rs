@@ -1,8 +1,8 @@
 //! How a file is divided into pieces: a plain function of its size, and all arithmetic on it.
 //!
-//! The plan was 256 KiB for all files up to 16 GiB. A swarm of N loses about the time of N pieces at its start, until each
-//! receiver has one to pass on, and again at its end, until the last of the seed's have gone around: with 64 MiB and 16
-//! receivers a quarter of the whole. So small files have shorter pieces; each costs time, so large ones have not.
+//! A swarm of N loses about the time of N pieces at its start, until each receiver has one to pass on, and again at its end,
+//! until the last of the seed's have gone around. So small files have shorter pieces; each costs time, so large ones have
+//! not.
 //!
 //! Invariant: a [`Layout`] has at most [`MAX_PIECES`] pieces, all of them [`Layout::piece_len`] long but the last,
 //! which has at least one byte.

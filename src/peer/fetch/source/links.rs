@@ -6,31 +6,12 @@
 //! but for one where others fetch the same. Lanes keep to a connection each, so that none idles while another has two
 //! claims to send; a lane whose connection could not be made, or is gone, uses the first.
 //!
-//! When they are made: at once with the first, where the tracker is far and its members are so, too; else when the source
-//! has told that nobody else fetches from it, for a line that is full of others' bytes looks long. (Of 16 receivers at 100
-//! Mbit/s, each used to make twice as many connections as it had use for.)
+//! They are made at once with the first, where the tracker is far and its members are so, too; else when the source has
+//! told that nobody else fetches from it, for a line that is full of others' bytes looks long.
 //!
-//! Requests used to take turns over the connections, which were dialled one after the other. A packet trace of 256 MiB over
-//! 50 ms showed two connections idle for 0.6 s while the others had two claims each, the last two joining 0.5 s late, and one
-//! alone for the last 0.5 s. With two lanes to each, first claims of different lengths and last ones that get shorter,
-//! and what `download.rs` tells of the start, 56 MB/s became 71 (curl from nginx in the same run: 72), and over 20 ms with
-//! 1 % loss 24 became 37.
-//!
-//! Each connection has a pace and claims of its own (`Picker::next_beside`). With those of the whole source, one whose
-//! window had collapsed after a loss held a long claim to the end: without bbr, 256 MiB over 50 ms took 3.5 to 6.4 s (median
-//! of eight 4.8), and then 3.12 to 3.50 (median of fourteen 3.18), with three lanes to each, claims for four round trips and
-//! not for a second, and last ones in proportion to what each carries.
-//!
-//! Four connections, made when the first was there, and asked when the manifest was: 3.19 s. Eight of them: 3.12. All dialled
-//! at once and asked beside the manifest (`begun.rs`): 2.99. No race for pieces that are only in a queue (`free_at` in
-//! `picker.rs`), and no wait for connections that nobody will use: 2.95 (curl 2.86, in which the source is found 0.15 s
-//! sooner). 8 MiB: 0.92 s and then 0.71. Under cubic and 1 % loss over 20 ms, 32 MiB: 10.1 s and then 4.4.
-//!
-//! Over a line that one connection fills, eight cost time: they raced with one another for what was only late, each that
-//! was starved for 10 s ended the session, and what they held to the end was fetched once more. Since they do not race
-//! while the line is busy, wait while others have it, and are let go when they get nothing (`swarm/connections.rs`): at 1 Mbit/s
-//! and 60 ms 4 MiB take 39 s and not 53 (curl: 36), 2 MiB 20 s and not 29 (18); at 5 Mbit/s and 40 ms 8 MiB take 15.0 s and not
-//! 15.6 to 16.8 (14.5), at 100 Mbit/s and 50 ms 64 MiB take 6.2 s and not 6.3 to 7.8 (6.1), and hardly a byte comes twice.
+//! Each has a pace and claims of its own (`Picker::next_beside`): with those of the whole source, one whose window collapsed
+//! after a loss holds a long claim to the end. Over a line that one connection fills, further ones only race with one
+//! another: they wait while others have the line, and are let go when they get nothing (`swarm/connections.rs`).
 
 use std::{
     future::ready,
