@@ -95,7 +95,8 @@ pub struct Connection {
     round_trip: Duration,
     notes: Notes,
     ended: watch::Receiver<Option<Refusal>>,
-    _driver: Arc<AbortOnDropHandle<()>>,
+    /// Those that drive it: this end, and of a [`pipe`] the other one.
+    _drivers: Arc<[AbortOnDropHandle<()>]>,
 }
 
 impl fmt::Debug for Connection {
@@ -153,6 +154,7 @@ impl Connection {
         http2: Http2,
         remote: Option<SocketAddr>,
         notes: Notes,
+        far: Option<AbortOnDropHandle<()>>,
     ) -> Result<Self, hyper::Error>
     where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -184,7 +186,7 @@ impl Connection {
             round_trip: Duration::ZERO,
             notes,
             ended,
-            _driver: Arc::new(driver),
+            _drivers: [driver].into_iter().chain(far).collect(),
         })
     }
 }
@@ -288,7 +290,7 @@ async fn dial_one(
     }
     // A TLS 1.3 handshake takes one round trip, too, and a busy machine seldom delays both.
     let round_trip = round_trip.min(shaking.elapsed());
-    let connection = Connection::over(tls, http2, remote, notes)
+    let connection = Connection::over(tls, http2, remote, notes, None)
         .await
         .map_err(|error| refused(broken(&error)))?;
     Ok(Connection {
@@ -389,7 +391,7 @@ fn date(time: UnixTime) -> String {
 /// As the system answers.
 pub async fn dial_unix(folder: &Path, name: &str, http2: Http2) -> io::Result<Connection> {
     let stream = connect_unix(folder, name).await?;
-    Connection::over(stream, http2, None, Notes::default())
+    Connection::over(stream, http2, None, Notes::default(), None)
         .await
         .map_err(io::Error::other)
 }
@@ -409,10 +411,11 @@ pub async fn pipe(
         remote: None,
         line: Line::default(),
     };
-    tokio::spawn(async move {
+    let serving = tokio::spawn(async move {
         let _ = serve_h2(far, routes, caller, http2, cancel).await;
     });
-    Connection::over(near, http2, None, Notes::default())
+    let serving = AbortOnDropHandle::new(serving);
+    Connection::over(near, http2, None, Notes::default(), Some(serving))
         .await
         .map_err(io::Error::other)
 }

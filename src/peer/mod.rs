@@ -237,6 +237,7 @@ impl Node {
             self.control.library.clone(),
             self.control.served.clone(),
             self.control.limits.upload.clone(),
+            self.tasks.clone(),
         );
         let chunks =
             ChunkServiceServer::new(chunks).max_decoding_message_size(proto::MAX_CHUNK_MESSAGE);

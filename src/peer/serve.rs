@@ -18,6 +18,7 @@ use bytes::Bytes;
 use futures_util::Stream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status};
 
 mod body;
@@ -75,12 +76,13 @@ pub struct ChunkServer {
     manifests: Arc<Semaphore>,
     watches: Arc<Semaphore>,
     crowds: Crowds,
+    tasks: TaskTracker,
 }
 
 impl ChunkServer {
-    /// Serves from `library`, as fast as `upload` allows, and counts in `served`.
+    /// Serves from `library`, as fast as `upload` allows, and counts in `served`; streams run in `tasks`.
     #[must_use]
-    pub fn new(library: Library, served: Arc<Served>, upload: Limit) -> Self {
+    pub fn new(library: Library, served: Arc<Served>, upload: Limit, tasks: TaskTracker) -> Self {
         let [streams, manifests, watches] =
             [STREAMS, STREAMS, WATCHES].map(|n| Arc::new(Semaphore::new(n)));
         Self {
@@ -91,6 +93,7 @@ impl ChunkServer {
             manifests,
             watches,
             crowds: Crowds::default(),
+            tasks,
         }
     }
 
@@ -157,7 +160,7 @@ impl proto::chunk_service_server::ChunkService for ChunkServer {
         let ids = contents(&request.get_ref().content_ids)?;
         let (permit, library) = (Self::admit(&self.manifests)?, self.library.clone());
         let (sender, receiver) = mpsc::channel(QUEUE);
-        tokio::spawn(carried(async move {
+        self.tasks.spawn(carried(async move {
             let _permit = permit;
             for (index, id) in (0..).zip(ids) {
                 let asked = library.clone();
@@ -206,7 +209,7 @@ impl proto::chunk_service_server::ChunkService for ChunkServer {
             watch,
             sender,
         };
-        tokio::spawn(carried(async move {
+        self.tasks.spawn(carried(async move {
             let _permit = permit;
             watching.run(contents).await;
         }));
@@ -252,7 +255,7 @@ impl proto::chunk_service_server::ChunkService for ChunkServer {
             sender,
             spent: Spent::default(),
         };
-        tokio::spawn(carried(async move {
+        self.tasks.spawn(carried(async move {
             let _permit = permit;
             let served = sending.served.clone();
             served.streams.fetch_add(1, Ordering::Relaxed);

@@ -198,6 +198,7 @@ impl Tracker {
             authority.clone(),
             trust.clone(),
             activity.clone(),
+            tracker.tasks.clone(),
         );
         let enrollment = Enrollment::new(authority.clone(), registry.clone(), options.leaf_life);
         tracker

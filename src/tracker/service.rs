@@ -15,7 +15,7 @@ use tokio::{
     time::{MissedTickBehavior, interval, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
@@ -59,16 +59,19 @@ pub struct Service {
     activity: Arc<Activity>,
     watchers: Arc<Semaphore>,
     listings: Semaphore,
+    tasks: TaskTracker,
 }
 
 impl Service {
-    /// Answers from `store`; what peers move, and the intervals that they are told, are in `activity`.
+    /// Answers from `store`; what peers move, and the intervals that they are told, are in `activity`; streams run
+    /// in `tasks`.
     #[must_use]
     pub fn new(
         store: Arc<dyn Store>,
         authority: Arc<Authority>,
         trust: Arc<Trust>,
         activity: Arc<Activity>,
+        tasks: TaskTracker,
     ) -> Self {
         let watchers = Arc::new(Semaphore::new(WATCHERS));
         Self {
@@ -78,6 +81,7 @@ impl Service {
             activity,
             watchers,
             listings: Semaphore::new(LISTINGS),
+            tasks,
         }
     }
 
@@ -363,7 +367,7 @@ impl proto::tracker_service_server::TrackerService for Service {
             loopback: caller.is_loopback(),
             sender,
         };
-        tokio::spawn(carried(async move {
+        self.tasks.spawn(carried(async move {
             let _place = place;
             // The stream ends when the receiver has gone; there is nobody left to tell why.
             if let Err(status) = watch.run(request.skip_current).await {
