@@ -132,6 +132,12 @@ pub static PIECES_VERIFIED: Counter = Counter::new();
 pub static PIECES_WASTED: Counter = Counter::new();
 /// Pieces, or other answers, that were wrong.
 pub static PIECES_BAD: Counter = Counter::new();
+/// Reports of wrong pieces that were heard, and true: the file was withdrawn.
+pub static REPORTS_TRUE: Counter = Counter::new();
+/// Reports of wrong pieces that were heard, and false.
+pub static REPORTS_FALSE: Counter = Counter::new();
+/// Reports of wrong pieces that were not heard, or nothing could be said about.
+pub static REPORTS_IGNORED: Counter = Counter::new();
 /// Times that a source was banned.
 pub static BANS: Counter = Counter::new();
 /// Gets that ended well.

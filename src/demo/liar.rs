@@ -28,7 +28,8 @@ use crate::{
     proto::{
         Chunk, FileEntry, GetChunksRequest, GetChunksResponse, GetManifestRequest,
         GetManifestResponse, HeartbeatRequest, ManifestHeader, RegisterBatch, RegisterHeader,
-        RegisterRequest, WatchHaveRequest, WatchHaveResponse,
+        RegisterRequest, ReportPieceRequest, ReportPieceResponse, WatchHaveRequest,
+        WatchHaveResponse,
         chunk_service_server::{ChunkService, ChunkServiceServer},
         get_chunks_response, get_manifest_response,
         register_request::Part,
@@ -223,6 +224,13 @@ impl ChunkService for Service {
         _: Request<WatchHaveRequest>,
     ) -> Result<Response<Self::WatchHaveStream>, Status> {
         Err(Status::unimplemented("no"))
+    }
+
+    async fn report_piece(
+        &self,
+        _: Request<ReportPieceRequest>,
+    ) -> Result<Response<ReportPieceResponse>, Status> {
+        Ok(Response::new(ReportPieceResponse {}))
     }
 
     type GetChunksStream = Reply<GetChunksResponse>;

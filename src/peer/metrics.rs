@@ -74,6 +74,11 @@ fn transfers(control: &Control, page: &mut Page) {
     pieces.counts(&[("outcome", "verified")], &counted::PIECES_VERIFIED);
     pieces.counts(&[("outcome", "wasted")], &counted::PIECES_WASTED);
     pieces.counts(&[("outcome", "bad")], &counted::PIECES_BAD);
+    let help = "Reports by receivers that a piece sent by this peer was wrong.";
+    let mut reports = page.counter("sprat_piece_reports_total", help);
+    reports.counts(&[("outcome", "true")], &counted::REPORTS_TRUE);
+    reports.counts(&[("outcome", "false")], &counted::REPORTS_FALSE);
+    reports.counts(&[("outcome", "ignored")], &counted::REPORTS_IGNORED);
     let mut chunks = page.histogram(
         "sprat_chunk_length_bytes",
         "Chunk lengths asked for, once a claim of pieces.",

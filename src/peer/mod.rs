@@ -235,6 +235,7 @@ impl Node {
     async fn serve(&self, listener: TcpListener, membership: &Arc<Membership>) -> Result<()> {
         let chunks = ChunkServer::new(
             self.control.library.clone(),
+            self.control.index.clone(),
             self.control.served.clone(),
             self.control.limits.upload.clone(),
             self.tasks.clone(),

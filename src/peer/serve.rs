@@ -24,6 +24,7 @@ use tonic::{Request, Response, Status};
 mod body;
 mod chunks;
 mod have;
+mod report;
 mod super_seed;
 
 pub use self::body::Uncopied;
@@ -31,10 +32,14 @@ use self::{
     body::Parts,
     chunks::{Sending, ranges},
     have::Watching,
+    report::Reports,
     super_seed::Crowds,
 };
 use super::limit::Limit;
-use crate::peer::sharing::library::{Library, ServeError};
+use crate::peer::sharing::{
+    index::Index,
+    library::{Library, ServeError},
+};
 use crate::{
     content::{ContentId, prove_single},
     identity::{PeerId, Role},
@@ -42,8 +47,9 @@ use crate::{
     net::Caller,
     proto::{
         self, CHUNK_LENGTHS, ContentError, GetChunksRequest, GetChunksResponse, GetManifestRequest,
-        GetManifestResponse, HASHES_PER_MESSAGE, MAX_CONTENTS, ManifestHeader, Spent,
-        WatchHaveRequest, WatchHaveResponse, WireError, content_error, get_manifest_response,
+        GetManifestResponse, HASHES_PER_MESSAGE, MAX_CONTENTS, ManifestHeader, ReportPieceRequest,
+        ReportPieceResponse, Spent, WatchHaveRequest, WatchHaveResponse, WireError, content_error,
+        get_manifest_response,
     },
     request::carried,
 };
@@ -76,16 +82,25 @@ pub struct ChunkServer {
     manifests: Arc<Semaphore>,
     watches: Arc<Semaphore>,
     crowds: Crowds,
+    reports: Arc<Reports>,
     tasks: TaskTracker,
 }
 
 impl ChunkServer {
-    /// Serves from `library`, as fast as `upload` allows, and counts in `served`; streams run in `tasks`.
+    /// Serves from `library`, as fast as `upload` allows, and counts in `served`; streams run in `tasks`. What turns out to be
+    /// wrong is forgotten in `index`, too.
     #[must_use]
-    pub fn new(library: Library, served: Arc<Served>, upload: Limit, tasks: TaskTracker) -> Self {
+    pub fn new(
+        library: Library,
+        index: Arc<Index>,
+        served: Arc<Served>,
+        upload: Limit,
+        tasks: TaskTracker,
+    ) -> Self {
         let [streams, manifests, watches] =
             [STREAMS, STREAMS, WATCHES].map(|n| Arc::new(Semaphore::new(n)));
         Self {
+            reports: Arc::new(Reports::new(library.clone(), index)),
             library,
             served,
             upload,
@@ -156,14 +171,22 @@ impl proto::chunk_service_server::ChunkService for ChunkServer {
         &self,
         request: Request<GetManifestRequest>,
     ) -> Result<Response<Self::GetManifestStream>, Status> {
-        member(&request)?;
+        let (peer, _) = member(&request)?;
         let ids = contents(&request.get_ref().content_ids)?;
         let (permit, library) = (Self::admit(&self.manifests)?, self.library.clone());
+        let reports = self.reports.clone();
         let (sender, receiver) = mpsc::channel(QUEUE);
         self.tasks.spawn(carried(async move {
             let _permit = permit;
             for (index, id) in (0..).zip(ids) {
                 let asked = library.clone();
+                // Its proof is made of its bytes.
+                if library
+                    .manifest(&id)
+                    .is_some_and(|manifest| manifest.layout().is_single())
+                {
+                    reports.sent(peer, id);
+                }
                 let parts = blocking(move || manifest_parts(&asked, &id)).await;
                 for part in parts.unwrap_or_else(|error| {
                     vec![get_manifest_response::Part::Error(content_error(&error))]
@@ -248,6 +271,7 @@ impl proto::chunk_service_server::ChunkService for ChunkServer {
             library: self.library.clone(),
             served: self.served.clone(),
             crowds: self.crowds.clone(),
+            reports: self.reports.clone(),
             peer,
             first_copies: request.first_copies,
             lane,
@@ -266,6 +290,20 @@ impl proto::chunk_service_server::ChunkService for ChunkServer {
             Response::new(Box::pin(futures_util::stream::empty()) as Self::GetChunksStream);
         answer.extensions_mut().insert(Parts::new(receiver));
         Ok(answer)
+    }
+
+    async fn report_piece(
+        &self,
+        request: Request<ReportPieceRequest>,
+    ) -> Result<Response<ReportPieceResponse>, Status> {
+        let (peer, _) = member(&request)?;
+        let ReportPieceRequest { content_id, piece } = request.into_inner();
+        let id = proto::content_id_bytes(&content_id)?;
+        let reports = self.reports.clone();
+        // Goes on when the caller does not wait for it.
+        let looking = tokio::spawn(carried(async move { reports.hear(peer, id, piece).await }));
+        let _ = looking.await;
+        Ok(Response::new(ReportPieceResponse {}))
     }
 }
 

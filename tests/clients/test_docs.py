@@ -38,6 +38,7 @@ EXPECTED_OF_THE_API: Expected = [
     (r"/GetManifest", r'"size": ?"6"'),
     (r"/GetChunks", r'"data": ?"aGVsbG8K"'),
     (r"/WatchHave", r'"complete": ?true'),
+    (r"/ReportPiece", r"{"),
     (r"^admin CreateToken", r'"link": ?"sprat://'),
     (r"^admin ListTokens", r'"usesLeft": ?3'),
     (r"^admin ListMembers", r'"online": ?true'),

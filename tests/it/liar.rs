@@ -23,7 +23,8 @@ use sprat::{
     peer::member::join::join_identity_only,
     proto::{
         self, GetChunksRequest, GetChunksResponse, GetManifestRequest, GetManifestResponse,
-        HeartbeatRequest, RegisterBatch, RegisterHeader, RegisterRequest, WatchHaveRequest,
+        HeartbeatRequest, RegisterBatch, RegisterHeader, RegisterRequest, ReportPieceRequest,
+        ReportPieceResponse, WatchHaveRequest,
         WatchHaveResponse,
         chunk_service_server::{ChunkService, ChunkServiceServer},
         register_request,
@@ -543,6 +544,13 @@ impl ChunkService for Server {
     type GetManifestStream = Answers<GetManifestResponse>;
     type WatchHaveStream = Answers<WatchHaveResponse>;
     type GetChunksStream = Answers<GetChunksResponse>;
+
+    async fn report_piece(
+        &self,
+        _: Request<ReportPieceRequest>,
+    ) -> Result<Response<ReportPieceResponse>, Status> {
+        Ok(Response::new(ReportPieceResponse {}))
+    }
 
     async fn get_manifest(
         &self,

@@ -37,6 +37,7 @@ mod outputs;
 mod own_certificate;
 mod partly;
 mod poisoned;
+mod reported;
 mod request_id;
 mod reuse;
 mod shapes;

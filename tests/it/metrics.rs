@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Series with their values.
-type Series = BTreeMap<String, f64>;
+pub type Series = BTreeMap<String, f64>;
 
 fn series(text: &str) -> Series {
     let lines = text.lines().filter(|line| !line.starts_with('#'));
@@ -28,7 +28,7 @@ fn series(text: &str) -> Series {
         .collect()
 }
 
-fn metrics(swarm: &Swarm, member: &str) -> Series {
+pub fn metrics(swarm: &Swarm, member: &str) -> Series {
     let answer = page(swarm, member, "/metrics");
     assert_eq!(answer.status, 200, "{answer:?}");
     assert!(

@@ -13,6 +13,7 @@ mod begun;
 mod fetch;
 mod have;
 mod links;
+mod report;
 
 use self::links::Links;
 pub use self::{

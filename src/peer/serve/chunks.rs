@@ -18,7 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
 
 use super::{
-    super::limit::Lane, NO_PROGRESS, Served, blocking, body::Part, content_error,
+    super::limit::Lane, NO_PROGRESS, Served, blocking, body::Part, content_error, report::Reports,
     super_seed::Crowds,
 };
 use crate::peer::sharing::library::{Have, Library, Reader, ServeError};
@@ -113,6 +113,7 @@ pub(super) struct Sending {
     pub(super) library: Library,
     pub(super) served: Arc<Served>,
     pub(super) crowds: Crowds,
+    pub(super) reports: Arc<Reports>,
     /// Who asks, and whether for first copies only.
     pub(super) peer: PeerId,
     pub(super) first_copies: bool,
@@ -273,6 +274,7 @@ impl Sending {
         span: Span,
         mut bytes: Bytes,
     ) -> Result<(), Gone> {
+        self.reports.sent(self.peer, span.id);
         while !bytes.is_empty() {
             let data = bytes.split_to(self.chunk_at(at, span).min(bytes.len()));
             let len = u32::try_from(data.len()).unwrap_or(u32::MAX);

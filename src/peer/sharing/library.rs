@@ -383,8 +383,38 @@ impl Library {
         Err(error)
     }
 
-    /// Withdraws a file that is no longer what was hashed, unless it was published anew meanwhile.
-    fn suspect(&self, location: &Arc<Location>) {
+    /// Reads a piece of a content as [`open`](Self::open) would have it served. If its bytes are wrong, although the file seems
+    /// to be the version that was hashed: where that file lies, under all the names it has for this content. Blocks.
+    pub fn disproved(
+        &self,
+        id: &ContentId,
+        piece: PieceIndex,
+    ) -> Result<Vec<Arc<Location>>, ServeError> {
+        let mut reader = self.open(id)?;
+        let (manifest, layout) = (reader.manifest().clone(), reader.manifest().layout());
+        let bytes = reader.read(layout.offset(piece), layout.len_of(piece))?;
+        let Source::File { location, .. } = &reader.source else {
+            return Ok(vec![]);
+        };
+        if manifest.check(piece, &bytes) {
+            return Ok(vec![]);
+        }
+        let inode = |location: &Location| (location.stamp.dev, location.stamp.ino);
+        let state = self.lock();
+        let files = state
+            .contents
+            .get(id)
+            .into_iter()
+            .flat_map(|entry| entry.files.values());
+        Ok(files
+            .filter(|other| inode(other) == inode(location))
+            .cloned()
+            .collect())
+    }
+
+    /// Withdraws a file that is no longer what was hashed, unless it was published anew meanwhile; it is one of
+    /// [`take_suspects`](Self::take_suspects) then.
+    pub fn suspect(&self, location: &Arc<Location>) {
         self.change(|state| {
             if state
                 .location(&location.name)

@@ -218,7 +218,8 @@ def _hex(held: Held) -> str:
 
 
 class ChunkServer(chunk_rpc.ChunkServiceServicer):
-    """Answers members. `WatchHave` is not served: what is here is complete, and the tracker says so."""
+    """Answers members. `WatchHave` is not served: what is here is complete, and the tracker says so. Nor is
+    `ReportPiece`."""
 
     def __init__(self, held: dict[bytes, Held], network: Network) -> None:
         self.held, self.network = held, network
@@ -259,6 +260,12 @@ class ChunkServer(chunk_rpc.ChunkServiceServicer):
     ) -> Iterator[chunk.WatchHaveResponse]:
         self._member(context)
         context.abort(grpc.StatusCode.UNIMPLEMENTED, "complete files only")
+
+    def ReportPiece(
+        self, request: chunk.ReportPieceRequest, context: grpc.ServicerContext
+    ) -> chunk.ReportPieceResponse:
+        self._member(context)
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "files are hashed once, when they are shared")
 
     def GetChunks(
         self, request: chunk.GetChunksRequest, context: grpc.ServicerContext

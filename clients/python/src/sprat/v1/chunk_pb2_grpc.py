@@ -49,6 +49,11 @@ class ChunkServiceStub:
                 request_serializer=sprat_dot_v1_dot_chunk__pb2.GetChunksRequest.SerializeToString,
                 response_deserializer=sprat_dot_v1_dot_chunk__pb2.GetChunksResponse.FromString,
                 _registered_method=True)
+        self.ReportPiece = channel.unary_unary(
+                '/sprat.v1.ChunkService/ReportPiece',
+                request_serializer=sprat_dot_v1_dot_chunk__pb2.ReportPieceRequest.SerializeToString,
+                response_deserializer=sprat_dot_v1_dot_chunk__pb2.ReportPieceResponse.FromString,
+                _registered_method=True)
 
 
 class ChunkServiceServicer:
@@ -84,6 +89,16 @@ class ChunkServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportPiece(self, request, context):
+        """Tells the source that a piece it sent failed verification. The source hashes the piece as it lies on its disk; if it
+        is wrong there, too, the file is withdrawn and hashed anew. The answer is empty whatever comes of it. A report is
+        heard only from a caller who was sent bytes of this content lately, once a minute from each caller and once a minute
+        about each content.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ChunkServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -101,6 +116,11 @@ def add_ChunkServiceServicer_to_server(servicer, server):
                     servicer.GetChunks,
                     request_deserializer=sprat_dot_v1_dot_chunk__pb2.GetChunksRequest.FromString,
                     response_serializer=sprat_dot_v1_dot_chunk__pb2.GetChunksResponse.SerializeToString,
+            ),
+            'ReportPiece': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportPiece,
+                    request_deserializer=sprat_dot_v1_dot_chunk__pb2.ReportPieceRequest.FromString,
+                    response_serializer=sprat_dot_v1_dot_chunk__pb2.ReportPieceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -184,6 +204,33 @@ class ChunkService:
             '/sprat.v1.ChunkService/GetChunks',
             sprat_dot_v1_dot_chunk__pb2.GetChunksRequest.SerializeToString,
             sprat_dot_v1_dot_chunk__pb2.GetChunksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportPiece(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sprat.v1.ChunkService/ReportPiece',
+            sprat_dot_v1_dot_chunk__pb2.ReportPieceRequest.SerializeToString,
+            sprat_dot_v1_dot_chunk__pb2.ReportPieceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,12 @@ class ChunkServiceStub:
     A range that cannot be served is answered with `error` and the stream goes on with the next.
     INVALID_ARGUMENT: a malformed request. RESOURCE_EXHAUSTED: too many streams at once; come back later.
     """
+    ReportPiece: _grpc.UnaryUnaryMultiCallable[_chunk_pb2.ReportPieceRequest, _chunk_pb2.ReportPieceResponse]
+    """Tells the source that a piece it sent failed verification. The source hashes the piece as it lies on its disk; if it
+    is wrong there, too, the file is withdrawn and hashed anew. The answer is empty whatever comes of it. A report is
+    heard only from a caller who was sent bytes of this content lately, once a minute from each caller and once a minute
+    about each content.
+    """
 
 @_typing.type_check_only
 class ChunkServiceAsyncStub(ChunkServiceStub):
@@ -72,6 +78,12 @@ class ChunkServiceAsyncStub(ChunkServiceStub):
 
     A range that cannot be served is answered with `error` and the stream goes on with the next.
     INVALID_ARGUMENT: a malformed request. RESOURCE_EXHAUSTED: too many streams at once; come back later.
+    """
+    ReportPiece: _aio.UnaryUnaryMultiCallable[_chunk_pb2.ReportPieceRequest, _chunk_pb2.ReportPieceResponse]  # type: ignore[assignment]
+    """Tells the source that a piece it sent failed verification. The source hashes the piece as it lies on its disk; if it
+    is wrong there, too, the file is withdrawn and hashed anew. The answer is empty whatever comes of it. A report is
+    heard only from a caller who was sent bytes of this content lately, once a minute from each caller and once a minute
+    about each content.
     """
 
 class ChunkServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -109,6 +121,18 @@ class ChunkServiceServicer(metaclass=_abc_1.ABCMeta):
 
         A range that cannot be served is answered with `error` and the stream goes on with the next.
         INVALID_ARGUMENT: a malformed request. RESOURCE_EXHAUSTED: too many streams at once; come back later.
+        """
+
+    @_abc_1.abstractmethod
+    def ReportPiece(
+        self,
+        request: _chunk_pb2.ReportPieceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chunk_pb2.ReportPieceResponse, _abc.Awaitable[_chunk_pb2.ReportPieceResponse]]:
+        """Tells the source that a piece it sent failed verification. The source hashes the piece as it lies on its disk; if it
+        is wrong there, too, the file is withdrawn and hashed anew. The answer is empty whatever comes of it. A report is
+        heard only from a caller who was sent bytes of this content lately, once a minute from each caller and once a minute
+        about each content.
         """
 
 def add_ChunkServiceServicer_to_server(servicer: ChunkServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
