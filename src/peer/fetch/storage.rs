@@ -13,6 +13,10 @@
 //! A content of at most one piece has no journal, and no `.part` either, unless the file system can keep no file without a
 //! name; then it has one from its piece on, and an earlier one counts for nothing and is overwritten.
 //!
+//! An open `Storage` holds one descriptor, that of the `.part`; one of a content of one piece none before its piece comes and
+//! none after [`Storage::end`]. It keeps its folder open, too: one descriptor for all of a folder that were opened while
+//! the root remembered it. While a journal is written there is one more.
+//!
 //! All methods block on the disk; callers run them on a bounded pool. Reads and writes carry their offset, so a `Storage`
 //! may be shared between threads.
 
@@ -83,7 +87,7 @@ impl Drop for Storage {
         };
         let ledger = self.lock();
         let is_worthless = self.is_single() || !part.existed() && ledger.have.is_empty();
-        if !ledger.is_named && is_worthless && !part.is_unnamed() {
+        if ledger.named.is_none() && is_worthless && !part.is_unnamed() {
             drop(ledger);
             if let Err(error) = part.discard().and_then(|()| part.remove_journal()) {
                 tracing::warn!("removing an empty download: {error}");
@@ -301,7 +305,7 @@ impl Storage {
         if let Some(part) = &*held {
             return Ok(part.clone());
         }
-        if self.lock().is_named {
+        if self.lock().named.is_some() {
             let path = self.root.path().join(self.name.as_path());
             return Err(
                 with_path(&path, io::Error::other("the download has its name already")).into(),
@@ -582,6 +586,14 @@ mod tests {
         SafeName::parse(text).unwrap()
     }
 
+    /// Until the file system's clock, which may be coarse, says that it is later than the last change of this file.
+    fn wait_for_the_clock(file: &File) {
+        let changed = Stamp::of(file).unwrap().ctime_ns;
+        while Stamp::of(&tempfile::tempfile().unwrap()).unwrap().ctime_ns <= changed {
+            thread::yield_now();
+        }
+    }
+
     fn held(map: &HaveMap) -> Vec<u32> {
         map.iter().collect()
     }
@@ -622,6 +634,36 @@ mod tests {
                 "no .part, no journal"
             );
             assert!(storage.finish().is_err() && !world.part().exists(), "once");
+        }
+    }
+
+    #[test]
+    fn what_is_edited_between_its_name_and_the_end_is_not_taken_for_the_original() {
+        for len in [99, 6 * PIECE] {
+            for sets_the_time_back in [false, true] {
+                let world = World::new(len);
+                let storage = world.open();
+                world.write_all(&storage);
+                sync_data(&[&storage]).remove(0).unwrap();
+                let path = storage.name(&name("a/file.bin"), false).unwrap();
+                let edited = File::options().write(true).open(&path).unwrap();
+                wait_for_the_clock(&edited);
+                let written = edited.metadata().unwrap().modified().unwrap();
+                edited.write_all_at(b"?", 5).unwrap();
+                if sets_the_time_back {
+                    edited.set_modified(written).unwrap();
+                }
+                sync_folders(&[&storage]).remove(0).unwrap();
+                let stamp = storage.end().unwrap();
+                assert_ne!(stamp, Stamp::of(&edited).unwrap(), "{sets_the_time_back}");
+            }
+            let world = World::new(len);
+            let storage = world.open();
+            world.write_all(&storage);
+            sync_data(&[&storage]).remove(0).unwrap();
+            let path = storage.name(&name("a/file.bin"), false).unwrap();
+            let stamp = storage.end().unwrap();
+            assert_eq!(stamp, Stamp::of(&File::open(path).unwrap()).unwrap());
         }
     }
 

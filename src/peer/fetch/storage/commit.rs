@@ -38,7 +38,7 @@ impl Storage {
             return Ok(());
         };
         let ledger = self.wait(self.lock(), Ledger::is_idle);
-        if ledger.is_named || ledger.have.is_empty() && !part.existed() {
+        if ledger.named.is_some() || ledger.have.is_empty() && !part.existed() {
             return Ok(());
         }
         let is_durable = ledger.is_durable();
@@ -119,7 +119,7 @@ impl Storage {
     /// Begins a sync when no other runs; false if it is not `due` then.
     pub(super) fn begin_sync(&self, due: impl Fn(&Ledger) -> bool) -> bool {
         let mut ledger = self.wait(self.lock(), |ledger| !ledger.is_syncing);
-        let is_due = due(&ledger) && !ledger.is_named;
+        let is_due = due(&ledger) && ledger.named.is_none();
         if is_due {
             ledger.begin_sync();
         }

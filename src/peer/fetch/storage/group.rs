@@ -65,6 +65,23 @@ fn again(outcome: &io::Result<()>) -> io::Result<()> {
     }
 }
 
+/// Gives a file its name. The stamp is that of the version that was complete before: the name changes the inode's own time
+/// and nothing else, so whatever else changed meanwhile makes it the stamp of no version that is there.
+fn publish(
+    part: &PartFile,
+    name: &SafeName,
+    replace: bool,
+) -> Result<(PathBuf, Stamp), PublishError> {
+    let before = Stamp::of(part.file())?;
+    let path = if replace {
+        part.rename_over(name)
+    } else {
+        part.rename_to(name)
+    }?;
+    let ctime_ns = Stamp::of(part.file()).map_or(before.ctime_ns, |after| after.ctime_ns);
+    Ok((path, Stamp { ctime_ns, ..before }))
+}
+
 impl Storage {
     /// Gives the complete file, whose data [`sync_data`] made durable, its name, which has to be free, or, to `replace`, that of a
     /// regular file in the same folder. Returns the absolute path. Durable after [`sync_folders`].
@@ -73,38 +90,36 @@ impl Storage {
         if part.is_unnamed() {
             self.remove_left_over(&part)?;
         }
-        let publish = |part: &PartFile| {
-            if replace {
-                part.rename_over(name)
-            } else {
-                part.rename_to(name)
-            }
-        };
-        let named = match publish(&part) {
+        let named = match publish(&part, name, replace) {
             Err(PublishError::Io(error)) if part.is_unnamed() => {
                 tracing::debug!("a file without a name is written anew: {error}");
-                publish(&*self.write_anew(&part)?)
+                publish(&*self.write_anew(&part)?, name, replace)
             }
             named => named,
         };
-        let path = named.map_err(|e| match e {
+        let (path, stamp) = named.map_err(|e| match e {
             PublishError::Exists(path) => StorageError::Exists(path),
             PublishError::Io(e) => StorageError::Io(e),
         })?;
-        self.lock().is_named = true;
+        self.lock().named = Some(stamp);
         Ok(path)
     }
 
-    /// Ends what [`name`](Self::name) and [`sync_folders`] began: the journal goes. The stamp of the file as it is now.
+    /// Ends what [`name`](Self::name) and [`sync_folders`] began: the journal goes. The stamp of the version that got the name:
+    /// if somebody has changed the file since, it has another one now.
     pub fn end(&self) -> Result<Stamp, StorageError> {
         let part = self.part()?;
+        let stamp = self
+            .lock()
+            .named
+            .ok_or_else(|| with_path(&part.path(), io::Error::other("has no name yet")))?;
         if self.is_single() {
             // Thousands of these may be kept; their descriptors are not.
             self.lock_part().take();
         } else if let Err(error) = part.remove_journal() {
             tracing::warn!("removing a journal: {error}");
         }
-        Stamp::of(part.file()).map_err(|e| self.failed(e))
+        Ok(stamp)
     }
 
     /// What an earlier, larger version of the file left half-done goes. One that is still being written keeps the name.

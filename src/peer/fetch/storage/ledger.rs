@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use super::journal::Journal;
-use crate::have::HaveMap;
+use crate::{have::HaveMap, peer::sharing::hasher::Stamp};
 
 /// Bytes written after which they should be synced.
 pub(super) const SYNC_BYTES: u64 = 32 << 20;
@@ -37,8 +37,8 @@ pub(super) struct Ledger {
     pub(super) n_failed: u64,
     /// Threads that wait for a change.
     pub(super) n_waiting: u32,
-    /// The file has its name.
-    pub(super) is_named: bool,
+    /// The version of the file that got its name.
+    pub(super) named: Option<Stamp>,
 }
 
 impl Ledger {
@@ -56,7 +56,7 @@ impl Ledger {
             since: None,
             n_failed: 0,
             n_waiting: 0,
-            is_named: false,
+            named: None,
         }
     }
 
