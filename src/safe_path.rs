@@ -26,7 +26,7 @@ pub use part::{Folder, PartFile, PublishError};
 pub use private::{
     create_private, lock, private_dir, read_private, set_aside, writable, write_private,
 };
-pub use root::Root;
+pub use root::{Root, open_beneath_folder};
 
 /// Longest name in bytes, in NFC.
 pub const MAX_NAME_LEN: usize = 1024;

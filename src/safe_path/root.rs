@@ -86,6 +86,11 @@ impl Root {
         &self.path
     }
 
+    /// The same, to be kept.
+    pub fn shared_path(&self) -> Arc<Path> {
+        self.path.clone()
+    }
+
     /// Opens a regular file beneath the folder for reading, without following links and without ever waiting. Fails for
     /// anything else: a FIFO, socket, device or folder, and a path that is absolute or has `..` in it.
     pub fn open_file(&self, relative: &Path) -> io::Result<File> {
@@ -94,35 +99,7 @@ impl Root {
 
     /// As [`open_file`](Self::open_file), with what the file system says of it.
     pub fn open_described(&self, relative: &Path) -> io::Result<(File, Metadata)> {
-        let path = || self.path.join(relative);
-        if relative.as_os_str().is_empty()
-            || relative
-                .components()
-                .any(|c| !matches!(c, Component::Normal(_)))
-        {
-            return Err(refuse(
-                io::ErrorKind::InvalidInput,
-                &path(),
-                "not a path inside the folder",
-            ));
-        }
-        let file: File = (self.open)(
-            self.top.as_fd(),
-            relative,
-            OFlags::RDONLY | NO_WAIT,
-            Mode::empty(),
-        )
-        .map_err(|e| with_path(&path(), e))?
-        .into();
-        let metadata = file.metadata().map_err(|e| with_path(&path(), e))?;
-        if !metadata.is_file() {
-            return Err(refuse(
-                io::ErrorKind::InvalidInput,
-                &path(),
-                "not a regular file",
-            ));
-        }
-        Ok((file, metadata))
+        open_regular(self.open, self.top.as_fd(), &self.path, relative)
     }
 
     /// Opens the folder that holds, or would hold, the file of this name; `None` if there is none. Fails if one on the way
@@ -285,6 +262,44 @@ impl Root {
             other => other.map(|fd| (fd.into(), true)),
         }
     }
+}
+
+/// Opens a regular file beneath a folder as [`Root::open_described`] does, and keeps neither the folder nor one on the way
+/// open.
+pub fn open_beneath_folder(folder: &Path, relative: &Path) -> io::Result<(File, Metadata)> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dir = retry_on_intr(|| rustix::fs::open(folder, flags, Mode::empty()))
+        .map_err(|e| with_path(folder, e))?;
+    open_regular(open_beneath, dir.as_fd(), folder, relative)
+}
+
+fn open_regular(
+    open: OpenBeneath,
+    dir: BorrowedFd<'_>,
+    root: &Path,
+    relative: &Path,
+) -> io::Result<(File, Metadata)> {
+    let path = || root.join(relative);
+    let is_plain = |c: Component<'_>| matches!(c, Component::Normal(_));
+    if relative.as_os_str().is_empty() || !relative.components().all(is_plain) {
+        return Err(refuse(
+            io::ErrorKind::InvalidInput,
+            &path(),
+            "not a path inside the folder",
+        ));
+    }
+    let file: File = open(dir, relative, OFlags::RDONLY | NO_WAIT, Mode::empty())
+        .map_err(|e| with_path(&path(), e))?
+        .into();
+    let metadata = file.metadata().map_err(|e| with_path(&path(), e))?;
+    if !metadata.is_file() {
+        return Err(refuse(
+            io::ErrorKind::InvalidInput,
+            &path(),
+            "not a regular file",
+        ));
+    }
+    Ok((file, metadata))
 }
 
 /// The folder part of a name; empty for a file at the top.

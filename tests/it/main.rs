@@ -34,6 +34,7 @@ mod namespaces;
 mod operations;
 mod operator;
 mod outputs;
+mod outside;
 mod own_certificate;
 mod partly;
 mod poisoned;

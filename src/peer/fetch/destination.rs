@@ -368,7 +368,7 @@ impl Disk {
         let mut hashes = Vec::with_capacity(files.len());
         for (path, relative, shared_as, hashed) in files {
             let location = Location {
-                root: self.root.clone(),
+                root: self.root.shared_path(),
                 relative: relative.as_path().to_owned(),
                 stamp: hashed.stamp,
                 name: self

@@ -23,7 +23,7 @@ use crate::{
     catalog::{FileInfo, FileKey},
     content::{ContentId, Manifest, PieceIndex},
     have::HaveMap,
-    safe_path::{Root, SafeName},
+    safe_path::{SafeName, open_beneath_folder},
 };
 
 mod reader;
@@ -39,8 +39,8 @@ const MAX_TRIES: usize = 16;
 /// Where a complete file lies, and which version of it was hashed.
 #[derive(Clone, Debug)]
 pub struct Location {
-    /// The share or downloads folder.
-    pub root: Root,
+    /// The share or downloads folder. Not kept open: a disk that nobody reads from can be unmounted.
+    pub root: Arc<Path>,
     /// Path beneath the root.
     pub relative: PathBuf,
     /// The version that the manifest describes.
@@ -52,7 +52,7 @@ pub struct Location {
 impl Location {
     /// The file's absolute path.
     pub fn path(&self) -> PathBuf {
-        self.root.path().join(&self.relative)
+        self.root.join(&self.relative)
     }
 }
 
@@ -279,6 +279,15 @@ impl Library {
             .collect()
     }
 
+    /// Where all complete files lie, in no particular order.
+    pub fn locations(&self) -> Vec<Arc<Location>> {
+        let state = self.lock();
+        let files = state.contents.values();
+        files
+            .flat_map(|entry| entry.files.values().cloned())
+            .collect()
+    }
+
     /// Is some download in progress on offer?
     pub fn has_partial(&self) -> bool {
         self.lock().n_parts > 0
@@ -359,7 +368,7 @@ impl Library {
     }
 
     fn open_file(&self, location: &Arc<Location>) -> Result<File, ServeError> {
-        let error = match location.root.open_described(&location.relative) {
+        let error = match open_beneath_folder(&location.root, &location.relative) {
             Ok((file, metadata)) if Stamp::from(&metadata) == location.stamp => return Ok(file),
             Ok(_) => ServeError::Changed,
             Err(error) => match fs::symlink_metadata(location.path()) {
@@ -492,7 +501,7 @@ mod tests {
     /// A library and a folder whose files it offers.
     struct Shelf {
         dir: TempDir,
-        root: Root,
+        root: Arc<Path>,
         library: Library,
     }
 
@@ -500,7 +509,7 @@ mod tests {
         fn new() -> Self {
             let dir = TempDir::new().unwrap();
             Self {
-                root: Root::open(dir.path()).unwrap(),
+                root: dir.path().into(),
                 dir,
                 library: Library::new(),
             }
@@ -976,7 +985,7 @@ mod tests {
             let dir = TempDir::new().unwrap();
             let folders = [false, true].map(|folder| dir.path().join(folder.to_string()));
             folders.iter().for_each(|folder| fs::create_dir(folder).unwrap());
-            let roots = folders.each_ref().map(|folder| Root::open(folder).unwrap());
+            let roots: [Arc<Path>; 2] = folders.each_ref().map(|folder| Arc::from(folder.as_path()));
             let contents = [b"", &b"1"[..], b"22"].map(manifest);
             let stamp = Stamp::of(&tempfile::tempfile().unwrap()).unwrap();
             let names = ["a", "b", "c", "d"].map(name);

@@ -6,7 +6,7 @@
 //! `.sprat`, and the directories named in [`Walk::hidden`] (the state directory holds private keys).
 //!
 //! A directory can be swapped for a symbolic link between the look at it and the listing of it. That yields names at
-//! worst: files are opened only through `safe_path::Root`, which refuses to pass a link.
+//! worst: files are opened only through `safe_path`, which refuses to pass a link.
 
 use std::fmt;
 use std::fs::{FileType, Metadata};
@@ -25,7 +25,7 @@ use crate::safe_path::{MAX_DEPTH, SafeName, escape};
 #[derive(Clone, Debug)]
 pub struct Walk {
     /// The share's directory, absolute.
-    pub root: PathBuf,
+    pub root: Arc<Path>,
     /// What `--share NAME=DIR` puts before every name.
     pub prefix: Option<String>,
     /// Directories that are never shared.
@@ -354,7 +354,7 @@ mod tests {
 
     fn walk(root: &Path) -> Walk {
         Walk {
-            root: root.to_path_buf(),
+            root: root.into(),
             prefix: None,
             hidden: Arc::new([]),
             cancel: CancellationToken::new(),

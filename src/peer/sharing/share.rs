@@ -31,7 +31,6 @@ use super::index::{Index, IndexError};
 use super::library::{Library, Location, Published};
 use super::scan::{DirectoryId, Found, Look, Skipped, Walk, is_gone, shown};
 use super::watcher::{Changes, Lookout, Mode, QUIET, Settled};
-use crate::safe_path::Root;
 
 /// How long after its mtime a young file is hashed once more; see [`Hashed::is_young`].
 const PROOF_AGE: Duration = Duration::from_secs(2);
@@ -44,7 +43,8 @@ pub struct Share {
     index: Arc<Index>,
     library: Library,
     lookout: Lookout,
-    root: Option<(Root, DirectoryId)>,
+    /// The directory that was there at the last rescan. It is not kept open.
+    seen: Option<DirectoryId>,
     roster: Roster,
     /// Rises with every look.
     round: u64,
@@ -78,7 +78,7 @@ impl Share {
             index,
             library,
             lookout,
-            root: None,
+            seen: None,
             roster,
             round: 0,
             skipped,
@@ -121,7 +121,7 @@ impl Share {
 
     /// Whether another directory, or none, lies at the share's path than at the last rescan.
     pub fn has_moved(&self) -> bool {
-        DirectoryId::of(self.path()).ok() != self.root.as_ref().map(|(_, id)| *id)
+        DirectoryId::of(self.path()).ok() != self.seen
     }
 
     /// Ends the watching; the next rescan begins anew.
@@ -133,7 +133,7 @@ impl Share {
     pub fn rescan(&mut self) -> io::Result<Looked> {
         self.try_rescan().inspect_err(|error| {
             if error.kind() != io::ErrorKind::Interrupted {
-                self.root = None;
+                self.seen = None;
                 self.withdraw_all();
                 self.lookout.lose(if is_gone(error) {
                     "the folder is not there".into()
@@ -146,10 +146,10 @@ impl Share {
 
     fn try_rescan(&mut self) -> io::Result<Looked> {
         let id = DirectoryId::of(self.path())?;
-        if self.root.as_ref().is_none_or(|(_, known)| *known != id) {
+        if self.seen != Some(id) {
             self.withdraw_all();
             self.lookout.lose("the folder was replaced".into());
-            self.root = Some((Root::open(self.path())?, id));
+            self.seen = Some(id);
         }
         let mut looked = Looked {
             changes: self.lookout.open(),
@@ -296,11 +296,11 @@ impl Share {
     }
 
     fn list(&mut self, relative: &Path, hashed: Hashed, looked: &mut Looked) {
-        let (Some((root, _)), Some(known)) = (&self.root, self.roster.get(relative)) else {
+        let Some(known) = self.roster.get(relative) else {
             return;
         };
         let (stamp, is_young) = (hashed.stamp, hashed.is_young());
-        let (root, name) = (root.clone(), known.name.clone());
+        let (root, name) = (self.walk.root.clone(), known.name.clone());
         let state = if self.earlier.iter().any(|walk| walk.has(&name)) {
             State::Clash
         } else {
@@ -421,15 +421,14 @@ impl Share {
     }
 
     /// Small files to hash now, and where they are; none if nothing waits.
-    pub fn next_small(&mut self) -> Option<(Root, Vec<Job>)> {
-        let (root, _) = self.root.as_ref()?;
-        Some((root.clone(), self.roster.next_small())).filter(|(_, jobs)| !jobs.is_empty())
+    pub fn next_small(&mut self) -> Option<(Arc<Path>, Vec<Job>)> {
+        let jobs = self.roster.next_small();
+        (!jobs.is_empty()).then(|| (self.walk.root.clone(), jobs))
     }
 
     /// A big file to hash now, and where it is.
-    pub fn next_big(&mut self) -> Option<(Root, Job)> {
-        let (root, _) = self.root.as_ref()?;
-        Some((root.clone(), self.roster.next_big()?))
+    pub fn next_big(&mut self) -> Option<(Arc<Path>, Job)> {
+        Some((self.walk.root.clone(), self.roster.next_big()?))
     }
 
     /// Takes in what was hashed. A file that changed meanwhile is looked at again when it is quiet.
@@ -542,6 +541,7 @@ mod tests {
 
     use crate::content::ContentId;
     use crate::peer::sharing::hasher::hash_file;
+    use crate::safe_path::open_beneath_folder;
 
     use super::*;
 
@@ -558,7 +558,7 @@ mod tests {
             let index = Arc::new(Index::open(&dir.path().join("index")).unwrap());
             let lookout = Lookout::new(root.clone(), true);
             let walk = Walk {
-                root,
+                root: root.into(),
                 prefix: None,
                 hidden: Arc::new([]),
                 cancel: CancellationToken::new(),
@@ -599,8 +599,12 @@ mod tests {
                 return 0;
             };
             let n = jobs.len();
-            let hash =
-                |job: &Job| hash_file(&root.open_file(&job.relative)?, &CancellationToken::new());
+            let hash = |job: &Job| {
+                hash_file(
+                    &open_beneath_folder(&root, &job.relative)?.0,
+                    &CancellationToken::new(),
+                )
+            };
             let done = jobs
                 .into_iter()
                 .map(|job| (job.clone(), hash(&job)))
@@ -838,7 +842,7 @@ mod tests {
         fs::create_dir(&earlier).unwrap();
         fs::write(earlier.join("a"), "first").unwrap();
         bench.share.earlier.push(Walk {
-            root: earlier.clone(),
+            root: earlier.as_path().into(),
             ..bench.share.walk.clone()
         });
         bench.put("a", "second");

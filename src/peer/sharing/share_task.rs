@@ -11,7 +11,7 @@
 
 use std::collections::BTreeSet;
 use std::future::pending;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,12 +24,12 @@ use super::hasher::{HashError, Hashed, hash_file};
 use super::scan::{Skipped, is_gone};
 use super::share::{Looked, Share};
 use super::watcher::{Change, Changes, Debouncer, Mode};
-use crate::safe_path::Root;
+use crate::safe_path::open_beneath_folder;
 
 /// How often a polled share is looked at, and the folder of any other one.
 const POLL: Duration = Duration::from_secs(2);
 /// A rescan is followed by a pause of this many times its duration.
-const REST: u32 = 10;
+pub const REST: u32 = 10;
 /// What there is to know about a share.
 #[derive(Clone, Debug)]
 pub struct ShareState {
@@ -349,14 +349,14 @@ impl Keeper {
 /// Hashes files one after the other, when it has the permit; ends soon after `cancel`.
 async fn hash_all(
     lane: Arc<Semaphore>,
-    root: Root,
+    root: Arc<Path>,
     jobs: Vec<Job>,
     cancel: CancellationToken,
 ) -> Outcomes {
     let permit = cancel.run_until_cancelled(lane.acquire_owned()).await;
     let hash = move || {
         let _permit = permit;
-        let hash = |job: &Job| hash_file(&root.open_file(&job.relative)?, &cancel);
+        let hash = |job: &Job| hash_file(&open_beneath_folder(&root, &job.relative)?.0, &cancel);
         jobs.into_iter()
             .map(|job| {
                 let outcome = hash(&job);

@@ -4,21 +4,24 @@
 //! share true to the disk is in `keeper`, what a look at the disk means in `share`, and how changes are learnt of in `watcher`.
 
 use std::collections::BTreeSet;
+use std::fs::symlink_metadata;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use tokio::sync::{mpsc, watch};
+use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
+use super::hasher::Stamp;
 use super::index::Index;
 use super::library::Library;
-use super::scan::{DirectoryId, Walk, shown};
+use super::scan::{DirectoryId, Walk, is_gone, shown};
 use super::share::Share;
-use super::share_task::{Keeper, Lanes, Progress, ShareState};
+use super::share_task::{Keeper, Lanes, Progress, REST, ShareState};
 use super::watcher::Lookout;
 use crate::safe_path::{Root, SafeName};
 
@@ -94,6 +97,15 @@ impl Shares {
         shares
             .tasks
             .spawn(async move { cancel.run_until_cancelled(hand_on).await });
+        let outside = Outside {
+            index: shares.index.clone(),
+            library: shares.library.clone(),
+            list: shares.list.clone(),
+        };
+        let (cancel, rescan) = (shares.cancel.clone(), shares.rescan);
+        shares
+            .tasks
+            .spawn(async move { cancel.run_until_cancelled(outside.keep_true(rescan)).await });
         shares
     }
 
@@ -101,9 +113,9 @@ impl Shares {
     /// Errors name the path and say what is wrong with it.
     pub fn add(&self, spec: ShareSpec) -> anyhow::Result<()> {
         let walk = self.check(&spec)?;
-        let path = walk.root.clone();
+        let path = walk.root.to_path_buf();
         let mut list = lock(&self.list);
-        if list.iter().any(|entry| entry.walk.root == path) {
+        if list.iter().any(|entry| *entry.walk.root == *path) {
             bail!("{} is shared already", shown(&path));
         }
         let earlier = list.iter().map(|entry| entry.walk.clone()).collect();
@@ -160,7 +172,7 @@ impl Shares {
         let name = name.with_context(|| format!("{} under that name", subject()))?;
         let (hidden, cancel) = (Arc::clone(&self.hidden), self.cancel.clone());
         Ok(Walk {
-            root,
+            root: root.into(),
             prefix: name.map(|name| name.to_string()),
             hidden,
             cancel,
@@ -220,12 +232,62 @@ async fn hand_on_suspects(library: Library, list: Arc<Mutex<Vec<Entry>>>) {
     }
 }
 
+/// Files on offer that lie in no share, such as downloads into other folders. No event tells of them.
+#[derive(Clone)]
+struct Outside {
+    index: Arc<Index>,
+    library: Library,
+    list: Arc<Mutex<Vec<Entry>>>,
+}
+
+impl Outside {
+    /// Looks at them as often as shares are rescanned.
+    async fn keep_true(self, rescan: Duration) {
+        let mut pause = rescan;
+        loop {
+            tokio::time::sleep(pause).await;
+            let (outside, began) = (self.clone(), Instant::now());
+            // It fails only when the pool shuts down, and we with it.
+            let _ = spawn_blocking(move || outside.look()).await;
+            pause = rescan.max(began.elapsed() * REST);
+        }
+    }
+
+    /// Withdraws those that are gone or changed.
+    fn look(&self) {
+        let shares: Vec<_> = lock(&self.list)
+            .iter()
+            .map(|entry| entry.walk.root.clone())
+            .collect();
+        let mut gone = vec![];
+        for location in self.library.locations() {
+            let path = location.path();
+            if shares.iter().any(|share| path.starts_with(share)) {
+                continue;
+            }
+            match symlink_metadata(&path) {
+                Ok(found) if Stamp::from(&found) == location.stamp => {}
+                Ok(_) => self.library.suspect(&location),
+                Err(error) if is_gone(&error) => {
+                    self.library.suspect(&location);
+                    gone.push(path);
+                }
+                // Whether it is there will be seen another time.
+                Err(_) => {}
+            }
+        }
+        if let Err(error) = self.index.forget(&gone) {
+            tracing::warn!(%error, "the index of hashed files cannot be written");
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
     use std::fs::{self, File};
     use std::os::unix::fs::{PermissionsExt, symlink};
-    use std::time::{Instant, SystemTime};
+    use std::time::SystemTime;
 
     use rustix::fs::{CWD, FileType, Mode as Bits, mknodat};
     use tempfile::TempDir;
