@@ -343,7 +343,12 @@ pub struct GetArgs {
     #[arg(long)]
     pub(super) skip: bool,
     /// How long to wait while no source brings anything, or none [default: 2m]
-    #[arg(long, value_name = "DURATION|none", value_parser = patience)]
+    #[arg(
+        long,
+        value_name = "DURATION|none",
+        value_parser = patience,
+        allow_hyphen_values = true
+    )]
     pub(super) timeout: Option<Patience>,
 }
 

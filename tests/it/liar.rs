@@ -24,8 +24,7 @@ use sprat::{
     proto::{
         self, GetChunksRequest, GetChunksResponse, GetManifestRequest, GetManifestResponse,
         HeartbeatRequest, RegisterBatch, RegisterHeader, RegisterRequest, ReportPieceRequest,
-        ReportPieceResponse, WatchHaveRequest,
-        WatchHaveResponse,
+        ReportPieceResponse, WatchHaveRequest, WatchHaveResponse,
         chunk_service_server::{ChunkService, ChunkServiceServer},
         register_request,
         tracker_service_client::TrackerServiceClient,

@@ -30,7 +30,7 @@ use crate::{
 /// This machine, as a source.
 pub const LOCAL: SourceKey = SourceKey(0);
 /// While nobody has told a manifest for so long, one more source is asked ...
-const ASK_ANOTHER: Duration = Duration::from_secs(1);
+const ASK_ANOTHER: Duration = Duration::from_millis(500);
 /// ... up to so many.
 const MAX_ASKED: usize = 8;
 /// How long to hope that somebody has a content again which those who had it do not serve.
@@ -296,6 +296,9 @@ impl<H> Engine<H> {
 
     /// The source has exactly these pieces of a content.
     pub fn has_pieces(&mut self, peer: PeerId, of: Position, map: HaveMap) {
+        if self.sources.was_wrong(peer, of) {
+            return;
+        }
         let Some(key) = self.sources.key(peer) else {
             return;
         };
@@ -316,6 +319,9 @@ impl<H> Engine<H> {
 
     /// The source has more pieces of a content.
     pub fn has_more(&mut self, peer: PeerId, of: Position, pieces: &[u32]) {
+        if self.sources.was_wrong(peer, of) {
+            return;
+        }
         let Some(key) = self.sources.key(peer) else {
             return;
         };
@@ -381,6 +387,9 @@ impl<H> Engine<H> {
     pub fn ask_again(&mut self, now: Instant) -> bool {
         let due = self.sources.ask_again(now);
         for (peer, of, piece) in &due {
+            if self.sources.was_wrong(*peer, *of) {
+                continue;
+            }
             let Some(key) = self
                 .sources
                 .key(*peer)

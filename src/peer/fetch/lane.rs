@@ -25,7 +25,7 @@ use super::{
     swarm::{OpenFile, lock},
     writer::{Landed, Landing, Outcome, Parcel, received},
 };
-use crate::{content::PieceIndex, proto::content_error::Code};
+use crate::{content::PieceIndex, proto::content_error::Code, request::carried};
 
 /// Claims under way per connection: while one ends, the next is on its way.
 const LANES: usize = 2;
@@ -523,8 +523,10 @@ impl Session {
         self.swarm.changed.notify_waiters();
     }
 
-    /// Tells the source of a piece that is wrong at its side.
+    /// Tells the source of a piece that is wrong at its side, beside everything else.
     fn report_piece(&self, at: Position, piece: PieceIndex) {
-        let _ = (at, piece);
+        let (source, id) = (self.source.clone(), self.swarm.engine().contents.id(at));
+        let telling = async move { source.report_piece(id, piece).await };
+        self.swarm.tasks.spawn(carried(telling));
     }
 }

@@ -39,8 +39,10 @@ use crate::{
 
 /// The longest that something stands still before it looks again.
 pub(super) const LOOK: Duration = Duration::from_secs(1);
-/// Between two looks for manifests to ask for, when there were none.
-const LOOK_FOR_MANIFESTS: Duration = Duration::from_millis(50);
+/// Between two looks for manifests to ask for, when others were asked for all of them ...
+const ASK_AGAIN: Duration = Duration::from_millis(250);
+/// ... and the shortest pause after one that found none.
+const PAUSE: Duration = Duration::from_millis(20);
 /// News streams to one source; one more, and all of them become one.
 const MAX_WATCHES: usize = 8;
 /// A source of which nothing came for so long makes room for others.
@@ -224,8 +226,10 @@ impl Session {
         loop {
             let changed = self.swarm.changed.notified();
             if !self.describe_some().await? {
-                let _ = timeout(LOOK, changed).await;
-                sleep(LOOK_FOR_MANIFESTS).await;
+                let is_wanted = self.swarm.engine().contents.wanted().next().is_some();
+                let pause = if is_wanted { ASK_AGAIN } else { LOOK };
+                let _ = timeout(pause, changed).await;
+                sleep(PAUSE).await;
             }
         }
     }

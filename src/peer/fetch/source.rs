@@ -292,13 +292,12 @@ impl Answers {
                     index,
                     header,
                     hashes: vec![],
-                    is_too_long: false,
                 });
                 Ok(None)
             }
             (Some(get_manifest_response::Part::PieceHashes(run)), Some(draft)) => {
                 self.bytes += run.len() as u64;
-                draft.extend(&run);
+                draft.extend(&run)?;
                 Ok(None)
             }
             (Some(get_manifest_response::Part::Error(error)), None) if !*is_told => {
@@ -315,24 +314,22 @@ struct Draft {
     index: usize,
     header: proto::ManifestHeader,
     hashes: Vec<Hash32>,
-    /// More came than a content of that size has, and is not kept.
-    is_too_long: bool,
 }
 
 impl Draft {
-    fn extend(&mut self, run: &[u8]) {
+    fn extend(&mut self, run: &[u8]) -> Result<(), SourceError> {
         let (hashes, rest) = run.as_chunks::<32>();
         let most = Layout::new(self.header.size).map_or(0, Layout::n_pieces) as usize;
         if !rest.is_empty() || self.hashes.len() + hashes.len() > most {
-            self.is_too_long = true;
-        } else {
-            self.hashes.extend_from_slice(hashes);
+            return Err(SourceError::Lied("a malformed manifest".into()));
         }
+        self.hashes.extend_from_slice(hashes);
+        Ok(())
     }
 
     fn prove(self, ids: &[ContentId]) -> Described {
         let (edge, rest) = self.header.right_edge.as_chunks::<32>();
-        if !rest.is_empty() || self.is_too_long {
+        if !rest.is_empty() {
             return Described::Wrong("sent a malformed manifest".into());
         }
         let proved = Manifest::accept(

@@ -60,10 +60,10 @@ pub enum Holding {
 /// Why a source did not serve something it was said to have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Refusal {
-    /// It has it not, or no longer.
-    Gone,
     /// The file changed there.
     Changed,
+    /// It has it not, or no longer.
+    Gone,
     /// It cannot read it.
     Unreadable,
     /// It sent something wrong.
@@ -119,6 +119,8 @@ struct Known {
     /// What it does not serve although it was said to, and why.
     refusals: BTreeMap<Position, Refusal>,
     refused: Refused,
+    /// Contents that it said had changed, since it last said that it has them.
+    changed: BTreeSet<Position>,
     /// Contents of which it sent something wrong.
     wrong: BTreeSet<Position>,
     backoff: Backoff,
@@ -345,6 +347,7 @@ impl Sources {
                 part: BTreeMap::new(),
                 refusals: BTreeMap::new(),
                 refused: Refused::default(),
+                changed: BTreeSet::new(),
                 wrong: BTreeSet::new(),
                 backoff: Backoff::new(FIRST_REST, LONGEST_REST),
                 last_here: None,
@@ -397,6 +400,7 @@ impl Sources {
             return false;
         };
         let was_refused = known.refusals.remove(&at).is_some();
+        known.changed.remove(&at);
         change(known) || was_refused
     }
 
@@ -411,6 +415,14 @@ impl Sources {
         let Some(known) = self.known.get_mut(&peer) else {
             return false;
         };
+        // What changed is gone soon after.
+        let why = match known.changed.contains(&at) {
+            true => Refusal::Changed,
+            false => why,
+        };
+        if why == Refusal::Changed {
+            known.changed.insert(at);
+        }
         let refused = &mut known.refused;
         if refused.bytes < known.stats.bytes {
             (refused.n, refused.bytes) = (0, known.stats.bytes);
@@ -471,6 +483,13 @@ impl Sources {
         known.stats.lies += u32::from(known.wrong.insert(at));
         known.stats.is_proven = false;
         known.wrong.len() > 1
+    }
+
+    /// Did it send something wrong of this content?
+    pub fn was_wrong(&self, peer: PeerId, at: Position) -> bool {
+        self.known
+            .get(&peer)
+            .is_some_and(|known| known.wrong.contains(&at))
     }
 
     /// Whom to connect to now, if to anybody: of those who have something that `needs` says is of use, whoever was here
