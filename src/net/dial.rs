@@ -138,6 +138,13 @@ impl Connection {
         self.requests.is_closed()
     }
 
+    /// Returns when the connection has ended; does not keep it alive.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut ended = self.ended.clone();
+        // An error says that it ended without a reason.
+        async move { drop(ended.wait_for(Option::is_some).await) }
+    }
+
     /// Why the connection ended; `None` if it lives, or ended in good order. A server judges our
     /// certificate only after our side of the handshake is done, so its refusal shows here, after the first call.
     pub async fn why_ended(&self) -> Option<Refusal> {

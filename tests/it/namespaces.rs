@@ -1,11 +1,14 @@
 //! The main job once more between machines: network namespaces with addresses of their own, everybody listening on
 //! `[::]`, nobody told what its address is.
 
-use std::process::Command;
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use crate::{
     main_job::{bytes_from, wait_progress},
-    process::PATIENCE,
+    process::{PATIENCE, wait_until},
     swarm::{MIB, Swarm, skip},
 };
 
@@ -30,9 +33,9 @@ fn ip(words: &str) -> bool {
 
 impl Machines {
     /// None if this machine does not let us.
-    fn new(n: usize) -> Option<Self> {
+    fn new(what: &str, n: usize) -> Option<Self> {
         let machines = Self {
-            name: format!("sprat{}", std::process::id()),
+            name: format!("sprat{}{what}", std::process::id()),
             n,
         };
         let (name, bridge) = (&machines.name, machines.of(0));
@@ -74,7 +77,7 @@ impl Drop for Machines {
 #[test]
 fn machines_with_different_addresses_swarm() {
     let members = ["tracker", "a", "b", "c", "sink"];
-    let Some(machines) = Machines::new(members.len()) else {
+    let Some(machines) = Machines::new("swarm", members.len()) else {
         return skip("the swarm over network namespaces: needs root and the command ip");
     };
     let mut swarm = Swarm::empty();
@@ -143,4 +146,35 @@ fn machines_with_different_addresses_swarm() {
     let summary = get.finish(PATIENCE).ok().summary();
     swarm.assert_same("sequel", "second");
     assert_eq!(shares(&summary).iter().sum::<u64>(), size, "{summary}");
+}
+
+#[test]
+fn a_machine_whose_address_changes_is_listed_with_the_new_one() {
+    let Some(machines) = Machines::new("moves", 2) else {
+        return skip("a machine that moves: needs root and the command ip");
+    };
+    let mut swarm = Swarm::empty();
+    for (i, member) in [(1, "tracker"), (1, "sink"), (2, "a")] {
+        swarm.wrap(member, &["ip", "netns", "exec", &machines.of(i)]);
+    }
+    swarm.start_tracker(&[]);
+    swarm.write("a-files/film", 1000, "film");
+    swarm.sharing_peer("a", &["--listen", "[::]:7701"]);
+    swarm.join("sink");
+    swarm.wait_listed("sink", "film", 1);
+
+    let machine = machines.of(2);
+    assert!(ip(&format!("-n {machine} addr del 10.77.0.2/24 dev eth0")));
+    assert!(ip(&format!("-n {machine} addr add 10.77.0.42/24 dev eth0")));
+    let moved = Instant::now();
+    // Sooner than a heartbeat, which would not get through on the old line either.
+    wait_until("the new address is listed", PATIENCE, || {
+        let peers = swarm.run("sink", ["ls", "--peers", "--json"]).ok().json();
+        let addresses = peers.first()?["addresses"].to_string();
+        let is_new = addresses.contains("10.77.0.42:") && !addresses.contains("10.77.0.2:");
+        is_new.then_some(())
+    });
+    let took = moved.elapsed();
+    assert!(took < Duration::from_secs(9), "{took:?}");
+    swarm.run("sink", ["get", "film", "-o", "copy"]).ok();
 }

@@ -1,10 +1,12 @@
-//! Keeps the tracker's picture of this peer true: registers the library, sends deltas when it changes, heartbeats, and
-//! says goodbye.
+//! Keeps the tracker's picture of this peer true: registers the library, sends deltas when it or the addresses change,
+//! heartbeats, and says goodbye. When the line to the tracker breaks it is dialled again at once, so that a tracker that
+//! restarts soon knows everybody.
 //!
 //! Invariant: a generation names one state of the listing, rises with each announcement, and is told in heartbeats only
 //! after the tracker accepted it.
 
 use std::{
+    future::pending,
     net::SocketAddr,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -26,6 +28,7 @@ use super::{
 use crate::peer::sharing::library::{Library, Update};
 use crate::{
     backoff::Backoff,
+    exit::{Exit, Failed},
     net,
     proto::{
         Activity, HeartbeatRequest, RegisterHeader, RegisterRequest, heartbeat_response::State,
@@ -45,6 +48,12 @@ const SHORT_LIVED_GATHER: Duration = Duration::from_secs(1);
 const GOODBYE: Duration = Duration::from_secs(2);
 const SHORT_GOODBYE: Duration = Duration::from_millis(20);
 const FIRST_INTERVAL: Duration = Duration::from_secs(10);
+/// When to dial again after the line broke, and how often while nobody answers; the shortest is half of the first.
+const REDIAL: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(1));
+/// The same while the tracker answers, but not as it should.
+const RETRY: (Duration, Duration) = (Duration::from_millis(500), FIRST_INTERVAL);
+/// How often this machine's addresses are looked at.
+const LOOK: Duration = Duration::from_secs(2);
 /// Between two heartbeats, whatever happens meanwhile.
 const SOONEST: Duration = Duration::from_secs(1);
 
@@ -123,6 +132,7 @@ impl Rhythm {
 struct Announced {
     generation: u64,
     version: u64,
+    addresses: Vec<String>,
 }
 
 impl Announcer {
@@ -134,7 +144,10 @@ impl Announcer {
             busy: SOONEST,
             is_busy: false,
         };
-        let mut backoff = Backoff::new(Duration::from_millis(500), FIRST_INTERVAL);
+        let (mut away, mut refused) = (
+            Backoff::new(REDIAL.0, REDIAL.1),
+            Backoff::new(RETRY.0, RETRY.1),
+        );
         let mut changed = self.library.changed();
         let (mut due, mut beat) = (Instant::now(), Instant::now());
         let (mut gather, mut last) = (GATHER, due);
@@ -149,6 +162,12 @@ impl Announcer {
                         due
                     }
                     Ok(()) = self.attached.changed(), if announced.is_some() => due.min(beat + rhythm.busy),
+                    () = moved(&self.reachable, announced.as_ref()) => due,
+                    () = self.tracker.broken(), if announced.is_some() => {
+                        let pause = REDIAL.1.mul_f64(0.1 + 0.9 * rand::random::<f64>());
+                        tokio::time::sleep(pause).await;
+                        Instant::now()
+                    }
                 }
             };
             let Some(next) = cancel.run_until_cancelled(wait).await else {
@@ -165,7 +184,8 @@ impl Announcer {
             last = Instant::now();
             match outcome {
                 Ok(()) => {
-                    backoff.reset();
+                    away.reset();
+                    refused.reset();
                     self.standing.send_replace(TrackerStanding::ONLINE);
                     if due <= Instant::now() {
                         beat = Instant::now();
@@ -180,6 +200,11 @@ impl Announcer {
                         tracing::warn!("{}", one_line(&error));
                     }
                     self.standing.send_replace(standing);
+                    let backoff = if is_away(&error) {
+                        &mut away
+                    } else {
+                        &mut refused
+                    };
                     due = Instant::now() + backoff.delay(rand::random());
                 }
             }
@@ -243,8 +268,15 @@ impl Announcer {
             }
         }
         let version = *self.library.changed().borrow();
+        let has_moved = announced
+            .as_ref()
+            .is_some_and(|known| known.addresses != self.reachable.addresses());
+        if has_moved {
+            // The old line may lead from an address that is gone.
+            self.tracker.reconnect().await;
+        }
         match announced {
-            Some(known) if known.version == version => Ok(()),
+            Some(known) if known.version == version && !has_moved => Ok(()),
             Some(known) => match self.register(Some(known), rhythm).await {
                 Err(error) if status_of(&error) == Some(Code::FailedPrecondition) => {
                     *announced = Some(self.register(None, rhythm).await?);
@@ -263,6 +295,7 @@ impl Announcer {
     }
 
     async fn register(&self, base: Option<&Announced>, rhythm: &mut Rhythm) -> Result<Announced> {
+        let addresses = self.reachable.addresses();
         let changes = self
             .library
             .changes_since(base.map_or(0, |base| base.version));
@@ -276,7 +309,7 @@ impl Announcer {
             peer_id: String::new(),
             generation,
             base_generation,
-            addresses: self.reachable.addresses(),
+            addresses: addresses.clone(),
             port: self.reachable.bound.port().into(),
         };
         let (n_added, n_removed) = (added.len(), removed.len());
@@ -306,8 +339,25 @@ impl Announcer {
         Ok(Announced {
             generation,
             version: changes.version,
+            addresses,
         })
     }
+}
+
+/// Returns when this machine has other addresses than were announced.
+async fn moved(reachable: &Reachable, announced: Option<&Announced>) {
+    let Some(known) = announced else {
+        return pending().await;
+    };
+    while reachable.addresses() == known.addresses {
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Does nobody answer, so that to dial again costs nobody anything?
+fn is_away(error: &anyhow::Error) -> bool {
+    let failed = error.downcast_ref::<Failed>();
+    status_of(error).is_none() && failed.is_some_and(|failed| failed.exit == Exit::Tracker)
 }
 
 /// Above the last one, and above those of earlier lives of this peer: milliseconds since the epoch, or one more.

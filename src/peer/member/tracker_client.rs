@@ -2,7 +2,7 @@
 //!
 //! Invariant: every call ends within its deadline, and an error says which tracker and what to do.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{future::pending, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Result;
 use tokio::sync::Mutex;
@@ -102,6 +102,15 @@ impl TrackerClient {
         .map_err(standing::failed)?;
         *slot = Some(fresh.clone());
         Ok(fresh)
+    }
+
+    /// Returns when the connection has ended that the last call used; never if there is none.
+    pub async fn broken(&self) {
+        let ended = self.connection.lock().await.as_ref().map(Connection::ended);
+        match ended {
+            Some(ended) => ended.await,
+            None => pending().await,
+        }
     }
 
     /// Forgets the connection, so that the next call dials: after a certificate was renewed.
