@@ -287,6 +287,7 @@ impl Node {
         let (control, mut meter) = (self.control.clone(), Meter::default());
         let announcer = Announcer {
             library: control.library.clone(),
+            shares: control.shares.clone(),
             tracker: control.tracker.clone(),
             membership: control.membership.clone(),
             reachable: control.reachable.clone(),

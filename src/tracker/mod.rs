@@ -11,6 +11,7 @@ pub mod dashboard;
 pub mod enroll;
 pub mod keep;
 mod metrics;
+pub mod presence;
 pub mod registry;
 pub mod service;
 pub mod store;
@@ -39,6 +40,7 @@ use self::{
     enroll::Enrollment,
     keep::Keeper,
     metrics::Figures,
+    presence::PresenceKeeper,
     registry::Registry,
     service::Service,
     store::{Budget, MemoryStore, Store},
@@ -188,16 +190,15 @@ impl Tracker {
             tasks: TaskTracker::new(),
             _lock: lock,
         };
-        let activity = Arc::new(Activity::new(
-            options.heartbeat,
-            options.lease,
-            Instant::now(),
-        ));
+        let now = Instant::now();
+        let activity = Arc::new(Activity::new(options.heartbeat, options.lease, now));
+        let presence = PresenceKeeper::open(state, options.lease, now);
         let service = Service::new(
             store.clone(),
             authority.clone(),
             trust.clone(),
             activity.clone(),
+            presence.clone(),
             tracker.tasks.clone(),
         );
         let enrollment = Enrollment::new(authority.clone(), registry.clone(), options.leaf_life);
@@ -217,6 +218,9 @@ impl Tracker {
             )?;
             tracker.serve_operator(operator, dashboard);
         }
+        tracker
+            .tasks
+            .spawn(presence.run(store.clone(), trust, tracker.cancel.clone()));
         tracker
             .tasks
             .spawn(service::sweep(store, activity, tracker.cancel.clone()));

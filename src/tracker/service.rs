@@ -4,7 +4,7 @@
 //! it. Peers announce; peers and operators read.
 
 use std::{
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -21,6 +21,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{
     activity::{Activity, Report},
     authority::Authority,
+    presence::{PresenceKeeper, Standing},
     store::{Heartbeat, Registered, Registration, SWEEP_INTERVAL, Store, StoreError},
 };
 use crate::{
@@ -30,9 +31,9 @@ use crate::{
     metrics::LEASES_EXPIRED,
     net::Caller,
     proto::{
-        self, HeartbeatRequest, HeartbeatResponse, ListFilesRequest, ListFilesResponse,
-        RegisterHeader, RegisterRequest, RegisterResponse, SignedTrustList, WatchFilesRequest,
-        WatchFilesResponse, heartbeat_response, register_request::Part,
+        self, Completeness, HeartbeatRequest, HeartbeatResponse, ListFilesRequest,
+        ListFilesResponse, RegisterHeader, RegisterRequest, RegisterResponse, SignedTrustList,
+        WatchFilesRequest, WatchFilesResponse, heartbeat_response, register_request::Part,
         watch_files_response::Change as Told,
     },
     request::carried,
@@ -57,20 +58,22 @@ pub struct Service {
     authority: Arc<Authority>,
     trust: Arc<Trust>,
     activity: Arc<Activity>,
+    presence: Arc<PresenceKeeper>,
     watchers: Arc<Semaphore>,
     listings: Semaphore,
     tasks: TaskTracker,
 }
 
 impl Service {
-    /// Answers from `store`; what peers move, and the intervals that they are told, are in `activity`; streams run
-    /// in `tasks`.
+    /// Answers from `store`; what peers move, and the intervals that they are told, are in `activity`, and how whole
+    /// the listing is in `presence`; streams run in `tasks`.
     #[must_use]
     pub fn new(
         store: Arc<dyn Store>,
         authority: Arc<Authority>,
         trust: Arc<Trust>,
         activity: Arc<Activity>,
+        presence: Arc<PresenceKeeper>,
         tasks: TaskTracker,
     ) -> Self {
         let watchers = Arc::new(Semaphore::new(WATCHERS));
@@ -79,6 +82,7 @@ impl Service {
             authority,
             trust,
             activity,
+            presence,
             watchers,
             listings: Semaphore::new(LISTINGS),
             tasks,
@@ -125,7 +129,7 @@ impl Service {
         mut stream: Streaming<RegisterRequest>,
         peer: PeerId,
         caller: &Caller,
-    ) -> Result<Registration, Status> {
+    ) -> Result<(Registration, Standing), Status> {
         let Some(Part::Header(header)) = next(&mut stream).await?.and_then(|message| message.part)
         else {
             return Err(Status::invalid_argument(
@@ -133,6 +137,10 @@ impl Service {
             ));
         };
         let announcement = self.announcement(peer, &header, caller)?;
+        let standing = Standing {
+            is_scanning: header.is_scanning,
+            is_short_lived: header.is_short_lived,
+        };
         let base = (header.base_generation != 0).then_some(header.base_generation);
         let mut registration = Registration::new(announcement, base, self.store.budget());
         while let Some(message) = next(&mut stream).await? {
@@ -150,7 +158,7 @@ impl Service {
                 registration.add(entry.try_into()?).map_err(exhausted)?;
             }
         }
-        Ok(registration)
+        Ok((registration, standing))
     }
 }
 
@@ -235,7 +243,8 @@ impl proto::tracker_service_server::TrackerService for Service {
     ) -> Result<Response<RegisterResponse>, Status> {
         let caller = caller(&request)?;
         let peer = require(&caller, &[Role::Peer])?;
-        let registration = self.collect(request.into_inner(), peer, &caller).await?;
+        let (registration, standing) = self.collect(request.into_inner(), peer, &caller).await?;
+        let arrival = self.presence.arrive(peer, standing).await;
         match self
             .store
             .register(registration, Instant::now())
@@ -243,6 +252,7 @@ impl proto::tracker_service_server::TrackerService for Service {
             .map_err(exhausted)?
         {
             Registered::Accepted => {
+                arrival.accepted();
                 self.activity.heard(peer, None, Instant::now());
                 let (heartbeat, lease) = self.activity.intervals();
                 Ok(Response::new(RegisterResponse {
@@ -266,6 +276,7 @@ impl proto::tracker_service_server::TrackerService for Service {
         own_id(&request.peer_id, peer)?;
         let report = request.activity.map(Report::try_from).transpose()?;
         let state = if request.leaving {
+            self.presence.left(peer);
             if self
                 .store
                 .leave(peer, request.generation)
@@ -324,6 +335,7 @@ impl proto::tracker_service_server::TrackerService for Service {
             .acquire()
             .await
             .map_err(|e| Status::internal(e.to_string()))?;
+        let completeness = self.presence.completeness();
         let page = self
             .store
             .list(
@@ -337,6 +349,7 @@ impl proto::tracker_service_server::TrackerService for Service {
         Ok(Response::new(ListFilesResponse {
             files: page.rows.into_iter().map(Into::into).collect(),
             next_page_token: page.next.map(|key| key.page_token()).unwrap_or_default(),
+            completeness: Some(completeness),
         }))
     }
 
@@ -363,6 +376,7 @@ impl proto::tracker_service_server::TrackerService for Service {
         let watch = Watch {
             store: self.store.clone(),
             changes: self.store.watch(),
+            presence: self.presence.clone(),
             contents,
             loopback: caller.is_loopback(),
             sender,
@@ -382,6 +396,7 @@ impl proto::tracker_service_server::TrackerService for Service {
 struct Watch {
     store: Arc<dyn Store>,
     changes: broadcast::Receiver<Change>,
+    presence: Arc<PresenceKeeper>,
     contents: Vec<ContentId>,
     loopback: bool,
     sender: mpsc::Sender<Result<WatchFilesResponse, Status>>,
@@ -389,13 +404,24 @@ struct Watch {
 
 impl Watch {
     async fn run(mut self, skip_current: bool) -> Result<(), Status> {
+        let mut whole = pin!(self.presence.whole());
+        let completeness = self.presence.completeness();
         if !skip_current {
             self.current().await?;
         }
-        self.tell(Told::Current(true)).await?;
+        self.send(Some(Told::Current(true)), Some(completeness))
+            .await?;
+        let mut waits = !completeness.is_whole;
         loop {
             let change = tokio::select! {
+                // What made the listing whole is told before it is called so.
+                biased;
                 change = self.changes.recv() => change,
+                () = whole.as_mut(), if waits => {
+                    waits = false;
+                    self.send(None, Some(self.presence.completeness())).await?;
+                    continue;
+                }
                 () = self.sender.closed() => return Ok(()),
             };
             match change {
@@ -457,8 +483,17 @@ impl Watch {
     }
 
     async fn tell(&self, change: Told) -> Result<(), Status> {
+        self.send(Some(change), None).await
+    }
+
+    async fn send(
+        &self,
+        change: Option<Told>,
+        completeness: Option<Completeness>,
+    ) -> Result<(), Status> {
         let message = WatchFilesResponse {
-            change: Some(change),
+            change,
+            completeness,
         };
         self.sender
             .send(Ok(message))

@@ -50,10 +50,11 @@ const LAW: &[(u8, &str, &str)] = &[
     (6, "tracker/registry", "<6"),
     (6, "tracker/store", "content catalog identity safe_path"),
     (6, "tracker/activity", "<6"),
+    (6, "tracker/presence", "<6 tracker/store"),
     (
         6,
         "tracker/service",
-        "<6 tracker/activity tracker/authority tracker/store",
+        "<6 tracker/activity tracker/authority tracker/presence tracker/store",
     ),
     (
         6,

@@ -25,7 +25,10 @@ use super::{
     standing::{TrackerStanding, one_line},
     tracker_client::{TrackerClient, batches, status_of},
 };
-use crate::peer::sharing::library::{Library, Update};
+use crate::peer::sharing::{
+    library::{Library, Update},
+    shares::Shares,
+};
 use crate::{
     backoff::Backoff,
     exit::{Exit, Failed},
@@ -85,6 +88,8 @@ impl Reachable {
 pub struct Announcer {
     /// What is announced.
     pub library: Library,
+    /// Where it comes from: whether there is more to come.
+    pub shares: Arc<Shares>,
     /// To whom.
     pub tracker: Arc<TrackerClient>,
     /// Whose trust list is kept up to date.
@@ -132,6 +137,7 @@ impl Rhythm {
 struct Announced {
     generation: u64,
     version: u64,
+    is_scanning: bool,
     addresses: Vec<String>,
 }
 
@@ -162,7 +168,7 @@ impl Announcer {
                         due
                     }
                     Ok(()) = self.attached.changed(), if announced.is_some() => due.min(beat + rhythm.busy),
-                    () = moved(&self.reachable, announced.as_ref()) => due,
+                    () = outdated(&self.shares, &self.reachable, announced.as_ref()) => due,
                     () = self.tracker.broken(), if announced.is_some() => {
                         let pause = REDIAL.1.mul_f64(0.1 + 0.9 * rand::random::<f64>());
                         tokio::time::sleep(pause).await;
@@ -275,8 +281,13 @@ impl Announcer {
             // The old line may lead from an address that is gone.
             self.tracker.reconnect().await;
         }
+        let is_scanning = self.shares.is_scanning();
         match announced {
-            Some(known) if known.version == version && !has_moved => Ok(()),
+            Some(known)
+                if known.version == version && known.is_scanning <= is_scanning && !has_moved =>
+            {
+                Ok(())
+            }
             Some(known) => match self.register(Some(known), rhythm).await {
                 Err(error) if status_of(&error) == Some(Code::FailedPrecondition) => {
                     *announced = Some(self.register(None, rhythm).await?);
@@ -295,6 +306,8 @@ impl Announcer {
     }
 
     async fn register(&self, base: Option<&Announced>, rhythm: &mut Rhythm) -> Result<Announced> {
+        // Before the library: what the scan found is in it.
+        let is_scanning = self.shares.is_scanning();
         let addresses = self.reachable.addresses();
         let changes = self
             .library
@@ -311,6 +324,8 @@ impl Announcer {
             base_generation,
             addresses: addresses.clone(),
             port: self.reachable.bound.port().into(),
+            is_scanning,
+            is_short_lived: self.is_short_lived,
         };
         let (n_added, n_removed) = (added.len(), removed.len());
         let added = added.iter().map(Into::into).collect();
@@ -339,18 +354,26 @@ impl Announcer {
         Ok(Announced {
             generation,
             version: changes.version,
+            is_scanning,
             addresses,
         })
     }
 }
 
-/// Returns when this machine has other addresses than were announced.
-async fn moved(reachable: &Reachable, announced: Option<&Announced>) {
+/// Returns when something beside the library is not as it was announced: the first scan is over, or this machine has
+/// other addresses.
+async fn outdated(shares: &Shares, reachable: &Reachable, announced: Option<&Announced>) {
     let Some(known) = announced else {
         return pending().await;
     };
-    while reachable.addresses() == known.addresses {
-        tokio::time::sleep(LOOK).await;
+    let moved = async {
+        while reachable.addresses() == known.addresses {
+            tokio::time::sleep(LOOK).await;
+        }
+    };
+    tokio::select! {
+        () = shares.scanned(), if known.is_scanning => {}
+        () = moved => {}
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::symlink_metadata;
+use std::future::pending;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -185,6 +186,27 @@ impl Shares {
             .iter()
             .map(|entry| entry.state.borrow().clone())
             .collect()
+    }
+
+    /// Is the first scan of a folder not over?
+    pub fn is_scanning(&self) -> bool {
+        self.unscanned().is_some()
+    }
+
+    fn unscanned(&self) -> Option<watch::Receiver<ShareState>> {
+        let list = lock(&self.list);
+        let entry = list.iter().find(|entry| !entry.state.borrow().scanned);
+        entry.map(|entry| entry.state.clone())
+    }
+
+    /// Returns when the first scan of every folder is over.
+    pub async fn scanned(&self) {
+        while let Some(mut state) = self.unscanned() {
+            if state.wait_for(|state| state.scanned).await.is_err() {
+                // The task has ended, and the peer with it.
+                return pending().await;
+            }
+        }
     }
 
     /// All shares together.

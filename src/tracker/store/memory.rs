@@ -423,6 +423,10 @@ impl Store for MemoryStore {
         Ok(rows)
     }
 
+    async fn ids(&self) -> Result<Vec<PeerId>, StoreError> {
+        Ok(self.lock().index.peers.keys().copied().collect())
+    }
+
     async fn peers(&self) -> Result<Vec<PeerRecord>, StoreError> {
         let index = &self.lock().index;
         let slots = index.peers.values().map(|idx| index.slot(*idx));

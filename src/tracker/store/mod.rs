@@ -180,7 +180,10 @@ pub trait Store: Send + Sync {
         caller_is_loopback: bool,
     ) -> Result<Vec<Row>, StoreError>;
 
-    /// Everybody who is here.
+    /// The ids of everybody who is here.
+    async fn ids(&self) -> Result<Vec<PeerId>, StoreError>;
+
+    /// Everybody who is here, with what it announced.
     async fn peers(&self) -> Result<Vec<PeerRecord>, StoreError>;
 
     /// Every row with the number of its holders, in order. What changes meanwhile is told as before or as after.

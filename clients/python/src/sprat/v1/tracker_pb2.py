@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sprat.v1 import types_pb2 as sprat_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16sprat/v1/tracker.proto\x12\x08sprat.v1\x1a\x14sprat/v1/types.proto\"o\n\x0fRegisterRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.sprat.v1.RegisterHeaderH\x00\x12(\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x17.sprat.v1.RegisterBatchH\x00\x42\x06\n\x04part\"o\n\x0eRegisterHeader\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x17\n\x0f\x62\x61se_generation\x18\x03 \x01(\x04\x12\x11\n\taddresses\x18\x04 \x03(\t\x12\x0c\n\x04port\x18\x05 \x01(\r\"W\n\rRegisterBatch\x12\"\n\x05\x61\x64\x64\x65\x64\x18\x01 \x03(\x0b\x32\x13.sprat.v1.FileEntry\x12\"\n\x07removed\x18\x02 \x03(\x0b\x32\x11.sprat.v1.FileKey\"r\n\x10RegisterResponse\x12\x1d\n\x15heartbeat_interval_ms\x18\x01 \x01(\r\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12-\n\ntrust_list\x18\x03 \x01(\x0b\x32\x19.sprat.v1.SignedTrustList\"\x83\x01\n\x10HeartbeatRequest\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0f\n\x07leaving\x18\x03 \x01(\x08\x12\x13\n\x0btrust_epoch\x18\x04 \x01(\x04\x12$\n\x08\x61\x63tivity\x18\x05 \x01(\x0b\x32\x12.sprat.v1.Activity\"\x86\x01\n\x08\x41\x63tivity\x12\x12\n\nbytes_sent\x18\x01 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x02 \x01(\x04\x12\x11\n\tsend_rate\x18\x03 \x01(\x04\x12\x14\n\x0creceive_rate\x18\x04 \x01(\x04\x12%\n\ttransfers\x18\x05 \x03(\x0b\x32\x12.sprat.v1.Transfer\"\xb5\x01\n\x08Transfer\x12\x12\n\ncontent_id\x18\x01 \x01(\t\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x13\n\x0b\x66iles_total\x18\x04 \x01(\x04\x12\x12\n\nfiles_done\x18\x05 \x01(\x04\x12\x18\n\x10\x62ytes_per_second\x18\x06 \x01(\x04\x12)\n\x07sources\x18\x07 \x03(\x0b\x32\x18.sprat.v1.TransferSource\";\n\x0eTransferSource\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x18\n\x10\x62ytes_per_second\x18\x02 \x01(\x04\"\xa6\x02\n\x11HeartbeatResponse\x12\x30\n\x05state\x18\x01 \x01(\x0e\x32!.sprat.v1.HeartbeatResponse.State\x12\x1d\n\x15heartbeat_interval_ms\x18\x02 \x01(\r\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\x12-\n\ntrust_list\x18\x04 \x01(\x0b\x32\x19.sprat.v1.SignedTrustList\x12\x18\n\x10\x62usy_interval_ms\x18\x05 \x01(\r\"e\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_RENEWED\x10\x01\x12\x0f\n\x0bSTATE_STALE\x10\x02\x12\x11\n\rSTATE_UNKNOWN\x10\x03\x12\x0e\n\nSTATE_LEFT\x10\x04\"\xac\x01\n\x10ListFilesRequest\x12\x0c\n\x04glob\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x10\n\x08min_size\x18\x03 \x01(\x04\x12\x10\n\x08max_size\x18\x04 \x01(\x04\x12\x0f\n\x07peer_id\x18\x05 \x01(\t\x12\x12\n\ncontent_id\x18\x06 \x01(\t\x12\x11\n\tpage_size\x18\x07 \x01(\r\x12\x12\n\npage_token\x18\x08 \x01(\t\x12\x0c\n\x04name\x18\t \x01(\t\"r\n\x07\x46ileRow\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x12\n\ncontent_id\x18\x03 \x01(\t\x12!\n\x07sources\x18\x04 \x03(\x0b\x32\x10.sprat.v1.Source\x12\x14\n\x0csource_count\x18\x05 \x01(\r\"N\n\x11ListFilesResponse\x12 \n\x05\x66iles\x18\x01 \x03(\x0b\x32\x11.sprat.v1.FileRow\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\">\n\x11WatchFilesRequest\x12\x13\n\x0b\x63ontent_ids\x18\x01 \x03(\t\x12\x14\n\x0cskip_current\x18\x02 \x01(\x08\"\x8f\x01\n\x12WatchFilesResponse\x12$\n\x07\x63hanged\x18\x01 \x01(\x0b\x32\x11.sprat.v1.FileRowH\x00\x12$\n\x07removed\x18\x02 \x01(\x0b\x32\x11.sprat.v1.FileKeyH\x00\x12\x10\n\x06resync\x18\x03 \x01(\x08H\x00\x12\x11\n\x07\x63urrent\x18\x04 \x01(\x08H\x00\x42\x08\n\x06\x63hange2\xac\x02\n\x0eTrackerService\x12\x43\n\x08Register\x12\x19.sprat.v1.RegisterRequest\x1a\x1a.sprat.v1.RegisterResponse(\x01\x12\x44\n\tHeartbeat\x12\x1a.sprat.v1.HeartbeatRequest\x1a\x1b.sprat.v1.HeartbeatResponse\x12\x44\n\tListFiles\x12\x1a.sprat.v1.ListFilesRequest\x1a\x1b.sprat.v1.ListFilesResponse\x12I\n\nWatchFiles\x12\x1b.sprat.v1.WatchFilesRequest\x1a\x1c.sprat.v1.WatchFilesResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16sprat/v1/tracker.proto\x12\x08sprat.v1\x1a\x14sprat/v1/types.proto\"o\n\x0fRegisterRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.sprat.v1.RegisterHeaderH\x00\x12(\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x17.sprat.v1.RegisterBatchH\x00\x42\x06\n\x04part\"\x9c\x01\n\x0eRegisterHeader\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x17\n\x0f\x62\x61se_generation\x18\x03 \x01(\x04\x12\x11\n\taddresses\x18\x04 \x03(\t\x12\x0c\n\x04port\x18\x05 \x01(\r\x12\x13\n\x0bis_scanning\x18\x06 \x01(\x08\x12\x16\n\x0eis_short_lived\x18\x07 \x01(\x08\"W\n\rRegisterBatch\x12\"\n\x05\x61\x64\x64\x65\x64\x18\x01 \x03(\x0b\x32\x13.sprat.v1.FileEntry\x12\"\n\x07removed\x18\x02 \x03(\x0b\x32\x11.sprat.v1.FileKey\"r\n\x10RegisterResponse\x12\x1d\n\x15heartbeat_interval_ms\x18\x01 \x01(\r\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12-\n\ntrust_list\x18\x03 \x01(\x0b\x32\x19.sprat.v1.SignedTrustList\"\x83\x01\n\x10HeartbeatRequest\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0f\n\x07leaving\x18\x03 \x01(\x08\x12\x13\n\x0btrust_epoch\x18\x04 \x01(\x04\x12$\n\x08\x61\x63tivity\x18\x05 \x01(\x0b\x32\x12.sprat.v1.Activity\"\x86\x01\n\x08\x41\x63tivity\x12\x12\n\nbytes_sent\x18\x01 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x02 \x01(\x04\x12\x11\n\tsend_rate\x18\x03 \x01(\x04\x12\x14\n\x0creceive_rate\x18\x04 \x01(\x04\x12%\n\ttransfers\x18\x05 \x03(\x0b\x32\x12.sprat.v1.Transfer\"\xb5\x01\n\x08Transfer\x12\x12\n\ncontent_id\x18\x01 \x01(\t\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x13\n\x0b\x66iles_total\x18\x04 \x01(\x04\x12\x12\n\nfiles_done\x18\x05 \x01(\x04\x12\x18\n\x10\x62ytes_per_second\x18\x06 \x01(\x04\x12)\n\x07sources\x18\x07 \x03(\x0b\x32\x18.sprat.v1.TransferSource\";\n\x0eTransferSource\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x18\n\x10\x62ytes_per_second\x18\x02 \x01(\x04\"\xa6\x02\n\x11HeartbeatResponse\x12\x30\n\x05state\x18\x01 \x01(\x0e\x32!.sprat.v1.HeartbeatResponse.State\x12\x1d\n\x15heartbeat_interval_ms\x18\x02 \x01(\r\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\x12-\n\ntrust_list\x18\x04 \x01(\x0b\x32\x19.sprat.v1.SignedTrustList\x12\x18\n\x10\x62usy_interval_ms\x18\x05 \x01(\r\"e\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_RENEWED\x10\x01\x12\x0f\n\x0bSTATE_STALE\x10\x02\x12\x11\n\rSTATE_UNKNOWN\x10\x03\x12\x0e\n\nSTATE_LEFT\x10\x04\"\xac\x01\n\x10ListFilesRequest\x12\x0c\n\x04glob\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x10\n\x08min_size\x18\x03 \x01(\x04\x12\x10\n\x08max_size\x18\x04 \x01(\x04\x12\x0f\n\x07peer_id\x18\x05 \x01(\t\x12\x12\n\ncontent_id\x18\x06 \x01(\t\x12\x11\n\tpage_size\x18\x07 \x01(\r\x12\x12\n\npage_token\x18\x08 \x01(\t\x12\x0c\n\x04name\x18\t \x01(\t\"r\n\x07\x46ileRow\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x12\n\ncontent_id\x18\x03 \x01(\t\x12!\n\x07sources\x18\x04 \x03(\x0b\x32\x10.sprat.v1.Source\x12\x14\n\x0csource_count\x18\x05 \x01(\r\"|\n\x11ListFilesResponse\x12 \n\x05\x66iles\x18\x01 \x03(\x0b\x32\x11.sprat.v1.FileRow\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12,\n\x0c\x63ompleteness\x18\x03 \x01(\x0b\x32\x16.sprat.v1.Completeness\"h\n\x0c\x43ompleteness\x12\x10\n\x08is_whole\x18\x01 \x01(\x08\x12\x15\n\rpeers_missing\x18\x02 \x01(\r\x12\x17\n\x0fwhole_within_ms\x18\x03 \x01(\r\x12\x16\n\x0epeers_scanning\x18\x04 \x01(\r\">\n\x11WatchFilesRequest\x12\x13\n\x0b\x63ontent_ids\x18\x01 \x03(\t\x12\x14\n\x0cskip_current\x18\x02 \x01(\x08\"\xbd\x01\n\x12WatchFilesResponse\x12$\n\x07\x63hanged\x18\x01 \x01(\x0b\x32\x11.sprat.v1.FileRowH\x00\x12$\n\x07removed\x18\x02 \x01(\x0b\x32\x11.sprat.v1.FileKeyH\x00\x12\x10\n\x06resync\x18\x03 \x01(\x08H\x00\x12\x11\n\x07\x63urrent\x18\x04 \x01(\x08H\x00\x12,\n\x0c\x63ompleteness\x18\x05 \x01(\x0b\x32\x16.sprat.v1.CompletenessB\x08\n\x06\x63hange2\xac\x02\n\x0eTrackerService\x12\x43\n\x08Register\x12\x19.sprat.v1.RegisterRequest\x1a\x1a.sprat.v1.RegisterResponse(\x01\x12\x44\n\tHeartbeat\x12\x1a.sprat.v1.HeartbeatRequest\x1a\x1b.sprat.v1.HeartbeatResponse\x12\x44\n\tListFiles\x12\x1a.sprat.v1.ListFilesRequest\x1a\x1b.sprat.v1.ListFilesResponse\x12I\n\nWatchFiles\x12\x1b.sprat.v1.WatchFilesRequest\x1a\x1c.sprat.v1.WatchFilesResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,34 +34,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_REGISTERREQUEST']._serialized_start=58
   _globals['_REGISTERREQUEST']._serialized_end=169
-  _globals['_REGISTERHEADER']._serialized_start=171
-  _globals['_REGISTERHEADER']._serialized_end=282
-  _globals['_REGISTERBATCH']._serialized_start=284
-  _globals['_REGISTERBATCH']._serialized_end=371
-  _globals['_REGISTERRESPONSE']._serialized_start=373
-  _globals['_REGISTERRESPONSE']._serialized_end=487
-  _globals['_HEARTBEATREQUEST']._serialized_start=490
-  _globals['_HEARTBEATREQUEST']._serialized_end=621
-  _globals['_ACTIVITY']._serialized_start=624
-  _globals['_ACTIVITY']._serialized_end=758
-  _globals['_TRANSFER']._serialized_start=761
-  _globals['_TRANSFER']._serialized_end=942
-  _globals['_TRANSFERSOURCE']._serialized_start=944
-  _globals['_TRANSFERSOURCE']._serialized_end=1003
-  _globals['_HEARTBEATRESPONSE']._serialized_start=1006
-  _globals['_HEARTBEATRESPONSE']._serialized_end=1300
-  _globals['_HEARTBEATRESPONSE_STATE']._serialized_start=1199
-  _globals['_HEARTBEATRESPONSE_STATE']._serialized_end=1300
-  _globals['_LISTFILESREQUEST']._serialized_start=1303
-  _globals['_LISTFILESREQUEST']._serialized_end=1475
-  _globals['_FILEROW']._serialized_start=1477
-  _globals['_FILEROW']._serialized_end=1591
-  _globals['_LISTFILESRESPONSE']._serialized_start=1593
-  _globals['_LISTFILESRESPONSE']._serialized_end=1671
-  _globals['_WATCHFILESREQUEST']._serialized_start=1673
-  _globals['_WATCHFILESREQUEST']._serialized_end=1735
-  _globals['_WATCHFILESRESPONSE']._serialized_start=1738
-  _globals['_WATCHFILESRESPONSE']._serialized_end=1881
-  _globals['_TRACKERSERVICE']._serialized_start=1884
-  _globals['_TRACKERSERVICE']._serialized_end=2184
+  _globals['_REGISTERHEADER']._serialized_start=172
+  _globals['_REGISTERHEADER']._serialized_end=328
+  _globals['_REGISTERBATCH']._serialized_start=330
+  _globals['_REGISTERBATCH']._serialized_end=417
+  _globals['_REGISTERRESPONSE']._serialized_start=419
+  _globals['_REGISTERRESPONSE']._serialized_end=533
+  _globals['_HEARTBEATREQUEST']._serialized_start=536
+  _globals['_HEARTBEATREQUEST']._serialized_end=667
+  _globals['_ACTIVITY']._serialized_start=670
+  _globals['_ACTIVITY']._serialized_end=804
+  _globals['_TRANSFER']._serialized_start=807
+  _globals['_TRANSFER']._serialized_end=988
+  _globals['_TRANSFERSOURCE']._serialized_start=990
+  _globals['_TRANSFERSOURCE']._serialized_end=1049
+  _globals['_HEARTBEATRESPONSE']._serialized_start=1052
+  _globals['_HEARTBEATRESPONSE']._serialized_end=1346
+  _globals['_HEARTBEATRESPONSE_STATE']._serialized_start=1245
+  _globals['_HEARTBEATRESPONSE_STATE']._serialized_end=1346
+  _globals['_LISTFILESREQUEST']._serialized_start=1349
+  _globals['_LISTFILESREQUEST']._serialized_end=1521
+  _globals['_FILEROW']._serialized_start=1523
+  _globals['_FILEROW']._serialized_end=1637
+  _globals['_LISTFILESRESPONSE']._serialized_start=1639
+  _globals['_LISTFILESRESPONSE']._serialized_end=1763
+  _globals['_COMPLETENESS']._serialized_start=1765
+  _globals['_COMPLETENESS']._serialized_end=1869
+  _globals['_WATCHFILESREQUEST']._serialized_start=1871
+  _globals['_WATCHFILESREQUEST']._serialized_end=1933
+  _globals['_WATCHFILESRESPONSE']._serialized_start=1936
+  _globals['_WATCHFILESRESPONSE']._serialized_end=2125
+  _globals['_TRACKERSERVICE']._serialized_start=2128
+  _globals['_TRACKERSERVICE']._serialized_end=2428
 # @@protoc_insertion_point(module_scope)

@@ -57,6 +57,8 @@ class RegisterHeader(_message.Message):
     BASE_GENERATION_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
     PORT_FIELD_NUMBER: _builtins.int
+    IS_SCANNING_FIELD_NUMBER: _builtins.int
+    IS_SHORT_LIVED_FIELD_NUMBER: _builtins.int
     peer_id: _builtins.str
     """Optional; if set it must be the caller's own peer id."""
     generation: _builtins.int
@@ -67,6 +69,12 @@ class RegisterHeader(_message.Message):
     """The port the peer listens on; the tracker adds the address it saw the caller come from with this port. 0: not
     listening.
     """
+    is_scanning: _builtins.bool
+    """The first look at one of the caller's folders is not over, so its library will grow. To be registered again, with a
+    delta that may be empty, when it is.
+    """
+    is_short_lived: _builtins.bool
+    """The caller lives as long as a command: a tracker that restarts does not wait for it."""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"HOST:PORT", at most 16; unspecified, multicast, broadcast and link-local addresses are dropped."""
@@ -79,10 +87,12 @@ class RegisterHeader(_message.Message):
         base_generation: _builtins.int = ...,
         addresses: _abc.Iterable[_builtins.str] | None = ...,
         port: _builtins.int = ...,
+        is_scanning: _builtins.bool = ...,
+        is_short_lived: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "base_generation", b"base_generation", "generation", b"generation", "peer_id", b"peer_id", "port", b"port"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "base_generation", b"base_generation", "generation", b"generation", "is_scanning", b"is_scanning", "is_short_lived", b"is_short_lived", "peer_id", b"peer_id", "port", b"port"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -445,23 +455,65 @@ class ListFilesResponse(_message.Message):
 
     FILES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    COMPLETENESS_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Empty on the last page."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileRow]: ...
+    @_builtins.property
+    def completeness(self) -> Global___Completeness:
+        """As it was when this page was begun. A listing is whole if each of its pages says so."""
+
     def __init__(
         self,
         *,
         files: _abc.Iterable[Global___FileRow] | None = ...,
         next_page_token: _builtins.str = ...,
+        completeness: Global___Completeness | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["completeness", b"completeness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completeness", b"completeness", "files", b"files", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListFilesResponse: _TypeAlias = ListFilesResponse  # noqa: Y015
+
+@_typing.final
+class Completeness(_message.Message):
+    """Whether the listing tells of everybody who is here. Once whole it stays so until the tracker restarts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IS_WHOLE_FIELD_NUMBER: _builtins.int
+    PEERS_MISSING_FIELD_NUMBER: _builtins.int
+    WHOLE_WITHIN_MS_FIELD_NUMBER: _builtins.int
+    PEERS_SCANNING_FIELD_NUMBER: _builtins.int
+    is_whole: _builtins.bool
+    """False after the tracker's start until all peers that were here when it ended have registered again and looked
+    through their folders, or have said goodbye; at most one lease.
+    """
+    peers_missing: _builtins.int
+    """How many of them are not back. May be 0 while `is_whole` is false: the tracker cannot tell who was here."""
+    whole_within_ms: _builtins.int
+    """Milliseconds after which nobody is waited for any more; 0 if it is whole."""
+    peers_scanning: _builtins.int
+    """Peers that registered with `is_scanning`: what they offer will grow. They do not keep the listing from being whole."""
+    def __init__(
+        self,
+        *,
+        is_whole: _builtins.bool = ...,
+        peers_missing: _builtins.int = ...,
+        whole_within_ms: _builtins.int = ...,
+        peers_scanning: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_whole", b"is_whole", "peers_missing", b"peers_missing", "peers_scanning", b"peers_scanning", "whole_within_ms", b"whole_within_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Completeness: _TypeAlias = Completeness  # noqa: Y015
 
 @_typing.final
 class WatchFilesRequest(_message.Message):
@@ -497,10 +549,11 @@ class WatchFilesResponse(_message.Message):
     REMOVED_FIELD_NUMBER: _builtins.int
     RESYNC_FIELD_NUMBER: _builtins.int
     CURRENT_FIELD_NUMBER: _builtins.int
+    COMPLETENESS_FIELD_NUMBER: _builtins.int
     resync: _builtins.bool
     """Changes were lost: list again."""
     current: _builtins.bool
-    """The current rows are complete; changes follow."""
+    """All current rows were sent; changes follow."""
     @_builtins.property
     def changed(self) -> Global___FileRow:
         """A row appeared, or its sources changed."""
@@ -509,6 +562,10 @@ class WatchFilesResponse(_message.Message):
     def removed(self) -> _types_pb2.FileKey:
         """A row disappeared."""
 
+    @_builtins.property
+    def completeness(self) -> Global___Completeness:
+        """Comes with `current`; if it was not whole then, once more, without a change, when it is."""
+
     def __init__(
         self,
         *,
@@ -516,10 +573,11 @@ class WatchFilesResponse(_message.Message):
         removed: _types_pb2.FileKey | None = ...,
         resync: _builtins.bool = ...,
         current: _builtins.bool = ...,
+        completeness: Global___Completeness | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "changed", b"changed", "current", b"current", "removed", b"removed", "resync", b"resync"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "changed", b"changed", "completeness", b"completeness", "current", b"current", "removed", b"removed", "resync", b"resync"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "changed", b"changed", "current", b"current", "removed", b"removed", "resync", b"resync"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "changed", b"changed", "completeness", b"completeness", "current", b"current", "removed", b"removed", "resync", b"resync"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["changed", "removed", "resync", "current"]  # noqa: Y015
     _WhichOneofArgType_change: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015

@@ -85,7 +85,8 @@ class TrackerServiceServicer:
 
     def ListFiles(self, request, context):
         """Lists files, ordered by name and content id, with the peers that hold each. A row that exists from the first page
-        to the last is returned exactly once. Peers and operators.
+        to the last is returned exactly once. What was listed before the tracker restarted may be absent until
+        `completeness` says that the listing is whole, so absence means nothing before. Peers and operators.
 
         INVALID_ARGUMENT: bad glob, id or page token.
         """

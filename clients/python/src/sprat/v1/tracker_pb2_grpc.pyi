@@ -51,7 +51,8 @@ class TrackerServiceStub:
     """
     ListFiles: _grpc.UnaryUnaryMultiCallable[_tracker_pb2.ListFilesRequest, _tracker_pb2.ListFilesResponse]
     """Lists files, ordered by name and content id, with the peers that hold each. A row that exists from the first page
-    to the last is returned exactly once. Peers and operators.
+    to the last is returned exactly once. What was listed before the tracker restarted may be absent until
+    `completeness` says that the listing is whole, so absence means nothing before. Peers and operators.
 
     INVALID_ARGUMENT: bad glob, id or page token.
     """
@@ -81,7 +82,8 @@ class TrackerServiceAsyncStub(TrackerServiceStub):
     """
     ListFiles: _aio.UnaryUnaryMultiCallable[_tracker_pb2.ListFilesRequest, _tracker_pb2.ListFilesResponse]  # type: ignore[assignment]
     """Lists files, ordered by name and content id, with the peers that hold each. A row that exists from the first page
-    to the last is returned exactly once. Peers and operators.
+    to the last is returned exactly once. What was listed before the tracker restarted may be absent until
+    `completeness` says that the listing is whole, so absence means nothing before. Peers and operators.
 
     INVALID_ARGUMENT: bad glob, id or page token.
     """
@@ -126,7 +128,8 @@ class TrackerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tracker_pb2.ListFilesResponse, _abc.Awaitable[_tracker_pb2.ListFilesResponse]]:
         """Lists files, ordered by name and content id, with the peers that hold each. A row that exists from the first page
-        to the last is returned exactly once. Peers and operators.
+        to the last is returned exactly once. What was listed before the tracker restarted may be absent until
+        `completeness` says that the listing is whole, so absence means nothing before. Peers and operators.
 
         INVALID_ARGUMENT: bad glob, id or page token.
         """
