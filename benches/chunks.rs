@@ -327,13 +327,14 @@ impl Stage {
         };
         let until = Instant::now() + PATIENCE;
         loop {
-            let rows = client
+            let listing = client
                 .list(ListFilesRequest {
                     content_id: id.to_string(),
                     ..Default::default()
                 })
                 .await?;
-            if rows
+            if listing
+                .rows
                 .iter()
                 .any(|row| row.source_count as usize == sources.len())
             {

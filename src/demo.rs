@@ -256,7 +256,8 @@ async fn wait_for_sources(state: &Path, id: ContentId) -> Result<()> {
                 content_id: id.to_string(),
                 ..Default::default()
             })
-            .await?;
+            .await?
+            .rows;
         if rows.iter().any(|row| row.source_count == 3) {
             return Ok(());
         }

@@ -197,11 +197,18 @@ impl Menu {
 
     async fn rows(&self, request: ListFilesRequest) -> Option<Vec<Row>> {
         match cli::list(&self.session, request).await {
-            Ok(rows) if rows.is_empty() => {
-                cli::note("no such file is listed; `Share a folder` offers some");
-                None
+            Ok(listing) => {
+                if !listing.completeness.is_whole {
+                    cli::note(
+                        "the tracker was restarted, and not everybody is back: look again soon",
+                    );
+                }
+                if listing.rows.is_empty() {
+                    cli::note("no such file is listed; `Share a folder` offers some");
+                    return None;
+                }
+                Some(listing.rows)
             }
-            Ok(rows) => Some(rows),
             Err(error) => {
                 self.complain(&error);
                 None

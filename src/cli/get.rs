@@ -1,10 +1,17 @@
 //! `sprat get`: finds out at the tracker what is meant, and has the peer of this state directory fetch it: the running
 //! one, or one that lives as long as the command.
 //!
-//! Invariant: what is asked for is settled before anything is fetched: every name stands for one content, nothing is
-//! guessed, and the target is an absolute path. A Node started here is stopped here, whatever happens in between.
+//! Invariant: what is asked for is settled before anything is fetched: every name stands for one content in a listing
+//! that is whole, nothing is guessed, and the target is an absolute path. A Node started here is stopped here, whatever happens in between.
 
-use std::{collections::BTreeSet, os::unix::ffi::OsStrExt, path::Path, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    fmt,
+    os::unix::ffi::OsStrExt,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 use futures_util::FutureExt;
@@ -17,6 +24,7 @@ use super::{
     progress::Report,
     session::Session,
     signals::Stop,
+    whole::{not_whole, patiently, scanning},
 };
 use crate::{
     catalog::{MIN_PREFIX_LEN, Row, SourceInfo},
@@ -31,6 +39,11 @@ use crate::{
 
 /// Most contents or names that an error lists.
 const SHOWN: usize = 5;
+/// How long a listing that is not whole is waited for: longer than a lease, unless that was set.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The same for a file that is not listed, while peers look through their folders; and how often it is looked for.
+const SCAN: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_millis(500);
 
 pub(super) async fn run(session: &Session, args: &GetArgs) -> Result<()> {
     let mut report = Report::new(session.json, session.quiet, session.verbose);
@@ -65,10 +78,9 @@ async fn fetch(session: &Session, args: &GetArgs, report: &mut Report) -> Result
         ))
         .await?;
     let tracker = Arc::new(tracker);
-    let list = async |request| tracker.list(request).await;
     // Side by side, and over one connection.
     let (rows, holder) = tokio::join!(
-        Box::pin(stop.unless(settle(&list, &args.what, args.rename))),
+        Box::pin(stop.unless(resolve(session, &tracker, args))),
         Box::pin(stop.unless(Holder::attach(session, tracker.clone())))
     );
     let (rows, mut holder) = match (rows, holder) {
@@ -258,6 +270,46 @@ fn request(rows: &[Row], output: String, existing: Existing) -> GetRequest {
     }
 }
 
+/// The rows that the command means, in a listing that is whole.
+async fn resolve(session: &Session, tracker: &TrackerClient, args: &GetArgs) -> Result<Vec<Row>> {
+    let mut until = None;
+    loop {
+        let (settled, told) = patiently(session, tracker, PATIENCE, async |round| {
+            let list = async |request| round.list(request).await;
+            Ok(settle(&list, &args.what, args.rename).await)
+        })
+        .await?;
+        if !told.is_whole {
+            return Err(not_whole(&told));
+        }
+        let (Err(error), Some(why)) = (&settled, scanning(&told)) else {
+            return settled;
+        };
+        let is_first = until.is_none();
+        let until = *until.get_or_insert_with(|| Instant::now() + SCAN);
+        if !error.is::<Unlisted>() || Instant::now() >= until {
+            return settled;
+        }
+        if is_first {
+            let text = format!("{error}: {why}, waiting for at most {} s", SCAN.as_secs());
+            session.hint(&text);
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// What is asked for matches no row.
+#[derive(Debug)]
+struct Unlisted;
+
+impl fmt::Display for Unlisted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("not listed")
+    }
+}
+
+impl std::error::Error for Unlisted {}
+
 /// The rows that all the words mean together, each once.
 async fn settle<L>(list: &L, what: &[String], rename: bool) -> Result<Vec<Row>>
 where
@@ -381,11 +433,8 @@ fn nothing(text: &str, near: &[String]) -> anyhow::Error {
         [] => "`sprat ls` shows what there is".into(),
         names => format!("did you mean {}?", names.join(" or ")),
     };
-    Failed::new(
-        Exit::NotFound,
-        format!("no file `{text}` is listed; {next}"),
-    )
-    .into()
+    let text = format!("no file `{text}` is listed; {next}");
+    anyhow::Error::from(Unlisted).context(Failed::new(Exit::NotFound, text))
 }
 
 /// Names that were perhaps meant. A failing question here is no news.

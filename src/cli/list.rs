@@ -1,8 +1,12 @@
 //! `sprat ls` and `sprat search`: what the tracker lists, read with the identity alone, no Node and no lock.
 //!
-//! Invariant: one row is one name over one content; what is cut or summed for people is whole in JSON.
+//! Invariant: one row is one name over one content; what is cut or summed for people is whole in JSON; a listing that
+//! is not whole is shown, and the command fails.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -12,13 +16,14 @@ use super::{
     output::{count, json, line, table},
     session::Session,
     signals::Stop,
+    whole::{not_whole, patiently, scanning},
 };
 use crate::{
     catalog::Row,
     config::Service,
     exit::{Exit, Failed},
     identity::PeerId,
-    peer::member::tracker_client::TrackerClient,
+    peer::member::tracker_client::{FileListing, TrackerClient},
     proto::ListFilesRequest,
     safe_path::escape,
     units::human_size,
@@ -26,30 +31,19 @@ use crate::{
 
 /// Digits of a content id that people are shown.
 pub(super) const SHORT_ID: usize = 16;
+/// How long a listing that is not whole is waited for.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Characters that make a name a glob.
 const GLOB: [char; 4] = ['*', '?', '[', '{'];
 
 pub(super) async fn ls(session: &Session, args: &ListArgs) -> Result<()> {
     let glob = args.glob.clone().unwrap_or_default();
-    let stop = Stop::listen()?;
     let request = ListFilesRequest {
         glob: glob.clone(),
         ..request(&args.filters)?
     };
-    let mut rows = stop.unless(list(session, request.clone())).await?;
-    if rows.is_empty() && !glob.is_empty() && !is_pattern(&glob) {
-        // A folder without its slash.
-        rows = stop
-            .unless(list(
-                session,
-                ListFilesRequest {
-                    glob: format!("{glob}/"),
-                    ..request
-                },
-            ))
-            .await?;
-    }
-    show(session, &args.filters, rows)
+    let listing = Stop::listen()?.unless(list(session, request)).await?;
+    show(session, &args.filters, listing)
 }
 
 pub(super) async fn search(session: &Session, args: &SearchArgs) -> Result<()> {
@@ -57,20 +51,34 @@ pub(super) async fn search(session: &Session, args: &SearchArgs) -> Result<()> {
         text: args.text.clone(),
         ..request(&args.filters)?
     };
-    let rows = Stop::listen()?.unless(list(session, request)).await?;
-    show(session, &args.filters, rows)
+    let listing = Stop::listen()?.unless(list(session, request)).await?;
+    show(session, &args.filters, listing)
 }
 
-/// All rows that the tracker has for a question.
+/// All rows that the tracker has for a question; a folder may be named without its slash. If they are not whole they
+/// are waited for, but not for ever.
 ///
 /// # Errors
 /// If this machine is no member, or the tracker cannot be reached or refuses the question.
-pub async fn list(session: &Session, request: ListFilesRequest) -> Result<Vec<Row>> {
+pub async fn list(session: &Session, request: ListFilesRequest) -> Result<FileListing> {
     let tracker = session.config.peer.tracker.clone();
-    TrackerClient::open(&session.state_dir(Service::Peer)?, tracker)
-        .await?
-        .list(request)
-        .await
+    let tracker = TrackerClient::open(&session.state_dir(Service::Peer)?, tracker).await?;
+    let (rows, completeness) = patiently(session, &tracker, PATIENCE, async |round| {
+        let rows = round.list(request.clone()).await?;
+        let glob = &request.glob;
+        if !rows.is_empty() || glob.is_empty() || is_pattern(glob) {
+            return Ok(rows);
+        }
+        let glob = format!("{glob}/");
+        round
+            .list(ListFilesRequest {
+                glob,
+                ..request.clone()
+            })
+            .await
+    })
+    .await?;
+    Ok(FileListing { rows, completeness })
 }
 
 /// Is it more than one name?
@@ -96,7 +104,20 @@ fn request(filters: &Filters) -> Result<ListFilesRequest> {
     })
 }
 
-fn show(session: &Session, filters: &Filters, mut rows: Vec<Row>) -> Result<()> {
+fn show(session: &Session, filters: &Filters, listing: FileListing) -> Result<()> {
+    let told = listing.completeness;
+    show_rows(session, filters, listing.rows)?;
+    if let Some(text) = scanning(&told) {
+        session.hint(&format!("{text}; more may be listed soon"));
+    }
+    if told.is_whole {
+        Ok(())
+    } else {
+        Err(not_whole(&told))
+    }
+}
+
+fn show_rows(session: &Session, filters: &Filters, mut rows: Vec<Row>) -> Result<()> {
     rows.retain(|row| filters.max_size.is_none_or(|max| row.size <= max));
     if filters.peers {
         return show_peers(session, &rows);

@@ -23,6 +23,7 @@ mod signals;
 mod status;
 mod tracker;
 mod unattended;
+mod whole;
 mod words;
 
 use std::process::ExitCode;

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -24,7 +25,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from grpc import StatusCode
 from network import Processes
-from sprat import CallError, LinkError, Network, SpratError, Unavailable, Untrusted
+from sprat import CallError, LinkError, Network, NotWhole, SpratError, Unavailable, Untrusted
 from sprat.channel import JOIN_NAME, TRACKER_NAME, open_channel, peer_name
 from sprat.identity import PEM, Folder, Identity, Link, base32
 from sprat.v1 import chunk_pb2, tracker_pb2
@@ -80,6 +81,33 @@ def denied(call: Callable[[], object]) -> None:
     with pytest.raises(CallError) as caught:
         call()
     assert caught.value.code == StatusCode.PERMISSION_DENIED
+
+
+class TestNotWhole:
+    @staticmethod
+    def told(network: Network, *answers: bool) -> None:
+        """Lets the tracker say of its next listings that they are, or are not, whole; each has one row."""
+        left = iter(answers)
+
+        def list_files(request: tracker_pb2.ListFilesRequest, timeout: float) -> tracker_pb2.ListFilesResponse:
+            told = tracker_pb2.Completeness(is_whole=next(left), peers_missing=1, whole_within_ms=9_000)
+            return tracker_pb2.ListFilesResponse(files=[tracker_pb2.FileRow(name="a")], completeness=told)
+
+        network.tracker = SimpleNamespace(ListFiles=list_files)  # type: ignore[assignment]
+
+    def test_rows_come_and_then_the_word_that_there_may_be_more(self, world: World) -> None:
+        with world.processes.member() as network:
+            self.told(network, False)
+            files = network.list()
+            assert next(files).name == "a"
+            with pytest.raises(NotWhole, match="1 peer is not back") as caught:
+                next(files)
+            assert (caught.value.missing, caught.value.seconds) == (1, 9)
+
+    def test_a_name_is_looked_for_in_a_whole_listing_only(self, world: World) -> None:
+        with world.processes.member() as network:
+            self.told(network, False, False, True)
+            assert network.find("a").name == "a"
 
 
 class TestJoining:

@@ -66,7 +66,9 @@ fn a_new_link_teaches_a_new_certificate() {
     ]);
     swarm.run("sink", ["ls"]).fails(11, &["new link"]);
     assert_eq!(join_again(&swarm, "sink"), before);
-    swarm.run("sink", ["ls"]).ok();
+    swarm.wait_status("sink", "reaches the tracker", |status| {
+        status["tracker_state"] == "reachable"
+    });
     // Another network is still another network.
     let other = Swarm::start();
     swarm

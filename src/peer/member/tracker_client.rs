@@ -2,7 +2,12 @@
 //!
 //! Invariant: every call ends within its deadline, and an error says which tracker and what to do.
 
-use std::{future::pending, path::Path, sync::Arc, time::Duration};
+use std::{
+    future::pending,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 use tokio::sync::Mutex;
@@ -15,9 +20,9 @@ use crate::{
     exit::{Exit, Failed},
     net::{self, Connection, DialError, Refusal},
     proto::{
-        self, FileRow, HeartbeatRequest, HeartbeatResponse, ListFilesRequest, ListFilesResponse,
-        RegisterRequest, RegisterResponse, RowReader, WatchFilesRequest, WatchFilesResponse,
-        WireError, tracker_service_client::TrackerServiceClient,
+        self, Completeness, FileRow, HeartbeatRequest, HeartbeatResponse, ListFilesRequest,
+        ListFilesResponse, RegisterRequest, RegisterResponse, RowReader, WatchFilesRequest,
+        WatchFilesResponse, WireError, tracker_service_client::TrackerServiceClient,
     },
     tls::{self, Expect},
 };
@@ -25,6 +30,8 @@ use crate::{
 const DEADLINE: Duration = Duration::from_secs(10);
 /// A full library of a million names takes a while.
 const REGISTER_DEADLINE: Duration = Duration::from_secs(110);
+/// About how long after an answer that is not whole the tracker is asked again.
+const ASK_AGAIN: Duration = Duration::from_millis(300);
 /// Rows of a listing that are asked for at once: as many as a tracker gives.
 const PAGE: u32 = 4000;
 /// The TLS library wants a name; with SNI off it is not sent, and the verifier looks for the tracker's own.
@@ -34,6 +41,15 @@ const UNSENT_NAME: &str = "tracker.sprat.internal";
 pub struct TrackerClient {
     membership: Arc<Membership>,
     connection: Mutex<Option<Connection>>,
+}
+
+/// What a tracker lists, and whether that is all.
+#[derive(Clone, Debug, Default)]
+pub struct FileListing {
+    /// Its rows, ordered by name and content.
+    pub rows: Vec<Row>,
+    /// Whether they tell of everybody who is here: as the least whole of its pages.
+    pub completeness: Completeness,
 }
 
 type Client = TrackerServiceClient<Connection>;
@@ -180,7 +196,7 @@ impl TrackerClient {
     ///
     /// # Errors
     /// As [`TrackerClient::register`].
-    pub async fn list(&self, mut query: ListFilesRequest) -> Result<Vec<Row>> {
+    pub async fn list(&self, mut query: ListFilesRequest) -> Result<FileListing> {
         let (mut rows, mut reader) = (Vec::new(), RowReader::default());
         let mut read = |files: Vec<FileRow>| -> Result<(), WireError> {
             for row in files {
@@ -190,15 +206,44 @@ impl TrackerClient {
         };
         query.page_size = PAGE;
         let mut page = self.page(&query).await?;
+        let mut completeness = page.completeness.unwrap_or_default();
         while !page.next_page_token.is_empty() {
             query.page_token = page.next_page_token;
             // Rows are read while the next ones are on their way.
             let (next, done) = tokio::join!(self.page(&query), async { read(page.files) });
             done?;
             page = next?;
+            let told = page.completeness.unwrap_or_default();
+            if completeness.is_whole {
+                completeness = told;
+            }
         }
         read(page.files)?;
-        Ok(rows)
+        Ok(FileListing { rows, completeness })
+    }
+
+    /// Asks the tracker again and again whether its listing is whole, until it is or the time is over; tells how it is
+    /// then.
+    ///
+    /// # Errors
+    /// As [`TrackerClient::register`].
+    pub async fn whole(&self, until: Instant) -> Result<Completeness> {
+        // Answered without a look at the listing.
+        let question = ListFilesRequest {
+            content_id: ContentId::EMPTY.to_string(),
+            page_size: 1,
+            ..Default::default()
+        };
+        loop {
+            let told = self.page(&question).await?.completeness;
+            let told = told.unwrap_or_default();
+            let left = until.saturating_duration_since(Instant::now());
+            if told.is_whole || left.is_zero() {
+                return Ok(told);
+            }
+            let pause = ASK_AGAIN.mul_f64(0.5 + rand::random::<f64>());
+            tokio::time::sleep(pause.min(left)).await;
+        }
     }
 
     async fn page(&self, query: &ListFilesRequest) -> Result<ListFilesResponse> {

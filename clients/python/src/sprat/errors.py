@@ -24,6 +24,18 @@ class NotFound(SpratError):
     """Nobody offers that."""
 
 
+class NotWhole(SpratError):
+    """The tracker was restarted and not everybody is back, so what it does not list may be there all the same.
+
+    It is over in `seconds` at the latest. `missing` peers are not back; 0: the tracker cannot tell.
+    """
+
+    def __init__(self, missing: int, seconds: float) -> None:
+        who = {0: "the tracker cannot tell who is", 1: "1 peer is"}.get(missing, f"{missing} peers are")
+        super().__init__(f"the listing is not whole: {who} not back; in {seconds:.0f} s at the latest it is")
+        self.missing, self.seconds = missing, seconds
+
+
 class Ambiguous(SpratError):
     """Several contents have that name; ask for one of `content_ids`."""
 

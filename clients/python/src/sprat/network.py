@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +15,7 @@ import grpc
 
 from sprat.channel import TRACKER_NAME, dial, peer_name
 from sprat.enroll import renew
-from sprat.errors import Ambiguous, NotFound, SpratError, Unavailable, Untrusted, translated
+from sprat.errors import Ambiguous, NotFound, NotWhole, SpratError, Unavailable, Untrusted, translated
 from sprat.identity import Folder, Identity, Trust
 from sprat.v1 import tracker_pb2 as tracker
 from sprat.v1 import tracker_pb2_grpc as tracker_rpc
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from sprat.share import Share
 
 _SECONDS = 15.0
+# How long `find` waits for a listing that is not whole, and how often it looks.
+_PATIENCE, _PAUSE = 60.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,8 @@ class Network:
 
         In `glob`, `*` and `?` stay within a folder and `**` crosses; "shots/" means "shots/**". `content_id` may be a
         prefix of at least 8 digits. Sizes are in bytes, 0 is no bound.
+
+        Raises `NotWhole` after the last row if the tracker was restarted and some of those who were here may be absent.
         """
         request = tracker.ListFilesRequest(
             glob=glob,
@@ -155,13 +160,18 @@ class Network:
             max_size=max_size,
             page_size=page_size,
         )
+        told = None
         while True:
             with translated():
                 page = self.tracker.ListFiles(request, timeout=_SECONDS)
+            if not page.completeness.is_whole:
+                told = page.completeness
             yield from map(File.of, page.files)
             if not page.next_page_token:
-                return
+                break
             request.page_token = page.next_page_token
+        if told is not None:
+            raise NotWhole(told.peers_missing, told.whole_within_ms / 1000)
 
     def search(self, text: str) -> Iterator[File]:
         """All files whose name contains `text`, in upper or lower case."""
@@ -193,8 +203,19 @@ class Network:
     def find(self, what: str) -> File:
         """The file of that name, or with that content id (8 digits of it will do).
 
-        Raises `NotFound`, or `Ambiguous` if several contents answer to it.
+        A listing that is not whole is waited for, a minute at most. Raises `NotWhole` then, `NotFound`, or `Ambiguous`
+        if several contents answer to it.
         """
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return self._find(what)
+            except NotWhole:
+                if time.monotonic() >= until:
+                    raise
+            time.sleep(_PAUSE)
+
+    def _find(self, what: str) -> File:
         digits = re.fullmatch("[0-9a-f]{8,64}", what) is not None
         # A whole content id means that content, whatever files are called.
         rows = [*self.list(name=what)] if len(what) < 64 or not digits else []
@@ -220,8 +241,8 @@ class Network:
         name only when it is complete, and never replaces another (`FileExistsError`). `progress` is called about four
         times a second.
 
-        Raises `NotFound`, `Ambiguous`, `Unavailable` if nobody who can be reached has what is missing, `Untrusted` if
-        all who do sent wrong bytes, `OSError` as the disk answers. Nothing is left behind then.
+        Raises what `find` does, `Unavailable` if nobody who can be reached has what is missing, `Untrusted` if all who
+        do sent wrong bytes, `OSError` as the disk answers. Nothing is left behind then.
         """
         from sprat.download import download
 
