@@ -4,7 +4,7 @@
 //! Invariants: a peer is in the file before its library can be listed, and as long as it can be, so that a kill at any
 //! time is seen by the next life as a listing that is not whole. What is missing after a start only becomes less, and
 //! nothing is after a lease, whatever anybody sends. The file is written when somebody comes or goes, never for a
-//! heartbeat, and holds at most [`MAX_PEERS`].
+//! heartbeat, and holds at most 19,000.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -227,7 +227,7 @@ fn load(file: &Path) -> Before {
     Before::Unknown
 }
 
-/// Keeps [`Presence`] and its file.
+/// Keeps who is here, and the file.
 pub struct PresenceKeeper {
     file: PathBuf,
     state: Mutex<Presence>,
