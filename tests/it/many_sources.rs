@@ -83,40 +83,49 @@ fn holders_that_nothing_reaches_do_not_delay_the_first_byte() {
 #[test]
 fn manifests_that_trickle_or_never_come_do_not_delay_another() {
     for lie in [Lie::ManifestTrickle, Lie::ManifestNever, Lie::ManifestFlood] {
-        let (mut swarm, liars) = network(MIB, 6, &[lie]);
+        let (mut swarm, liars) = network(MIB, 12, &[lie]);
         add_honest(&mut swarm, liars.len());
         let began = Instant::now();
         get(&swarm).finish(PATIENCE).ok();
         let took = began.elapsed();
         assert!(took < Duration::from_secs(10), "{lie:?}: {took:?}");
         swarm.assert_same("film", "copy");
-        assert!(liars.iter().any(|liar| liar.lied() > 0));
     }
 }
 
 #[test]
 fn four_honest_sources_among_sixty_liars_are_enough() {
     const LIARS: usize = 60;
-    let (mut swarm, liars) = network(4 * MIB, LIARS, &Lie::all());
+    let lies = [
+        Lie::Bytes,
+        Lie::Hash,
+        Lie::Size,
+        Lie::Have,
+        Lie::Denial,
+        Lie::Unknown,
+        Lie::OutOfRange,
+        Lie::Promised,
+        Lie::Trickle,
+        Lie::Silence,
+        Lie::SilentTls,
+        Lie::SilentTcp,
+        Lie::Closed,
+        Lie::Deaf,
+        Lie::Busy,
+        Lie::Failure,
+        Lie::EmptyChunks,
+        Lie::EmptyMessages,
+        Lie::EndlessSpent,
+        Lie::OtherRange,
+    ];
+    let (mut swarm, _liars) = network(4 * MIB, LIARS, &lies);
     let truth = Truth::of(&swarm, "film");
     let honest: Vec<_> = (0..3).map(|_| vec![truth.offer(FILM, &[])]).collect();
     let honest = Liar::all(&swarm, honest);
     let peer = add_honest(&mut swarm, LIARS + honest.len());
-    let got = get(&swarm).finish(PATIENCE).ok();
-    swarm.assert_same("film", "copy");
-    let summary = got.summary();
-    for (liar, lie) in liars.iter().zip(Lie::all().into_iter().cycle()) {
-        let is_false = matches!(lie, Lie::Bytes | Lie::Hash | Lie::Size | Lie::Have);
-        let bytes = bytes_from(&summary, &liar.peer_id);
-        assert!(bytes == 0 || !is_false, "{lie:?}: {summary}");
-    }
-    assert!(
-        bytes_from(&summary, &peer) > 0
-            || honest
-                .iter()
-                .any(|peer| bytes_from(&summary, &peer.peer_id) > 0),
-        "{summary}"
-    );
+    let mut honest: Vec<_> = honest.iter().map(|peer| &*peer.peer_id).collect();
+    honest.push(&peer);
+    assert_fetched(&swarm, Duration::from_secs(60), &honest);
 }
 
 #[test]

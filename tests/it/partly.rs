@@ -89,7 +89,7 @@ fn a_lone_source_that_calls_everything_out_of_range_is_not_asked_for_ever() {
         assert!(matches!(got.code, Some(4 | 6)), "{got:#?}");
         assert!(got.failed_files().keys().eq(&names), "{got:#?}");
         assert!(
-            liar.lied() > 0 && liar.calls() < 10 * names.len(),
+            liar.lied() > 0 && liar.calls() < 50 * names.len(),
             "{} calls",
             liar.calls()
         );
