@@ -26,10 +26,10 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, fstatfs, linkat, openat, renameat,
-        renameat_with, statat, syncfs, unlinkat,
+        AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, RenameFlags, fallocate, fstatfs,
+        linkat, openat, renameat, renameat_with, statat, syncfs, unlinkat,
     },
-    io::Errno,
+    io::{Errno, retry_on_intr},
 };
 use thiserror::Error;
 
@@ -38,6 +38,7 @@ use super::{MAX_COMPONENT_LEN, PART_SUFFIX, SafeName, cut, refuse, with_path};
 const JOURNAL_SUFFIX: &str = ".journal.part.part";
 const NEW_JOURNAL_SUFFIX: &str = ".journal-new.part.part";
 const OWN_SUFFIX: &str = ".part.part";
+const TRIAL: &str = ".room.part.part";
 /// The first Linux whose `syncfs` tells of failed writes.
 const SYNCFS_TELLS: (u32, u32) = (5, 8);
 /// The first Linux that heeds the umask everywhere when it makes a file without a name.
@@ -125,6 +126,40 @@ impl Folder {
             *self.made_in.lock().unwrap_or_else(PoisonError::into_inner) = None;
         }
         Ok(())
+    }
+
+    /// Whether a file of so many bytes can be made here now: makes one that vanishes. A quota shows in no other way.
+    pub fn try_file(&self, len: u64) -> io::Result<()> {
+        let path = || self.path.join(TRIAL);
+        let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(0o600);
+        let named = || {
+            let made = openat(
+                self,
+                TRIAL,
+                flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW,
+                mode,
+            );
+            made.inspect(|_| _ = unlinkat(self, TRIAL, AtFlags::empty()))
+        };
+        let file: File = match openat(self, ".", flags | OFlags::TMPFILE, mode) {
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => match named() {
+                // Somebody else tries, or was killed when it did.
+                Err(Errno::EXIST) => return self.remove(TRIAL),
+                made => made,
+            },
+            made => made,
+        }
+        .map_err(|e| with_path(&path(), e))?
+        .into();
+        match retry_on_intr(|| fallocate(&file, FallocateFlags::empty(), 0, len)) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+            done => return done.map_err(|e| with_path(&path(), e)),
+        }
+        let copied = io::copy(&mut io::repeat(0).take(len), &mut &file);
+        copied
+            .and_then(|_| file.sync_data())
+            .map_err(|e| with_path(&path(), e))
     }
 
     /// Removes the journal that a finished download of this name left, if a crash kept it from doing so.

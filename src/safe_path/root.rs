@@ -122,6 +122,12 @@ impl Root {
         }
     }
 
+    /// The folder that holds, or would hold, the file of this name; if there is none, that of the root.
+    pub fn nearest_folder(&self, name: &SafeName) -> Arc<Folder> {
+        let found = self.folder_of(name).ok().flatten();
+        found.unwrap_or_else(|| self.top.clone())
+    }
+
     /// Whether anything has this name, a symbolic link included. Fails if a parent is a link or not a folder.
     pub fn exists(&self, name: &SafeName) -> io::Result<bool> {
         self.folder_of(name)?
@@ -854,6 +860,16 @@ mod tests {
         link_to_free_name(&root.top, "from", "free").unwrap();
         assert_eq!(fs::read(world.downloads.join("taken")).unwrap(), b"old");
         assert!(!world.downloads.join("from").exists() && world.downloads.join("free").exists());
+    }
+
+    #[test]
+    fn a_trial_leaves_nothing_behind() {
+        let world = World::new();
+        let root = Root::open(&world.downloads).unwrap();
+        root.nearest_folder(&name("not/there"))
+            .try_file(100_000)
+            .unwrap();
+        assert_eq!(fs::read_dir(&world.downloads).unwrap().count(), 0);
     }
 
     #[test]

@@ -4,8 +4,10 @@
 use std::{
     fs::{self, File},
     io::Write as _,
+    os::unix::fs::MetadataExt,
     path::Path,
     process::Command,
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -27,7 +29,11 @@ pub struct SmallDisk {
 impl SmallDisk {
     /// One in memory, whose files can have their space reserved; none where this user may not have it.
     pub fn in_memory(swarm: &mut Swarm, member: &str, at: &str) -> Option<Self> {
-        let mount = format!("mount -t tmpfs -o size={DISK} none {at}");
+        Self::in_memory_with(swarm, member, at, &format!("size={DISK}"))
+    }
+
+    fn in_memory_with(swarm: &mut Swarm, member: &str, at: &str, options: &str) -> Option<Self> {
+        let mount = format!("mount -t tmpfs -o {options} none {at}");
         Self::mount(
             swarm,
             member,
@@ -97,8 +103,16 @@ pub fn wait_note(get: &mut Process, words: &str) {
     });
 }
 
-/// The disk is filled while `what` is being fetched to it; the rest comes when there is room again.
-fn filled_meanwhile(swarm: &mut Swarm, disk: &mut SmallDisk, what: &str) {
+/// Takes all inodes that are left.
+fn fill_with_files(filler: &Path) {
+    fs::create_dir(filler).unwrap();
+    (0..)
+        .take_while(|n| File::create(filler.join(n.to_string())).is_ok())
+        .count();
+}
+
+/// The disk is filled while `what` is being fetched to it, which is said once; the rest comes when there is room again.
+fn filled_meanwhile(swarm: &mut Swarm, disk: &mut SmallDisk, what: &str, fill: fn(&Path)) {
     swarm.sharing_peer("a", &["--upload-limit", "4MiB"]);
     swarm.join("sink");
     swarm.start_peer("sink", &["--downloads", "downloads"]);
@@ -111,7 +125,19 @@ fn filled_meanwhile(swarm: &mut Swarm, disk: &mut SmallDisk, what: &str) {
     let filler = swarm.path(&format!("{}/filler", disk.folder));
     fill(&filler);
     wait_note(&mut get, "the disk is full; waiting for room");
-    fs::remove_file(filler).unwrap();
+    // As long as it is looked at a few times.
+    let full = Instant::now();
+    wait_until("it was looked at", PATIENCE, || {
+        (full.elapsed() > Duration::from_secs(3)).then_some(())
+    });
+    let said = get.stdout();
+    assert_eq!(said.matches("the disk is full").count(), 1, "{said}");
+    assert!(!said.contains("there is room again"), "{said}");
+    if filler.is_dir() {
+        fs::remove_dir_all(filler).unwrap();
+    } else {
+        fs::remove_file(filler).unwrap();
+    }
     let get = get.finish(PATIENCE).ok();
     assert!(get.stdout.contains("there is room again"), "{get:#?}");
     for name in &names {
@@ -137,7 +163,46 @@ fn many_small_files_wait_for_room() {
     for i in 0..64 {
         swarm.write(&format!("a-files/tree/{i}"), 250 << 10, &format!("{i}"));
     }
-    filled_meanwhile(&mut swarm, &mut disk, "tree/");
+    filled_meanwhile(&mut swarm, &mut disk, "tree/", fill);
+}
+
+#[test]
+fn many_small_files_wait_for_inodes() {
+    let mut swarm = Swarm::start();
+    let options = format!("size={DISK},nr_inodes=500");
+    let Some(mut disk) = SmallDisk::in_memory_with(&mut swarm, "sink", "downloads", &options)
+    else {
+        return skip("many small files on a disk without inodes: this user may not mount one");
+    };
+    for i in 0..64 {
+        swarm.write(&format!("a-files/tree/{i}"), 250 << 10, &format!("{i}"));
+    }
+    filled_meanwhile(&mut swarm, &mut disk, "tree/", fill_with_files);
+}
+
+#[test]
+fn a_sparse_image_needs_room_for_its_data_only() {
+    const IMAGE: u64 = 2 * DISK + 77;
+    let mut swarm = Swarm::start();
+    let Some(mut disk) = SmallDisk::in_memory(&mut swarm, "sink", "downloads") else {
+        return skip("a sparse image on a small disk: this user may not mount one");
+    };
+    swarm.write("a-files/image", MIB, "data");
+    let image = File::options()
+        .write(true)
+        .open(swarm.path("a-files/image"))
+        .unwrap();
+    image.set_len(IMAGE).unwrap();
+    swarm.sharing_peer("a", &[]);
+    swarm.join("sink");
+    swarm.start_peer("sink", &["--downloads", "downloads"]);
+    swarm.wait_listed("sink", "image", 1);
+    swarm.run("sink", ["get", "image"]).ok();
+    let got = format!("{}/image", disk.folder);
+    swarm.assert_same("a-files/image", &got);
+    let blocks = fs::metadata(got).unwrap().blocks();
+    assert!(blocks * 512 < 2 * MIB, "{blocks}");
+    assert!(disk.holder.is_running());
 }
 
 #[test]
@@ -147,5 +212,5 @@ fn a_file_whose_space_cannot_be_reserved_waits_for_room() {
         return skip("a disk without fallocate that fills up: needs root, mke2fs and loop devices");
     };
     swarm.write("a-files/film", 16 * MIB + 77, "film");
-    filled_meanwhile(&mut swarm, &mut disk, "film");
+    filled_meanwhile(&mut swarm, &mut disk, "film", fill);
 }

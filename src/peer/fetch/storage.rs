@@ -37,14 +37,14 @@ mod journal;
 mod ledger;
 mod space;
 
-pub use self::{
-    error::StorageError,
-    group::{sync_data, sync_folders},
-};
 use self::{
     error::is_full,
     journal::{Journal, Subject},
     ledger::Ledger,
+};
+pub use self::{
+    error::{Short, StorageError},
+    group::{sync_data, sync_folders},
 };
 use crate::peer::sharing::hasher::Stamp;
 use crate::{
@@ -97,9 +97,10 @@ impl Drop for Storage {
 }
 
 impl Storage {
-    /// Opens or creates the `.part` of `name` and reserves the space of the whole content, without writing to it. Reads no
-    /// data: what an earlier run left is in [`have`](Self::have) if that run ended with [`close`](Self::close) and the
-    /// `.part` was not touched since, else in [`doubtful`](Self::doubtful).
+    /// Opens or creates the `.part` of `name` and reserves the space of the whole content, without writing to it; where there
+    /// is not so much, that of all pieces that are not all zeros. Reads no data: what an earlier run left is in
+    /// [`have`](Self::have) if that run ended with [`close`](Self::close) and the `.part` was not touched since, else in
+    /// [`doubtful`](Self::doubtful).
     ///
     /// Fails with [`StorageError::NoSpace`] before the first byte if the disk cannot take the rest.
     pub fn open(root: &Root, name: &SafeName, manifest: Manifest) -> Result<Self, StorageError> {
@@ -197,8 +198,8 @@ impl Storage {
         Ok(ledger.have.contains(piece.get()))
     }
 
-    /// Writes one piece at its place; one that is there already is not written again. Now and then this makes what was
-    /// written durable, which takes its time.
+    /// Writes one piece at its place, one that is all zeros as a hole; one that is there already is not written again. Now
+    /// and then this makes what was written durable, which takes its time.
     ///
     /// After an error [`have`](Self::have) tells whether the piece counts. After [`StorageError::NoSpace`] the same call may
     /// be tried again; [`StorageError::Lost`] names what else must be fetched again.
@@ -221,7 +222,7 @@ impl Storage {
         let written = {
             // The kernel lets one write to a file at a time and has the others spin.
             let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-            part.file().write_all_at(piece.bytes(), piece.offset())
+            space::put(part.file(), piece.bytes(), piece.offset())
         };
         let mut ledger = self.lock();
         let counts = ledger.end_write(i, len, n_failed, written.is_ok());
@@ -242,19 +243,26 @@ impl Storage {
         }
     }
 
-    /// Whether the disk has room for one more piece beside the reserve. To be asked after [`StorageError::NoSpace`].
+    /// Whether the disk has room for one more piece beside the reserve, and its journal: by its own numbers, and then by
+    /// trying it, because quotas and some file systems are not in the numbers. To be asked after an error that
+    /// [is for want of space](StorageError::is_no_space), once in a while.
     pub fn has_room(&self) -> bool {
         let layout = self.manifest.layout();
-        let (needed, free) = match self.opened() {
+        let (needed, folder) = match self.opened() {
             Some(part) => (
                 space::needed(part.file(), layout.size()),
-                space::free(fstatvfs(part.file())),
+                part.folder().clone(),
             ),
-            None => (layout.size(), space::free(statvfs(self.root.path()))),
+            None => (layout.size(), self.root.nearest_folder(&self.name)),
         };
-        // The journal, too, wants its blocks.
         let journal = 2 * u64::from(layout.n_pieces()) / 8 + 4096;
-        free.is_none_or(|free| free >= needed.min(layout.piece_len().into()) + journal)
+        let wanted = needed.min(layout.piece_len().into()) + journal;
+        let disk = fstatvfs(&folder);
+        if space::free(&disk).is_some_and(|free| free < wanted) || !space::has_inodes(&disk) {
+            return false;
+        }
+        // What else is wrong is for those to find who really write.
+        !matches!(folder.try_file(wanted), Err(error) if is_full(&error))
     }
 
     /// Reads one piece that [`have`](Self::have) names, to serve it while the rest is still missing.
@@ -325,15 +333,14 @@ impl Storage {
     ) -> Result<Arc<PartFile>, StorageError> {
         let part = create(&self.root, &self.name).map_err(|e| match e.kind() {
             io::ErrorKind::WouldBlock => StorageError::Busy(self.name.clone()),
-            _ if is_full(&e) => {
-                let free = space::free(statvfs(self.root.path())).unwrap_or(0);
-                let path = self.root.path().join(self.name.as_path());
-                StorageError::NoSpace {
-                    needed: self.manifest.layout().size(),
-                    free,
-                    path,
-                }
-            }
+            _ if is_full(&e) => StorageError::NoSpace {
+                short: space::short(
+                    &e,
+                    &statvfs(self.root.path()),
+                    self.manifest.layout().size(),
+                ),
+                path: self.root.path().join(self.name.as_path()).into(),
+            },
             _ => StorageError::Io(e),
         })?;
         if self.is_single() && part.existed() {
@@ -363,16 +370,29 @@ impl Storage {
     }
 
     fn reserve(&self, part: &PartFile) -> Result<(), StorageError> {
-        let (file, size) = (part.file(), self.manifest.layout().size());
-        let needed = space::needed(file, size);
-        match space::free(fstatvfs(file)) {
-            Some(free) if needed > free => Err(StorageError::NoSpace {
-                needed,
-                free,
-                path: part.path(),
-            }),
-            _ => space::reserve(file, size).map_err(|e| self.failed(e)),
+        let (file, layout) = (part.file(), self.manifest.layout());
+        let needed = space::needed(file, layout.size());
+        let free = space::free(&fstatvfs(file)).unwrap_or(u64::MAX);
+        // What is there may have holes, too.
+        let mut left_out = {
+            let ledger = self.lock();
+            let mut there = ledger.have.clone();
+            there.union_with(&ledger.doubtful);
+            there
+        };
+        if needed > free {
+            let zeros = space::zero_pieces(&self.manifest);
+            let n_zeros = zeros.iter().filter_map(|i| layout.piece(i));
+            let n_zeros: u64 = n_zeros.map(|piece| u64::from(layout.len_of(piece))).sum();
+            let needed = space::needed(file, layout.size() - n_zeros);
+            left_out.union_with(&zeros);
+            if needed > free {
+                let short = Short::Bytes { needed, free };
+                let path = part.path().into();
+                return Err(StorageError::NoSpace { short, path });
+            }
         }
+        space::reserve(file, layout, &left_out).map_err(|e| self.failed(e))
     }
 
     /// Lets a write begin when not too much is at stake; `None` if the piece is there.
@@ -403,14 +423,14 @@ impl Storage {
         if !is_full(&error) {
             return with_path(&path, error).into();
         }
-        let needed = part.as_ref().map_or(0, |part| {
-            space::needed(part.file(), self.manifest.layout().size())
-        });
-        let free = part.and_then(|part| space::free(fstatvfs(part.file())));
+        let size = self.manifest.layout().size();
+        let (needed, disk) = match part {
+            Some(part) => (space::needed(part.file(), size), fstatvfs(part.file())),
+            None => (size, statvfs(self.root.path())),
+        };
         StorageError::NoSpace {
-            needed,
-            free: free.unwrap_or(0),
-            path,
+            short: space::short(&error, &disk, needed),
+            path: path.into(),
         }
     }
 
@@ -665,6 +685,36 @@ mod tests {
             let stamp = storage.end().unwrap();
             assert_eq!(stamp, Stamp::of(&File::open(path).unwrap()).unwrap());
         }
+    }
+
+    #[test]
+    fn pieces_of_zeros_are_left_as_holes() {
+        let mut world = World::new(20 * PIECE);
+        let mut bytes = world.bytes.to_vec();
+        bytes[PIECE..19 * PIECE].fill(0);
+        world.manifest = manifest(&bytes);
+        world.bytes = bytes.into();
+        let zeros = space::zero_pieces(&world.manifest);
+        assert_eq!(held(&zeros), (1..19).collect::<Vec<_>>());
+        let storage = world.open();
+        // What an earlier version left there.
+        storage
+            .file()
+            .unwrap()
+            .write_all_at(&[7; PIECE], 3 * PIECE as u64)
+            .unwrap();
+        for i in 0..10 {
+            storage.write(&world.piece(i)).unwrap();
+        }
+        storage.close().unwrap();
+        drop(storage);
+        let storage = world.open();
+        assert_eq!(storage.have().count(), 10);
+        world.write_all(&storage);
+        let path = storage.finish().unwrap();
+        assert!(fs::read(&path).unwrap() == world.bytes);
+        let blocks = std::os::unix::fs::MetadataExt::blocks(&fs::metadata(path).unwrap());
+        assert!(blocks * 512 < 3 * PIECE as u64, "{blocks} blocks");
     }
 
     #[test]
@@ -1026,7 +1076,10 @@ mod tests {
         );
         assert!(matches!(
             storage.failed(io::ErrorKind::QuotaExceeded.into()),
-            StorageError::NoSpace { .. }
+            StorageError::NoSpace {
+                short: Short::Quota,
+                ..
+            }
         ));
         assert!(matches!(
             storage.failed(io::ErrorKind::BrokenPipe.into()),

@@ -1,6 +1,9 @@
 //! Why a download cannot be stored.
 
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use thiserror::Error;
 
@@ -9,18 +12,13 @@ use crate::safe_path::{SafeName, escape};
 /// Why a download cannot be stored.
 #[derive(Debug, Error)]
 pub enum StorageError {
-    /// The disk is too full; what is verified stays. Bytes.
-    #[error(
-        "{}: not enough space: needs {needed} bytes, {free} free beside the reserve of 1 % (256 MiB at most)",
-        escape(&.path.to_string_lossy())
-    )]
+    /// The disk takes no more; what is verified stays.
+    #[error("{}: not enough space: {short}", escape(&.path.to_string_lossy()))]
     NoSpace {
-        /// What is still to be written.
-        needed: u64,
-        /// What may still be written, without the reserve.
-        free: u64,
+        /// What of.
+        short: Short,
         /// The `.part`.
-        path: PathBuf,
+        path: Box<Path>,
     },
     /// The disk failed to keep what was written: these pieces are missing again, in no particular order. What
     /// `Storage::have` still names is safe.
@@ -48,12 +46,31 @@ pub enum StorageError {
     Io(#[from] io::Error),
 }
 
+/// What a disk has too little of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum Short {
+    /// Bytes.
+    #[error("needs {needed} bytes, {free} free beside the reserve of 1 % (256 MiB at most)")]
+    Bytes {
+        /// What is still to be written.
+        needed: u64,
+        /// What may still be written, without the reserve.
+        free: u64,
+    },
+    /// Inodes.
+    #[error("the file system can hold no more files (no inodes are left); remove some")]
+    Inodes,
+    /// What this user may still use.
+    #[error("the quota of this user or folder is used up")]
+    Quota,
+}
+
 impl StorageError {
     /// Whether the same can be tried again when there is room, see `Storage::has_room`.
     pub fn is_no_space(&self) -> bool {
         match self {
             Self::NoSpace { .. } => true,
-            Self::Lost { error, .. } => is_full(error),
+            Self::Lost { error, .. } | Self::Io(error) => is_full(error),
             _ => false,
         }
     }
