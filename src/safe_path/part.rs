@@ -21,7 +21,7 @@ use std::{
         unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, Once, PoisonError},
 };
 
 use rustix::{
@@ -45,6 +45,9 @@ const SYNCFS_TELLS: (u32, u32) = (5, 8);
 const HEEDS_UMASK: (u32, u32) = (6, 0);
 /// Their numbers, from linux/magic.h: ext4, XFS, tmpfs.
 const CAN_NAME_LATER: [u32; 3] = [0xef53, 0x5846_5342, 0x0102_1994];
+
+/// Once in the life of a process.
+static SAID: Once = Once::new();
 
 /// An open folder beneath a root.
 #[derive(Debug)]
@@ -406,12 +409,40 @@ impl PartFile {
 }
 
 /// Renames within a folder; EXIST if the new name is taken by anything. Network file systems that cannot promise this
-/// in a rename can in a link.
+/// in a rename can in a link; some in user space can do neither.
 fn rename_to_free_name(folder: &Folder, from: &str, to: &str) -> rustix::io::Result<()> {
     match renameat_with(folder, from, folder, to, RenameFlags::NOREPLACE) {
-        Err(Errno::INVAL | Errno::NOSYS) => link_to_free_name(folder, from, to),
-        other => other,
+        Err(error) if is_unable(error) => {}
+        done => return done,
     }
+    match link_to_free_name(folder, from, to) {
+        Err(error) if is_unable(error) => {}
+        done => return done,
+    }
+    SAID.call_once(|| {
+        let folder = super::escape(&folder.path.to_string_lossy());
+        tracing::warn!(%folder, "the file system can neither rename to a free name nor link: finished files replace an empty one");
+    });
+    rename_to_claimed_name(folder, from, to)
+}
+
+/// What file systems answer to a call that they do not have, besides what else it may mean.
+fn is_unable(error: Errno) -> bool {
+    matches!(
+        error,
+        Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::PERM | Errno::IO
+    )
+}
+
+/// Takes the name with an empty file, which is then replaced. A kill in between leaves that.
+pub(super) fn rename_to_claimed_name(
+    folder: &Folder,
+    from: &str,
+    to: &str,
+) -> rustix::io::Result<()> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat(folder, to, flags, Mode::from_raw_mode(0o666))?;
+    renameat(folder, from, folder, to).inspect_err(|_| _ = unlinkat(folder, to, AtFlags::empty()))
 }
 
 pub(super) fn link_to_free_name(folder: &Folder, from: &str, to: &str) -> rustix::io::Result<()> {

@@ -390,7 +390,7 @@ mod tests {
     use super::{
         super::{
             MAX_COMPONENT_LEN, PART_SUFFIX,
-            part::{PublishError, link_to_free_name},
+            part::{PublishError, link_to_free_name, rename_to_claimed_name},
         },
         *,
     };
@@ -860,6 +860,33 @@ mod tests {
         link_to_free_name(&root.top, "from", "free").unwrap();
         assert_eq!(fs::read(world.downloads.join("taken")).unwrap(), b"old");
         assert!(!world.downloads.join("from").exists() && world.downloads.join("free").exists());
+    }
+
+    #[test]
+    fn a_name_can_be_claimed_without_links_and_flags() {
+        let world = World::new();
+        let root = Root::open(&world.downloads).unwrap();
+        let at = |text: &str| world.downloads.join(text);
+        fs::write(at("from"), "new").unwrap();
+        fs::write(at("taken"), "old").unwrap();
+        fs::create_dir(at("folder")).unwrap();
+        symlink(at("nowhere"), at("link")).unwrap();
+        for taken in ["taken", "folder", "link"] {
+            assert_eq!(
+                rename_to_claimed_name(&root.top, "from", taken),
+                Err(Errno::EXIST),
+                "{taken}"
+            );
+        }
+        assert_eq!(fs::read(at("taken")).unwrap(), b"old");
+        assert_eq!(
+            rename_to_claimed_name(&root.top, "not there", "free"),
+            Err(Errno::NOENT)
+        );
+        assert!(!at("free").exists(), "the claim is given up");
+        rename_to_claimed_name(&root.top, "from", "free").unwrap();
+        assert_eq!(fs::read(at("free")).unwrap(), b"new");
+        assert!(!at("from").exists());
     }
 
     #[test]
