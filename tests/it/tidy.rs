@@ -114,6 +114,7 @@ const ONLY_IN: &[(&str, &str)] = &[
     ("hyper_util", "net"),
     ("if_addrs", "net"),
     ("indicatif", "cli"),
+    ("notify", "peer/sharing/watcher"),
     ("pkcs8", "tracker/certificate"),
     ("rcgen", "identity tracker/authority"),
     ("redb", "peer/sharing/index tracker/registry"),
@@ -121,7 +122,6 @@ const ONLY_IN: &[(&str, &str)] = &[
         "rustix",
         "config metrics safe_path net peer/sharing peer/mod peer/fetch/storage tracker/certificate",
     ),
-    ("rustix::fs::inotify", "peer/sharing/watcher"),
     (
         "rustls",
         "identity trust tls net peer/member tracker/authority tracker/certificate",

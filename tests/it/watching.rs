@@ -2,12 +2,16 @@
 
 use std::{
     fs::{self, File},
+    process::Command,
     time::{Duration, SystemTime},
 };
 
 use serde_json::Value;
 
-use crate::{process::PATIENCE, swarm::Swarm};
+use crate::{
+    process::PATIENCE,
+    swarm::{Swarm, skip},
+};
 
 /// Two seconds after a file is quiet it is to be listed; the rest is for a busy machine and for asking.
 const SOON: Duration = Duration::from_secs(6);
@@ -238,4 +242,52 @@ fn listings_can_be_narrowed() {
         shown.stdout.contains("movies/alien.mkv") && shown.stdout.lines().count() == 5,
         "{shown:#?}"
     );
+}
+
+#[test]
+fn more_folders_than_the_kernel_watches_are_looked_at_again_and_again() {
+    const LIMITED: &[&str] = &[
+        "unshare",
+        "-Ur",
+        "sh",
+        "-c",
+        "echo 20 > /proc/sys/user/max_inotify_watches && exec \"$@\"",
+        "sh",
+    ];
+    let probe = Command::new(LIMITED[0])
+        .args(&LIMITED[1..])
+        .arg("true")
+        .output();
+    if !probe.is_ok_and(|probe| probe.status.success()) {
+        return skip("a limit of inotify watches: this user may not set one");
+    }
+    let mut swarm = Swarm::start();
+    swarm.wrap("a", LIMITED);
+    for i in 0..40 {
+        swarm.write(&format!("a-files/{i}/file"), 10, &format!("{i}"));
+    }
+    swarm.sharing_peer("a", &[]);
+    let mode = |swarm: &Swarm| {
+        let status = swarm.wait_status("a", "has scanned", |status| {
+            status["shares"][0]["files"].as_u64() >= Some(40)
+        });
+        status["shares"][0]["mode"].as_str().unwrap().to_owned()
+    };
+    let told = mode(&swarm);
+    for words in [
+        "user.max_inotify_watches is 20",
+        "41 directories",
+        "`sysctl user.max_inotify_watches=",
+    ] {
+        assert!(told.contains(words), "{told}");
+    }
+    // Each is found by a look of its own.
+    for name in ["0/first", "1/second", "2/third"] {
+        swarm.write(&format!("a-files/{name}"), 10, name);
+        swarm.wait_listed("a", name, 1);
+    }
+    assert_eq!(mode(&swarm), told);
+    let log = swarm.take("a");
+    let warnings = log.stderr().matches("changes are found by").count();
+    assert_eq!(warnings, 1, "{}", log.stderr());
 }

@@ -124,9 +124,9 @@ impl Share {
         DirectoryId::of(self.path()).ok() != self.seen
     }
 
-    /// Ends the watching; the next rescan begins anew.
+    /// There will be no more changes from where they arrived.
     pub fn lose_events(&mut self) {
-        self.lookout.lose("the kernel's events ended".into());
+        self.lookout.ended();
     }
 
     /// Looks at all of the share. If its directory is not there or cannot be read, everything is withdrawn.

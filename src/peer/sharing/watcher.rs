@@ -3,7 +3,7 @@
 //! Invariant: no change is lost in silence. Whatever cannot be told path by path (a full kernel queue, too many paths at
 //! once) becomes one demand for a full rescan; where events cannot be had at all, the share is polled, and [`Mode`] says why.
 //!
-//! `watcher/kernel.rs` speaks to the kernel. [`Debouncer`] is the pure core: events and the time go in, settled paths come
+//! `watcher/events.rs` has the events. [`Debouncer`] is the pure core: events and the time go in, settled paths come
 //! out. A file is settled [`QUIET`] after its last event, or [`AFTER_CLOSE`] after a writer closed it: that short wait folds
 //! "write a temporary file, then rename it" and "append a line, again and again" into one look. What was removed or renamed
 //! is settled at once.
@@ -224,7 +224,7 @@ impl Lookout {
 
     /// Before a scan of everything: starts a watcher if there is none and there can be one.
     pub fn open(&mut self) -> Option<Changes> {
-        let wait = |retry: &Retry| Instant::now() < retry.at || watch_limit() <= retry.above;
+        let wait = |retry: &Retry| Instant::now() < retry.at || watch_limit().1 <= retry.above;
         if self.watcher.is_some() || self.retry.as_ref().is_some_and(wait) {
             return None;
         }
@@ -271,7 +271,7 @@ impl Lookout {
             let limited = matches!(error, WatchError::Watches);
             self.retry = Some(Retry {
                 at: Instant::now() + RETRY,
-                above: if limited { watch_limit() } else { 0 },
+                above: if limited { watch_limit().1 } else { 0 },
             });
             let reason = if limited {
                 too_many_directories(directories)
@@ -279,6 +279,13 @@ impl Lookout {
                 error.to_string()
             };
             self.mode = Mode::Polling { reason };
+        }
+    }
+
+    /// Its [`Changes`] have stopped. A watcher that was given up before has told why.
+    pub fn ended(&mut self) {
+        if self.watcher.is_some() {
+            self.lose("the events ended".into());
         }
     }
 
@@ -312,7 +319,7 @@ fn must_poll(path: &Path) -> Option<String> {
 
 /// What to tell a person who has more directories than the kernel lets him watch.
 fn too_many_directories(directories: Option<u64>) -> String {
-    let limit = watch_limit();
+    let (setting, limit) = watch_limit();
     let needed = directories.unwrap_or(limit);
     let enough = limit
         .saturating_add(needed)
@@ -322,15 +329,22 @@ fn too_many_directories(directories: Option<u64>) -> String {
         format!(", this share alone has {n} directories")
     });
     format!(
-        "the limit of inotify watches is reached (fs.inotify.max_user_watches is {limit}{share}): raise it with `sysctl \
-         fs.inotify.max_user_watches={enough}`"
+        "the limit of inotify watches is reached ({setting} is {limit}{share}): raise it with `sysctl {setting}={enough}`"
     )
 }
 
-/// How many directories this user may watch, all processes together; 0 if the kernel does not say.
-fn watch_limit() -> u64 {
-    let text = std::fs::read_to_string("/proc/sys/fs/inotify/max_user_watches").unwrap_or_default();
-    text.trim().parse().unwrap_or(0)
+/// How many directories this user may watch, all processes together, and the setting that says so; 0 if none does. A user
+/// namespace (a rootless container) may have a smaller limit of its own.
+fn watch_limit() -> (&'static str, u64) {
+    let settings = ["fs.inotify.max_user_watches", "user.max_inotify_watches"];
+    let limits = settings.into_iter().filter_map(|setting| {
+        let file = format!("/proc/sys/{}", setting.replace('.', "/"));
+        let text = std::fs::read_to_string(file).ok()?;
+        Some((setting, text.trim().parse().ok()?))
+    });
+    limits
+        .min_by_key(|(_, limit)| *limit)
+        .unwrap_or((settings[0], 0))
 }
 
 #[cfg(test)]
@@ -463,11 +477,9 @@ mod tests {
     fn the_limit_is_told_with_the_exact_setting() {
         let text = too_many_directories(Some(300_000));
         assert!(text.contains("300000 directories"), "{text}");
-        let (_, value) = text
-            .split_once("`sysctl fs.inotify.max_user_watches=")
-            .expect("names the setting");
+        let (_, value) = text.split_once("_watches=").expect("names the setting");
         let value: u64 = value.trim_end_matches('`').parse().unwrap();
-        assert!(value >= watch_limit() + 300_000);
+        assert!(value >= watch_limit().1 + 300_000);
         assert!(must_poll(&std::env::temp_dir()).is_none_or(|reason| !reason.is_empty()));
     }
 
@@ -488,12 +500,10 @@ mod tests {
         assert_eq!(*limited.mode(), Mode::Events);
         (limited.watcher, limited.failed) = (None, Some(WatchError::Watches));
         limited.settle(Some(1));
-        assert!(
-            limited
-                .mode()
-                .to_string()
-                .contains("sysctl fs.inotify.max_user_watches=")
-        );
+        let reason = limited.mode().to_string();
+        assert!(reason.contains("_watches="), "{reason}");
+        limited.ended();
+        assert_eq!(limited.mode().to_string(), reason);
         assert!(
             limited.open().is_none(),
             "tried again only when the limit was raised"

@@ -1,221 +1,164 @@
-//! What inotify(7) says of the directories of a share, as [`Change`]s.
+//! What the crate `notify` tells of the directories of a share, as [`Change`]s.
 //!
 //! Every directory has a watch of its own, set by the scan before it lists the directory. What only reads a file is not
-//! asked for: each file that a source serves would be two events, and a fast reader of a big share could fill the queue. The
-//! crate `notify` always asks, which cost the source of 10,000 files of 4 KiB a fifth of its CPU time.
+//! asked for: each file that a source serves would be two events, and a fast reader of a big share could fill the queue.
 //!
-//! Invariant: whatever the kernel tells becomes a change of the path that the directory had when the scan last met it, and
-//! a full queue becomes [`Change::Overflow`].
+//! Invariant: whatever is told becomes a change of the path that the directory had when the scan last met it, and a full
+//! queue, the kernel's or this one, becomes [`Change::Overflow`].
 
-use std::collections::HashMap;
-use std::ffi::OsStr;
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use rustix::fs::inotify::{self, CreateFlags, Event, ReadFlags, WatchFlags};
+use notify::event::{
+    AccessKind, AccessMode, CreateKind, Event, EventKind, EventKindMask, ModifyKind, RenameMode,
+};
+use notify::{Config, ErrorKind, RecommendedWatcher, RecursiveMode, WatchPathConfig};
 use rustix::io::Errno;
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
-use super::{Change, WatchError};
+use super::{Change, MAX_PENDING, WatchError};
 
-/// Bytes of events that are taken from the kernel at once.
-const BUFFER_LEN: usize = 16 << 10;
 /// What changes a directory or a file in it.
-const WATCHED: WatchFlags = WatchFlags::ATTRIB
-    .union(WatchFlags::MODIFY)
-    .union(WatchFlags::CLOSE_WRITE)
-    .union(WatchFlags::CREATE)
-    .union(WatchFlags::DELETE)
-    .union(WatchFlags::DELETE_SELF)
-    .union(WatchFlags::MOVE)
-    .union(WatchFlags::MOVE_SELF)
-    .union(WatchFlags::ONLYDIR)
-    .union(WatchFlags::DONT_FOLLOW);
+const WATCHED: EventKindMask = EventKindMask::CORE.union(EventKindMask::ACCESS_CLOSE);
 
-impl From<Errno> for WatchError {
-    fn from(error: Errno) -> Self {
-        match error {
-            Errno::NOSPC => Self::Watches,
-            Errno::MFILE => Self::Instances,
+impl From<notify::Error> for WatchError {
+    fn from(error: notify::Error) -> Self {
+        match error.kind {
+            ErrorKind::MaxFilesWatch => Self::Watches,
+            ErrorKind::Io(error) if Errno::from_io_error(&error) == Some(Errno::MFILE) => {
+                Self::Instances
+            }
             _ => Self::Other(error.to_string()),
         }
     }
 }
 
-/// An inotify instance: its queue of events, and the directory behind each watch descriptor.
-struct Kernel {
-    queue: AsyncFd<OwnedFd>,
-    directories: Mutex<HashMap<i32, PathBuf>>,
+/// What was told and not taken yet. The thread that fills it never waits: a scan waits for that thread.
+#[derive(Default)]
+struct Queue {
+    changes: Mutex<Vec<Change>>,
+    filled: Notify,
 }
 
-impl Kernel {
-    fn directories(&self) -> MutexGuard<'_, HashMap<i32, PathBuf>> {
-        self.directories
+impl Queue {
+    fn changes(&self) -> MutexGuard<'_, Vec<Change>> {
+        self.changes
             .lock()
             .expect("no panic while the lock is held")
     }
+
+    fn push(&self, told: notify::Result<Event>) {
+        let mut changes = self.changes();
+        match told {
+            Ok(event) => changes.extend(translate(event)),
+            Err(_) => changes.push(Change::Overflow),
+        }
+        if changes.len() > MAX_PENDING {
+            *changes = vec![Change::Overflow];
+        }
+        drop(changes);
+        self.filled.notify_one();
+    }
 }
 
-/// The kernel's watches on the directories of one share; dropping it ends them.
-pub struct Watcher {
-    kernel: Arc<Kernel>,
-    _stop: DropGuard,
-}
+/// The watches on the directories of one share; dropping it ends them.
+pub struct Watcher(RecommendedWatcher);
 
 impl Watcher {
-    /// A watcher without watches, and where its changes arrive. Within a tokio runtime.
+    /// A watcher without watches, and where its changes arrive.
     pub fn start() -> Result<(Self, Changes), WatchError> {
-        let queue = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-        #[expect(
-            deprecated,
-            reason = "its fault is what another type than OwnedFd may do, and what replaces it is unsafe"
-        )]
-        let queue = AsyncFd::with_interest(queue, Interest::READABLE);
-        let queue = queue.map_err(|error| WatchError::Other(error.to_string()))?;
-        let kernel = Arc::new(Kernel {
-            queue,
-            directories: Mutex::default(),
-        });
-        let stopped = CancellationToken::new();
-        let watcher = Self {
-            kernel: kernel.clone(),
-            _stop: stopped.clone().drop_guard(),
+        let (queue, ended) = (Arc::new(Queue::default()), CancellationToken::new());
+        let changes = Changes {
+            queue: queue.clone(),
+            ended: ended.clone(),
         };
-        Ok((
-            watcher,
-            Changes {
-                kernel,
-                stopped,
-                left: None,
-            },
-        ))
+        // Dropped with the handler, at the end of the thread that calls it.
+        let end = ended.drop_guard();
+        let handler = move |told| {
+            let _ = &end;
+            queue.push(told);
+        };
+        let config = Config::default().with_event_kinds(WATCHED);
+        let watcher = <RecommendedWatcher as notify::Watcher>::new(handler, config)?;
+        Ok((Self(watcher), changes))
     }
 
     /// Watches one directory, not what is beneath it; blocks for a moment. A directory that is gone, or may not be read,
     /// is no error.
     pub fn watch(&mut self, directory: &Path) -> Result<(), WatchError> {
-        // Locked before the watch is set, so that its events wait until it has a path.
-        let mut directories = self.kernel.directories();
-        match inotify::add_watch(self.kernel.queue.get_ref(), directory, WATCHED) {
-            Ok(watch) => {
-                directories.insert(watch, directory.to_path_buf());
-                Ok(())
-            }
-            Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS) => Ok(()),
-            Err(error) => Err(error.into()),
+        let alone = WatchPathConfig::new(RecursiveMode::NonRecursive);
+        let alone = alone.with_dereference_symlinks(false);
+        let watched = notify::Watcher::watch_with(&mut self.0, directory, alone);
+        match watched {
+            Err(error) if !is_skipped(&error) => Err(error.into()),
+            _ => Ok(()),
         }
+    }
+}
+
+/// Whether the directory was gone, is none any more, or may not be read.
+fn is_skipped(error: &notify::Error) -> bool {
+    use io::ErrorKind::{NotADirectory, NotFound, PermissionDenied};
+    match &error.kind {
+        ErrorKind::PathNotFound => true,
+        ErrorKind::Io(error) => {
+            matches!(error.kind(), NotFound | NotADirectory | PermissionDenied)
+        }
+        _ => false,
     }
 }
 
 /// Where the changes of one [`Watcher`] arrive.
 pub struct Changes {
-    kernel: Arc<Kernel>,
-    stopped: CancellationToken,
-    /// What was moved away last, with the cookie of that move: its other half follows at once, or never.
-    left: Option<(u32, PathBuf)>,
+    queue: Arc<Queue>,
+    ended: CancellationToken,
 }
 
 impl Changes {
     /// Waits for changes and appends them, at least one. Cancel safe.
     pub async fn next(&mut self, into: &mut Vec<Change>) {
-        let before = into.len();
-        while into.len() == before {
-            let ready = tokio::select! {
-                biased;
-                () = self.stopped.cancelled() => None,
-                ready = self.kernel.queue.readable() => ready.ok(),
-            };
-            let Some(mut ready) = ready else {
+        loop {
+            if self.ended.is_cancelled() {
                 return into.push(Change::Stopped);
-            };
-            if let Ok(Err(_)) = ready.try_io(|_| read(&self.kernel, &mut self.left, into)) {
-                into.push(Change::Stopped);
+            }
+            let mut changes = std::mem::take(&mut *self.queue.changes());
+            if !changes.is_empty() {
+                return into.append(&mut changes);
+            }
+            tokio::select! {
+                () = self.ended.cancelled() => {}
+                () = self.queue.filled.notified() => {}
             }
         }
     }
 }
 
-/// Appends what a buffer's worth of events tells; an error if there are none.
-fn read(
-    kernel: &Kernel,
-    left: &mut Option<(u32, PathBuf)>,
-    into: &mut Vec<Change>,
-) -> io::Result<()> {
-    let mut buffer = [MaybeUninit::uninit(); BUFFER_LEN];
-    let mut reader = inotify::Reader::new(kernel.queue.get_ref(), &mut buffer);
-    loop {
-        let event = reader.next()?;
-        translate(kernel, left, &event, into);
-        if reader.is_buffer_empty() {
-            return Ok(());
-        }
+/// What an event says; of a move both ends are told of before the move itself.
+fn translate(event: Event) -> Vec<Change> {
+    if event.need_rescan() {
+        return vec![Change::Overflow];
     }
-}
-
-fn translate(
-    kernel: &Kernel,
-    left: &mut Option<(u32, PathBuf)>,
-    event: &Event<'_>,
-    into: &mut Vec<Change>,
-) {
-    let events = event.events();
-    if events.contains(ReadFlags::QUEUE_OVERFLOW) {
-        return into.push(Change::Overflow);
-    }
-    let mut directories = kernel.directories();
-    let Some(directory) = directories.get(&event.wd()) else {
-        return;
-    };
-    let name = event
-        .file_name()
-        .map(|name| OsStr::from_bytes(name.to_bytes()));
-    let path = name.map_or_else(|| directory.clone(), |name| directory.join(name));
-    if events.contains(ReadFlags::IGNORED) {
-        directories.remove(&event.wd());
-    } else if events.contains(ReadFlags::CLOSE_WRITE) {
-        into.push(Change::Closed(path));
-    } else if events.contains(ReadFlags::MOVED_FROM) {
-        *left = Some((event.cookie(), path.clone()));
-        into.push(Change::Replaced(path));
-    } else if events.contains(ReadFlags::MOVED_TO) {
-        into.push(Change::Replaced(path.clone()));
-        if let Some((_, from)) = left.take_if(|(cookie, _)| *cookie == event.cookie()) {
-            into.push(Change::Moved(from, path));
-        }
-    } else if events.contains(ReadFlags::MOVE_SELF) {
-        // If the scan has met it at its new place already, that is the path it has here.
-        if !path.symlink_metadata().is_ok_and(|there| there.is_dir()) {
-            directories.retain(|&watch, directory| {
-                let stays = !directory.starts_with(&path);
-                // An error means that it is gone.
-                let _ = if stays {
-                    Ok(())
-                } else {
-                    inotify::remove_watch(kernel.queue.get_ref(), watch)
-                };
-                stays
-            });
-        }
-        into.push(Change::Replaced(path));
-    } else if events.intersects(ReadFlags::DELETE | ReadFlags::DELETE_SELF | ReadFlags::UNMOUNT)
-        || events.contains(ReadFlags::CREATE | ReadFlags::ISDIR)
+    let mut paths = event.paths.into_iter();
+    if event.kind == EventKind::Modify(ModifyKind::Name(RenameMode::Both))
+        && let (Some(from), Some(to)) = (paths.next(), paths.next())
     {
-        into.push(Change::Replaced(path));
-    } else {
-        into.push(Change::Touched(path));
+        return vec![Change::Moved(from, to)];
     }
+    let change = match event.kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => Change::Closed,
+        EventKind::Modify(ModifyKind::Name(_))
+        | EventKind::Create(CreateKind::Folder)
+        | EventKind::Remove(_) => Change::Replaced,
+        _ => Change::Touched,
+    };
+    paths.map(change).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::fd::AsRawFd;
     use std::os::unix::fs::symlink;
     use std::time::Duration;
 
@@ -270,16 +213,8 @@ mod tests {
         until(&mut changes, |change| *change == Change::Stopped).await;
     }
 
-    /// How many watches a watcher has, as the kernel counts them (proc(5)).
     fn n_watches(watcher: &Watcher) -> usize {
-        let fd = watcher.kernel.queue.get_ref().as_raw_fd();
-        let told = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap();
-        let n = told
-            .lines()
-            .filter(|line| line.starts_with("inotify wd:"))
-            .count();
-        assert_eq!(watcher.kernel.directories().len(), n);
-        n
+        notify::Watcher::watched_paths(&watcher.0).unwrap().len()
     }
 
     #[tokio::test]
@@ -317,30 +252,25 @@ mod tests {
         assert_eq!(n_watches(&watcher), 1);
     }
 
-    #[tokio::test]
-    async fn a_full_queue_is_an_overflow() {
-        let longest: usize = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events")
-            .unwrap()
-            .trim()
-            .parse()
-            .unwrap();
-        let dir = TempDir::new().unwrap();
-        let (mut watcher, mut changes) = Watcher::start().unwrap();
-        watcher.watch(dir.path()).unwrap();
-        for n in 0..longest {
-            fs::create_dir(dir.path().join(n.to_string())).unwrap();
-            fs::remove_dir(dir.path().join(n.to_string())).unwrap();
+    #[test]
+    fn a_full_queue_is_an_overflow() {
+        let queue = Queue::default();
+        for n in 0..=MAX_PENDING {
+            let created = Event::new(EventKind::Create(CreateKind::File));
+            queue.push(Ok(created.add_path(n.to_string().into())));
         }
-        until(&mut changes, |change| *change == Change::Overflow).await;
+        assert_eq!(*queue.changes(), [Change::Overflow]);
+        let lost = Event::new(EventKind::Other).set_flag(notify::event::Flag::Rescan);
+        assert_eq!(translate(lost), [Change::Overflow]);
     }
 
     #[tokio::test]
     async fn directories_that_cannot_be_watched_are_no_error() {
         let dir = TempDir::new().unwrap();
-        fs::write(dir.path().join("file"), "x").unwrap();
         let (mut watcher, _changes) = Watcher::start().unwrap();
-        watcher.watch(Path::new("/nonexistent")).unwrap();
-        watcher.watch(&dir.path().join("file")).unwrap();
+        watcher.watch(&dir.path().join("gone")).unwrap();
+        fs::write(dir.path().join("file"), "x").unwrap();
+        watcher.watch(&dir.path().join("file/inside")).unwrap();
         assert_eq!(n_watches(&watcher), 0);
     }
 }
