@@ -1,12 +1,7 @@
 //! One share: what it has listed, and what a look at the disk makes of that. Blocks; spawns nothing.
 //!
-//! Invariant: a file that this share listed is in the Library exactly while its [`State::is_listed`], with the stamp the
-//! roster has. Whoever finds another stamp takes the file off, and it comes back only with a manifest made for the new
-//! stamp. The index is told before the Library, in batches.
-//!
-//! Names: of two files with one name in two shares, that of the share added first is listed, of two in one share (names
-//! are compared in NFC) the one that was there first. The other waits as [`State::Clash`] and is tried again at every
-//! rescan.
+//! Invariant: whoever finds another stamp than the listed one takes the file off, and it comes back only with a manifest
+//! made for the new stamp. The index is told before the Library, in batches.
 //!
 //! A renamed file need not be read again. The kernel stamps a rename as a change of the inode (ctime), so the stamp alone
 //! cannot tell it from an edit with the times set back. A manifest follows a file to its new path only if the kernel
@@ -21,33 +16,28 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::file_table::{Job, Known, Roster, State, Tally};
+use super::file_table::{Job, Known, State, Tally};
 use super::hasher::{HashError, Hashed, Stamp};
 use super::index::{Index, IndexError};
-use super::library::{Library, Location, Published};
+use super::library::Library;
 use super::scan::{DirectoryId, Found, Look, Skipped, Walk, is_gone, shown};
 use super::watcher::{Changes, Lookout, Mode, QUIET, Settled};
 
-/// How long after its mtime a young file is hashed once more; see [`Hashed::is_young`].
-const PROOF_AGE: Duration = Duration::from_secs(2);
+mod offers;
+
+use offers::{Again, Offers, PROOF_AGE, age, until_proof};
 
 /// One share.
 pub struct Share {
     walk: Walk,
-    /// The shares before this one: their files come first.
-    earlier: Vec<Walk>,
-    index: Arc<Index>,
-    library: Library,
     lookout: Lookout,
     /// The directory that was there at the last rescan. It is not kept open.
     seen: Option<DirectoryId>,
-    roster: Roster,
-    /// Rises with every look.
-    round: u64,
+    offers: Offers,
     skipped: Skipped,
 }
 
@@ -55,7 +45,7 @@ pub struct Share {
 #[derive(Default)]
 pub struct Looked {
     /// Absolute paths to look at again after some time.
-    pub again: Vec<(PathBuf, Duration)>,
+    pub again: Again,
     /// Where changes arrive from now on, if that is news.
     pub changes: Option<Changes>,
     /// All of the share has to be looked at.
@@ -71,17 +61,13 @@ impl Share {
         library: Library,
         lookout: Lookout,
     ) -> Self {
-        let (roster, skipped) = (Roster::default(), Skipped::default());
+        let offers = Offers::new(walk.root.clone(), earlier, index, library);
         Self {
             walk,
-            earlier,
-            index,
-            library,
             lookout,
             seen: None,
-            roster,
-            round: 0,
-            skipped,
+            offers,
+            skipped: Skipped::default(),
         }
     }
 
@@ -97,7 +83,7 @@ impl Share {
 
     /// What it has.
     pub fn tally(&self) -> Tally {
-        self.roster.tally()
+        self.offers.roster.tally()
     }
 
     /// What is there but not shared, as of the last rescan; names and permissions as of now.
@@ -134,7 +120,7 @@ impl Share {
         self.try_rescan().inspect_err(|error| {
             if error.kind() != io::ErrorKind::Interrupted {
                 self.seen = None;
-                self.withdraw_all();
+                self.offers.withdraw_all();
                 self.lookout.lose(if is_gone(error) {
                     "the folder is not there".into()
                 } else {
@@ -147,7 +133,7 @@ impl Share {
     fn try_rescan(&mut self) -> io::Result<Looked> {
         let id = DirectoryId::of(self.path())?;
         if self.seen != Some(id) {
-            self.withdraw_all();
+            self.offers.withdraw_all();
             self.lookout.lose("the folder was replaced".into());
             self.seen = Some(id);
         }
@@ -158,12 +144,12 @@ impl Share {
         let (skipped, directories) = self.walk_beneath(Path::new(""), &mut looked)?;
         self.lookout.settle(Some(directories));
         self.skipped = skipped;
-        if self.round == 1 && !self.roster.is_empty() {
+        if self.offers.round == 1 && !self.offers.roster.is_empty() {
             let keep = |path: &Path| {
                 path.strip_prefix(self.path())
-                    .map_or(true, |path| self.roster.get(path).is_some())
+                    .map_or(true, |path| self.offers.roster.get(path).is_some())
             };
-            let _ = self.index.retain(keep).inspect_err(report);
+            let _ = self.offers.index.retain(keep).inspect_err(report);
         }
         Ok(looked)
     }
@@ -189,30 +175,31 @@ impl Share {
                 Err(_) => {}
             }
         }
-        let _ = self.index.forget(&gone).inspect_err(report);
+        let _ = self.offers.index.forget(&gone).inspect_err(report);
         looked
     }
 
     fn look_at(&mut self, relative: &Path, looked: &mut Looked, gone: &mut Vec<PathBuf>) {
         match self.walk.look(relative) {
             Look::File(found) => {
-                self.round += 1;
+                self.offers.round += 1;
                 self.consider(found, true, looked);
-                self.withdraw_unseen(relative);
+                self.offers.withdraw_unseen(relative);
             }
             Look::Directory => {
                 // What cannot be walked now is met again by the next rescan.
                 let _ = self.walk_beneath(relative, looked);
                 self.lookout.settle(None);
             }
-            Look::Skipped(_) => self.withdraw_beneath(relative),
+            Look::Skipped(_) => self.offers.withdraw_beneath(relative),
             Look::Nothing => {
                 gone.extend(
-                    self.roster
+                    self.offers
+                        .roster
                         .beneath(relative)
                         .map(|(relative, _)| self.path().join(relative)),
                 );
-                self.withdraw_beneath(relative);
+                self.offers.withdraw_beneath(relative);
             }
         }
     }
@@ -222,14 +209,14 @@ impl Share {
         let scan = self
             .walk
             .scan(start, &mut |directory| self.lookout.enter(directory))?;
-        self.round += 1;
+        self.offers.round += 1;
         for found in scan.files {
             if self.walk.cancel.is_cancelled() {
                 return Err(io::ErrorKind::Interrupted.into());
             }
             self.consider(found, false, looked);
         }
-        self.withdraw_unseen(start);
+        self.offers.withdraw_unseen(start);
         Ok((scan.skipped, scan.directories))
     }
 
@@ -242,22 +229,25 @@ impl Share {
         } = found;
         let settled = settled || age(stamp.ctime_ns) >= QUIET;
         let before = self
+            .offers
             .roster
             .get(&relative)
             .map(|known| (known.state, known.stamp == stamp));
         if let Some((state, true)) = before {
-            self.roster.see(&relative, self.round);
+            self.offers.roster.see(&relative, self.offers.round);
             match state {
-                State::Unsettled if settled && !self.offer(relative.clone(), looked) => {
-                    self.set(&relative, State::Queued);
+                State::Unsettled
+                    if settled && !self.offers.offer(relative.clone(), &mut looked.again) =>
+                {
+                    self.offers.set(&relative, State::Queued);
                 }
                 State::Young if age(stamp.mtime_ns) >= PROOF_AGE => {
-                    self.set(&relative, State::Proving)
+                    self.offers.set(&relative, State::Proving)
                 }
                 State::Young => looked
                     .again
                     .push((self.path().join(relative), until_proof(&stamp))),
-                State::Clash => drop(self.offer(relative, looked)),
+                State::Clash => drop(self.offers.offer(relative, &mut looked.again)),
                 _ => {}
             }
             return;
@@ -266,62 +256,20 @@ impl Share {
             name,
             stamp,
             state: State::Unsettled,
-            round: self.round,
+            round: self.offers.round,
         };
-        let before = self.roster.put(relative.clone(), known);
-        if self.offer(relative.clone(), looked) {
+        let (listed, before) = self
+            .offers
+            .replace(relative.clone(), known, &mut looked.again);
+        if listed {
             return;
-        }
-        if let Some(known) = before.as_ref().filter(|known| known.state.is_listed()) {
-            self.library.withdraw_name(&known.name);
         }
         let was_settled = before.is_none_or(|known| known.state != State::Unsettled);
         if settled && (was_settled || age(stamp.ctime_ns) >= QUIET) {
-            self.set(&relative, State::Queued);
+            self.offers.set(&relative, State::Queued);
         } else {
             looked.again.push((self.path().join(relative), QUIET));
         }
-    }
-
-    /// Lists a file if its manifest is in the index.
-    fn offer(&mut self, relative: PathBuf, looked: &mut Looked) -> bool {
-        let Some(stamp) = self.roster.get(&relative).map(|known| known.stamp) else {
-            return false;
-        };
-        let Some(hashed) = self.index.lookup(&self.path().join(&relative), &stamp) else {
-            return false;
-        };
-        self.list(&relative, hashed, looked);
-        true
-    }
-
-    fn list(&mut self, relative: &Path, hashed: Hashed, looked: &mut Looked) {
-        let Some(known) = self.roster.get(relative) else {
-            return;
-        };
-        let (stamp, is_young) = (hashed.stamp, hashed.is_young());
-        let (root, name) = (self.walk.root.clone(), known.name.clone());
-        let state = if self.earlier.iter().any(|walk| walk.has(&name)) {
-            State::Clash
-        } else {
-            let location = Location {
-                root,
-                relative: relative.to_path_buf(),
-                stamp,
-                name,
-            };
-            match self.library.publish(location, hashed.manifest) {
-                Published::Clash(_) => State::Clash,
-                Published::New | Published::Same if is_young => State::Young,
-                Published::New | Published::Same => State::Listed,
-            }
-        };
-        if state == State::Young {
-            looked
-                .again
-                .push((self.path().join(relative), until_proof(&stamp)));
-        }
-        self.set(relative, state);
     }
 
     /// Lets manifests follow a file, or all files of a directory, from one path to another.
@@ -333,6 +281,7 @@ impl Share {
         };
         let (mut old, mut new) = (vec![], vec![]);
         for (path, known) in self
+            .offers
             .roster
             .beneath(from)
             .filter(|(_, known)| known.state == State::Listed)
@@ -358,7 +307,11 @@ impl Share {
             {
                 continue;
             }
-            if let Some(hashed) = self.index.lookup(&self.path().join(path), &known.stamp) {
+            if let Some(hashed) = self
+                .offers
+                .index
+                .lookup(&self.path().join(path), &known.stamp)
+            {
                 old.push(path.clone());
                 new.push((
                     found.clone(),
@@ -374,8 +327,12 @@ impl Share {
             .map(|(f, hashed)| (self.path().join(&f.relative), hashed.clone()))
             .collect();
         let old_paths: Vec<_> = old.iter().map(|path| self.path().join(path)).collect();
-        let _ = self.index.insert_batch(&new_paths).inspect_err(report);
-        let _ = self.index.forget(&old_paths).inspect_err(report);
+        let _ = self
+            .offers
+            .index
+            .insert_batch(&new_paths)
+            .inspect_err(report);
+        let _ = self.offers.index.forget(&old_paths).inspect_err(report);
         for (
             old,
             (
@@ -388,16 +345,16 @@ impl Share {
             ),
         ) in old.iter().zip(new)
         {
-            self.withdraw(old);
-            self.withdraw(&relative);
+            self.offers.withdraw(old);
+            self.offers.withdraw(&relative);
             let known = Known {
                 name,
                 stamp,
                 state: State::Unsettled,
-                round: self.round,
+                round: self.offers.round,
             };
-            self.roster.put(relative.clone(), known);
-            self.list(&relative, hashed, &mut Looked::default());
+            self.offers.roster.put(relative.clone(), known);
+            self.offers.list(&relative, hashed, &mut vec![]);
         }
     }
 
@@ -409,11 +366,12 @@ impl Share {
                 continue;
             };
             if self
+                .offers
                 .roster
                 .get(relative)
                 .is_some_and(|known| known.state.is_listed())
             {
-                self.set(relative, State::Unsettled);
+                self.offers.set(relative, State::Unsettled);
                 looked.again.push((path.clone(), QUIET));
             }
         }
@@ -422,13 +380,13 @@ impl Share {
 
     /// Small files to hash now, and where they are; none if nothing waits.
     pub fn next_small(&mut self) -> Option<(Arc<Path>, Vec<Job>)> {
-        let jobs = self.roster.next_small();
+        let jobs = self.offers.roster.next_small();
         (!jobs.is_empty()).then(|| (self.walk.root.clone(), jobs))
     }
 
     /// A big file to hash now, and where it is.
     pub fn next_big(&mut self) -> Option<(Arc<Path>, Job)> {
-        Some((self.walk.root.clone(), self.roster.next_big()?))
+        Some((self.walk.root.clone(), self.offers.roster.next_big()?))
     }
 
     /// Takes in what was hashed. A file that changed meanwhile is looked at again when it is quiet.
@@ -436,6 +394,7 @@ impl Share {
         let (mut looked, mut hashes) = (Looked::default(), vec![]);
         for (Job { relative, stamp }, outcome) in done {
             if !self
+                .offers
                 .roster
                 .get(&relative)
                 .is_some_and(|known| known.stamp == stamp && known.state.is_queued())
@@ -451,82 +410,23 @@ impl Share {
                 Err(HashError::Io(error)) if is_gone(&error) => Duration::ZERO,
                 Err(error) => {
                     tracing::debug!(path = %shown(&relative), %error, "skipped");
-                    self.set(&relative, State::Unreadable);
+                    self.offers.set(&relative, State::Unreadable);
                     continue;
                 }
             };
-            self.set(&relative, State::Unsettled);
+            self.offers.set(&relative, State::Unsettled);
             looked.again.push((self.path().join(&relative), again));
         }
-        let _ = self.index.insert_batch(&hashes).inspect_err(report);
+        let _ = self.offers.index.insert_batch(&hashes).inspect_err(report);
         for (path, hashed) in hashes {
             let relative = path
                 .strip_prefix(self.path())
                 .expect("joined to it above")
                 .to_path_buf();
-            self.list(&relative, hashed, &mut looked);
+            self.offers.list(&relative, hashed, &mut looked.again);
         }
         looked
     }
-
-    /// Gives a file another state, and takes it off the Library if that is what it means.
-    fn set(&mut self, relative: &Path, state: State) {
-        if let Some(before) = self.roster.set(relative, state)
-            && before.state.is_listed()
-            && !state.is_listed()
-        {
-            self.library.withdraw_name(&before.name);
-        }
-    }
-
-    fn withdraw(&mut self, relative: &Path) {
-        if let Some(known) = self
-            .roster
-            .remove(relative)
-            .filter(|known| known.state.is_listed())
-        {
-            self.library.withdraw_name(&known.name);
-        }
-    }
-
-    /// Withdraws what lies at and beneath a path, but was not seen by the present round.
-    fn withdraw_unseen(&mut self, start: &Path) {
-        let unseen = self
-            .roster
-            .beneath(start)
-            .filter(|(_, known)| known.round != self.round);
-        for relative in unseen
-            .map(|(relative, _)| relative.clone())
-            .collect::<Vec<_>>()
-        {
-            self.withdraw(&relative);
-        }
-    }
-
-    fn withdraw_beneath(&mut self, start: &Path) {
-        self.round += 1;
-        self.withdraw_unseen(start);
-    }
-
-    fn withdraw_all(&mut self) {
-        if !self.roster.is_empty() {
-            self.withdraw_beneath(Path::new(""));
-        }
-    }
-}
-
-/// How long ago a time stamp is; zero if it lies ahead.
-fn age(time_ns: i128) -> Duration {
-    let now = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default();
-    let then = u64::try_from(time_ns.max(0)).map_or(Duration::MAX, Duration::from_nanos);
-    now.saturating_sub(then)
-}
-
-/// How long until a young file can be proved, and a moment for clocks that disagree.
-fn until_proof(stamp: &Stamp) -> Duration {
-    PROOF_AGE.saturating_sub(age(stamp.mtime_ns)) + Duration::from_millis(50)
 }
 
 fn report(error: &IndexError) {
@@ -542,6 +442,8 @@ mod tests {
     use crate::content::ContentId;
     use crate::peer::sharing::hasher::hash_file;
     use crate::safe_path::open_beneath_folder;
+
+    use std::time::SystemTime;
 
     use super::*;
 
@@ -615,6 +517,7 @@ mod tests {
 
         fn names(&self) -> Vec<String> {
             self.share
+                .offers
                 .library
                 .files()
                 .into_iter()
@@ -624,6 +527,7 @@ mod tests {
 
         fn id_of(&self, name: &str) -> Option<ContentId> {
             self.share
+                .offers
                 .library
                 .files()
                 .into_iter()
@@ -683,10 +587,10 @@ mod tests {
             "{again:?}"
         );
         // As if the time had passed: the stamp is the same, but the mtime in it is old.
-        let mut known = bench.share.roster.remove(Path::new("a")).unwrap();
+        let mut known = bench.share.offers.roster.remove(Path::new("a")).unwrap();
         make_old(&path);
         known.stamp = Stamp::from(&fs::metadata(&path).unwrap());
-        bench.share.roster.put("a".into(), known);
+        bench.share.offers.roster.put("a".into(), known);
         bench.look(&["a"], &[]);
         assert_eq!(bench.share.tally().files_to_hash, 1);
         assert_eq!(bench.share.tally().files, 1);
@@ -807,7 +711,8 @@ mod tests {
         let stamp = Stamp::from(&fs::metadata(share.path().join("b")).unwrap());
         fs::remove_file(share.path().join("b")).unwrap();
         let lookout = Lookout::new(share.path().to_path_buf(), true);
-        let Share { walk, index, .. } = share;
+        let Share { walk, offers, .. } = share;
+        let index = offers.index;
         let gone = walk.root.join("b");
         assert!(index.lookup(&gone, &stamp).is_some());
         let mut again = Bench {
@@ -841,7 +746,7 @@ mod tests {
         let earlier = bench.dir.path().join("earlier");
         fs::create_dir(&earlier).unwrap();
         fs::write(earlier.join("a"), "first").unwrap();
-        bench.share.earlier.push(Walk {
+        bench.share.offers.earlier.push(Walk {
             root: earlier.as_path().into(),
             ..bench.share.walk.clone()
         });
