@@ -19,13 +19,13 @@ pub const BATCH_BYTES: u64 = 64 << 20;
 
 /// A file of a share.
 #[derive(Clone, Debug)]
-pub struct Known {
+pub struct KnownFile {
     /// The name it is, or would be, offered under.
     pub name: SafeName,
     /// The version that was seen.
     pub stamp: Stamp,
     /// What is to be done about it.
-    pub state: State,
+    pub state: FileState,
     /// The last look that saw it.
     pub round: u64,
 }
@@ -41,7 +41,7 @@ pub struct Job {
 
 /// What is to be done about a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum FileState {
     /// Being written, as far as one can tell.
     Unsettled,
     /// To be hashed.
@@ -58,7 +58,7 @@ pub enum State {
     Unreadable,
 }
 
-impl State {
+impl FileState {
     /// Whether this share offers the file.
     pub fn is_listed(self) -> bool {
         matches!(self, Self::Young | Self::Proving | Self::Listed)
@@ -88,7 +88,7 @@ pub struct Tally {
 /// The files of one share, by their path beneath its root.
 #[derive(Debug, Default)]
 pub struct Roster {
-    files: BTreeMap<PathBuf, Known>,
+    files: BTreeMap<PathBuf, KnownFile>,
     small: VecDeque<PathBuf>,
     big: VecDeque<PathBuf>,
     tally: Tally,
@@ -106,12 +106,12 @@ impl Roster {
     }
 
     /// The file at a path.
-    pub fn get(&self, relative: &Path) -> Option<&Known> {
+    pub fn get(&self, relative: &Path) -> Option<&KnownFile> {
         self.files.get(relative)
     }
 
     /// Puts a file in; returns the one that was there.
-    pub fn put(&mut self, relative: PathBuf, known: Known) -> Option<Known> {
+    pub fn put(&mut self, relative: PathBuf, known: KnownFile) -> Option<KnownFile> {
         let before = self.remove(&relative);
         self.count(&known, true);
         self.enqueue(&relative, &known);
@@ -120,18 +120,18 @@ impl Roster {
     }
 
     /// Takes a file out.
-    pub fn remove(&mut self, relative: &Path) -> Option<Known> {
+    pub fn remove(&mut self, relative: &Path) -> Option<KnownFile> {
         let known = self.files.remove(relative)?;
         self.count(&known, false);
         Some(known)
     }
 
     /// Gives a file another state; returns what it was before, None if there is no such file.
-    pub fn set(&mut self, relative: &Path, state: State) -> Option<Known> {
+    pub fn set(&mut self, relative: &Path, state: FileState) -> Option<KnownFile> {
         let before = self.files.get(relative)?.clone();
         self.put(
             relative.to_path_buf(),
-            Known {
+            KnownFile {
                 state,
                 ..before.clone()
             },
@@ -147,7 +147,7 @@ impl Roster {
     }
 
     /// The files at and beneath a path. Paths are ordered by component, so these are one range.
-    pub fn beneath(&self, start: &Path) -> impl Iterator<Item = (&PathBuf, &Known)> {
+    pub fn beneath(&self, start: &Path) -> impl Iterator<Item = (&PathBuf, &KnownFile)> {
         let range = (Bound::Included(start), Bound::Unbounded);
         self.files
             .range::<Path, _>(range)
@@ -186,7 +186,7 @@ impl Roster {
             .map(|known| known.stamp)
     }
 
-    fn enqueue(&mut self, relative: &Path, known: &Known) {
+    fn enqueue(&mut self, relative: &Path, known: &KnownFile) {
         if known.state.is_queued() {
             let queue = if known.stamp.size > BIG_BYTES {
                 &mut self.big
@@ -197,12 +197,12 @@ impl Roster {
         }
     }
 
-    fn count(&mut self, known: &Known, up: bool) {
+    fn count(&mut self, known: &KnownFile, up: bool) {
         let add =
             |counter: &mut u64, n: u64| *counter = if up { *counter + n } else { *counter - n };
         match known.state {
-            State::Clash => add(&mut self.tally.clashes, 1),
-            State::Unreadable => add(&mut self.tally.unreadable, 1),
+            FileState::Clash => add(&mut self.tally.clashes, 1),
+            FileState::Unreadable => add(&mut self.tally.unreadable, 1),
             _ => {}
         }
         if known.state.is_listed() {
@@ -221,17 +221,17 @@ mod tests {
 
     use super::*;
 
-    const STATES: [State; 7] = [
-        State::Unsettled,
-        State::Queued,
-        State::Young,
-        State::Proving,
-        State::Listed,
-        State::Clash,
-        State::Unreadable,
+    const STATES: [FileState; 7] = [
+        FileState::Unsettled,
+        FileState::Queued,
+        FileState::Young,
+        FileState::Proving,
+        FileState::Listed,
+        FileState::Clash,
+        FileState::Unreadable,
     ];
 
-    fn known(size: u64, state: State) -> Known {
+    fn known(size: u64, state: FileState) -> KnownFile {
         let stamp = Stamp {
             dev: 1,
             ino: 1,
@@ -239,7 +239,7 @@ mod tests {
             mtime_ns: 0,
             ctime_ns: 0,
         };
-        Known {
+        KnownFile {
             name: SafeName::parse("name").unwrap(),
             stamp,
             state,
@@ -248,20 +248,20 @@ mod tests {
     }
 
     fn recount(roster: &Roster) -> Tally {
-        let count = |is: &dyn Fn(State) -> bool| {
+        let count = |is: &dyn Fn(FileState) -> bool| {
             roster.files.values().filter(|k| is(k.state)).count() as u64
         };
         Tally {
-            files: count(&State::is_listed),
-            files_to_hash: count(&State::is_queued),
+            files: count(&FileState::is_listed),
+            files_to_hash: count(&FileState::is_queued),
             bytes_to_hash: roster
                 .files
                 .values()
                 .filter(|k| k.state.is_queued())
                 .map(|k| k.stamp.size)
                 .sum(),
-            clashes: count(&|state| state == State::Clash),
-            unreadable: count(&|state| state == State::Unreadable),
+            clashes: count(&|state| state == FileState::Clash),
+            unreadable: count(&|state| state == FileState::Unreadable),
         }
     }
 
@@ -269,15 +269,15 @@ mod tests {
     fn batches_are_bounded_and_big_files_are_alone() {
         let mut roster = Roster::default();
         for n in 0..BATCH_FILES + 1 {
-            roster.put(format!("{n}").into(), known(1, State::Queued));
+            roster.put(format!("{n}").into(), known(1, FileState::Queued));
         }
-        roster.put("big".into(), known(BIG_BYTES + 1, State::Queued));
+        roster.put("big".into(), known(BIG_BYTES + 1, FileState::Queued));
         assert_eq!(roster.next_small().len(), BATCH_FILES);
         assert_eq!(roster.next_small().len(), 1);
         assert!(roster.next_small().is_empty());
         assert_eq!(roster.next_big().unwrap().relative, Path::new("big"));
         for n in 0..10 {
-            roster.put(format!("{n}").into(), known(BIG_BYTES, State::Queued));
+            roster.put(format!("{n}").into(), known(BIG_BYTES, FileState::Queued));
         }
         assert_eq!(roster.next_small().len() as u64, BATCH_BYTES / BIG_BYTES);
     }

@@ -58,7 +58,7 @@ impl From<&Metadata> for DirectoryId {
 
 /// A file that can be offered.
 #[derive(Clone, Debug)]
-pub struct Found {
+pub struct ScannedFile {
     /// Its path beneath the share's root.
     pub relative: PathBuf,
     /// The name it is offered under.
@@ -71,7 +71,7 @@ pub struct Found {
 #[derive(Debug)]
 pub enum Look {
     /// A file that can be offered.
-    File(Found),
+    File(ScannedFile),
     /// A directory to walk.
     Directory,
     /// Something that is not shared, for this reason.
@@ -178,7 +178,7 @@ impl fmt::Display for Skipped {
 #[derive(Debug, Default)]
 pub struct Scan {
     /// The files that can be offered, in no particular order.
-    pub files: Vec<Found>,
+    pub files: Vec<ScannedFile>,
     /// What is there but not shared.
     pub skipped: Skipped,
     /// How many directories were listed, the first included.
@@ -275,13 +275,13 @@ impl Walk {
         }
     }
 
-    fn judge(&self, relative: &Path, metadata: &Metadata) -> Result<Found, Skip> {
+    fn judge(&self, relative: &Path, metadata: &Metadata) -> Result<ScannedFile, Skip> {
         check_type(metadata.file_type())?;
         if metadata.len() > MAX_SIZE {
             return Err(Skip::TooLarge);
         }
         let name = self.name(relative).ok_or(Skip::BadName)?;
-        Ok(Found {
+        Ok(ScannedFile {
             relative: relative.to_path_buf(),
             name,
             stamp: Stamp::from(metadata),

@@ -20,19 +20,19 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::file_table::{Job, Known, State, Tally};
+use super::file_table::{FileState, Job, KnownFile, Tally};
 use super::hasher::{HashError, Hashed, Stamp};
 use super::index::{Index, IndexError};
 use super::library::Library;
-use super::scan::{DirectoryId, Found, Look, Skipped, Walk, is_gone, shown};
-use super::watcher::{Changes, Lookout, Mode, QUIET, Settled};
+use super::scan::{DirectoryId, Look, ScannedFile, Skipped, Walk, is_gone, shown};
+use super::watcher::{DiskChanges, Lookout, Mode, QUIET, Settled};
 
 mod offers;
 
 use offers::{Again, Offers, PROOF_AGE, age, until_proof};
 
 /// One share.
-pub struct Share {
+pub struct SharedFolder {
     walk: Walk,
     lookout: Lookout,
     /// The directory that was there at the last rescan. It is not kept open.
@@ -47,12 +47,12 @@ pub struct Looked {
     /// Absolute paths to look at again after some time.
     pub again: Again,
     /// Where changes arrive from now on, if that is news.
-    pub changes: Option<Changes>,
+    pub changes: Option<DiskChanges>,
     /// All of the share has to be looked at.
     pub rescan: bool,
 }
 
-impl Share {
+impl SharedFolder {
     /// A share of what `walk` finds beneath its root (canonical); nothing is looked at yet. `lookout` is for that root.
     pub fn new(
         walk: Walk,
@@ -221,8 +221,8 @@ impl Share {
     }
 
     /// Decides what to do about a file that is there. `settled`: its last event is long enough ago.
-    fn consider(&mut self, found: Found, settled: bool, looked: &mut Looked) {
-        let Found {
+    fn consider(&mut self, found: ScannedFile, settled: bool, looked: &mut Looked) {
+        let ScannedFile {
             relative,
             name,
             stamp,
@@ -236,26 +236,26 @@ impl Share {
         if let Some((state, true)) = before {
             self.offers.roster.see(&relative, self.offers.round);
             match state {
-                State::Unsettled
+                FileState::Unsettled
                     if settled && !self.offers.offer(relative.clone(), &mut looked.again) =>
                 {
-                    self.offers.set(&relative, State::Queued);
+                    self.offers.set(&relative, FileState::Queued);
                 }
-                State::Young if age(stamp.mtime_ns) >= PROOF_AGE => {
-                    self.offers.set(&relative, State::Proving)
+                FileState::Young if age(stamp.mtime_ns) >= PROOF_AGE => {
+                    self.offers.set(&relative, FileState::Proving)
                 }
-                State::Young => looked
+                FileState::Young => looked
                     .again
                     .push((self.path().join(relative), until_proof(&stamp))),
-                State::Clash => drop(self.offers.offer(relative, &mut looked.again)),
+                FileState::Clash => drop(self.offers.offer(relative, &mut looked.again)),
                 _ => {}
             }
             return;
         }
-        let known = Known {
+        let known = KnownFile {
             name,
             stamp,
-            state: State::Unsettled,
+            state: FileState::Unsettled,
             round: self.offers.round,
         };
         let (listed, before) = self
@@ -264,9 +264,9 @@ impl Share {
         if listed {
             return;
         }
-        let was_settled = before.is_none_or(|known| known.state != State::Unsettled);
+        let was_settled = before.is_none_or(|known| known.state != FileState::Unsettled);
         if settled && (was_settled || age(stamp.ctime_ns) >= QUIET) {
-            self.offers.set(&relative, State::Queued);
+            self.offers.set(&relative, FileState::Queued);
         } else {
             looked.again.push((self.path().join(relative), QUIET));
         }
@@ -284,7 +284,7 @@ impl Share {
             .offers
             .roster
             .beneath(from)
-            .filter(|(_, known)| known.state == State::Listed)
+            .filter(|(_, known)| known.state == FileState::Listed)
         {
             let rest = path.strip_prefix(from).expect("lies at or beneath `from`");
             let Look::File(found) = self.walk.look(&if is_file {
@@ -336,7 +336,7 @@ impl Share {
         for (
             old,
             (
-                Found {
+                ScannedFile {
                     relative,
                     name,
                     stamp,
@@ -347,10 +347,10 @@ impl Share {
         {
             self.offers.withdraw(old);
             self.offers.withdraw(&relative);
-            let known = Known {
+            let known = KnownFile {
                 name,
                 stamp,
-                state: State::Unsettled,
+                state: FileState::Unsettled,
                 round: self.offers.round,
             };
             self.offers.roster.put(relative.clone(), known);
@@ -371,7 +371,7 @@ impl Share {
                 .get(relative)
                 .is_some_and(|known| known.state.is_listed())
             {
-                self.offers.set(relative, State::Unsettled);
+                self.offers.set(relative, FileState::Unsettled);
                 looked.again.push((path.clone(), QUIET));
             }
         }
@@ -410,11 +410,11 @@ impl Share {
                 Err(HashError::Io(error)) if is_gone(&error) => Duration::ZERO,
                 Err(error) => {
                     tracing::debug!(path = %shown(&relative), %error, "skipped");
-                    self.offers.set(&relative, State::Unreadable);
+                    self.offers.set(&relative, FileState::Unreadable);
                     continue;
                 }
             };
-            self.offers.set(&relative, State::Unsettled);
+            self.offers.set(&relative, FileState::Unsettled);
             looked.again.push((self.path().join(&relative), again));
         }
         let _ = self.offers.index.insert_batch(&hashes).inspect_err(report);
@@ -449,7 +449,7 @@ mod tests {
 
     struct Bench {
         dir: TempDir,
-        share: Share,
+        share: SharedFolder,
     }
 
     impl Bench {
@@ -465,7 +465,7 @@ mod tests {
                 hidden: Arc::new([]),
                 cancel: CancellationToken::new(),
             };
-            let mut share = Share::new(walk, vec![], index, Library::new(), lookout);
+            let mut share = SharedFolder::new(walk, vec![], index, Library::new(), lookout);
             share.rescan().unwrap();
             Self { dir, share }
         }
@@ -711,13 +711,13 @@ mod tests {
         let stamp = Stamp::from(&fs::metadata(share.path().join("b")).unwrap());
         fs::remove_file(share.path().join("b")).unwrap();
         let lookout = Lookout::new(share.path().to_path_buf(), true);
-        let Share { walk, offers, .. } = share;
+        let SharedFolder { walk, offers, .. } = share;
         let index = offers.index;
         let gone = walk.root.join("b");
         assert!(index.lookup(&gone, &stamp).is_some());
         let mut again = Bench {
             dir,
-            share: Share::new(walk, vec![], Arc::clone(&index), Library::new(), lookout),
+            share: SharedFolder::new(walk, vec![], Arc::clone(&index), Library::new(), lookout),
         };
         again.share.rescan().unwrap();
         assert_eq!(again.names(), ["a"], "known from before, so without a hash");

@@ -22,8 +22,8 @@ use tokio_util::sync::CancellationToken;
 use super::file_table::Job;
 use super::hasher::{HashError, Hashed, hash_file};
 use super::scan::{Skipped, is_gone};
-use super::share::{Looked, Share};
-use super::watcher::{Change, Changes, Debouncer, Mode};
+use super::share::{Looked, SharedFolder};
+use super::watcher::{Debouncer, DiskChange, DiskChanges, Mode};
 use crate::safe_path::open_beneath_folder;
 
 /// How often a polled share is looked at, and the folder of any other one.
@@ -42,14 +42,14 @@ pub struct ShareState {
     /// How many of its files are listed.
     pub files: u64,
     /// What is still to do, and what is not shared.
-    pub progress: Progress,
+    pub progress: ShareProgress,
     /// Whether the first scan is over, so that `progress` tells all.
     pub scanned: bool,
 }
 
 /// What is still to do, and what is not shared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
+pub struct ShareProgress {
     /// Files to hash.
     pub files_to_hash: u64,
     /// Their bytes.
@@ -83,12 +83,12 @@ enum Lane {
 }
 
 /// What keeps one share up to date.
-pub struct Keeper {
+pub struct ShareTask {
     /// Away while it is looking.
-    share: Option<Share>,
+    share: Option<SharedFolder>,
     state: watch::Sender<ShareState>,
     suspects: mpsc::Receiver<Arc<BTreeSet<PathBuf>>>,
-    changes: Option<Changes>,
+    changes: Option<DiskChanges>,
     debouncer: Debouncer,
     lanes: Lanes,
     hashing: JoinSet<(Lane, Outcomes)>,
@@ -106,10 +106,10 @@ pub struct Keeper {
     cancel: CancellationToken,
 }
 
-impl Keeper {
+impl ShareTask {
     /// Begins with a scan. `rescan`: how often, while there are events; `suspects`: paths of any share.
     pub fn new(
-        share: Share,
+        share: SharedFolder,
         state: watch::Sender<ShareState>,
         suspects: mpsc::Receiver<Arc<BTreeSet<PathBuf>>>,
         lanes: Lanes,
@@ -174,16 +174,16 @@ impl Keeper {
         self.act().await
     }
 
-    fn note(&mut self, changes: Vec<Change>) {
+    fn note(&mut self, changes: Vec<DiskChange>) {
         let now = Instant::now();
         for change in changes {
             match (&change, &self.big) {
-                (Change::Touched(path), Some((hashing, cancel))) if path == hashing => {
+                (DiskChange::Touched(path), Some((hashing, cancel))) if path == hashing => {
                     cancel.cancel()
                 }
-                (Change::Stopped, _) => {
+                (DiskChange::Stopped, _) => {
                     self.changes = None;
-                    self.share.as_mut().map(Share::lose_events);
+                    self.share.as_mut().map(SharedFolder::lose_events);
                 }
                 _ => {}
             }
@@ -215,7 +215,7 @@ impl Keeper {
     async fn rescan(&mut self) -> Option<()> {
         let began = Instant::now();
         // The folder is the one thing without a parent that tells of it: its absence is a state, not an error.
-        match self.with_share(Share::rescan).await? {
+        match self.with_share(SharedFolder::rescan).await? {
             Ok(looked) => self.follow_up(looked),
             Err(error) if is_gone(&error) => self.changes = None,
             Err(error) => {
@@ -254,7 +254,7 @@ impl Keeper {
 
     /// Logs what is not shared, if that is news.
     fn tell_skipped(&mut self) {
-        let Some(skipped) = self.share.as_ref().map(Share::skipped) else {
+        let Some(skipped) = self.share.as_ref().map(SharedFolder::skipped) else {
             return;
         };
         if std::mem::replace(&mut self.told, skipped) != skipped && skipped.total() > 0 {
@@ -267,7 +267,7 @@ impl Keeper {
         let Some(share) = &self.share else { return };
         let tally = share.tally();
         let (files_to_hash, bytes_to_hash) = (tally.files_to_hash, tally.bytes_to_hash);
-        let progress = Progress {
+        let progress = ShareProgress {
             files_to_hash,
             bytes_to_hash,
             skipped: share.skipped(),
@@ -297,7 +297,7 @@ impl Keeper {
     /// Runs on the blocking pool; None if the runtime is shutting down.
     async fn with_share<T: Send + 'static>(
         &mut self,
-        work: impl FnOnce(&mut Share) -> T + Send + 'static,
+        work: impl FnOnce(&mut SharedFolder) -> T + Send + 'static,
     ) -> Option<T> {
         let mut share = self.share.take()?;
         let done = spawn_blocking(move || {
@@ -368,7 +368,7 @@ async fn hash_all(
 }
 
 /// Waits for changes, for ever if there is no watcher.
-async fn next_changes(changes: &mut Option<Changes>, into: &mut Vec<Change>) {
+async fn next_changes(changes: &mut Option<DiskChanges>, into: &mut Vec<DiskChange>) {
     match changes {
         Some(changes) => changes.next(into).await,
         None => pending().await,

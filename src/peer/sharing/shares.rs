@@ -1,7 +1,8 @@
 //! All folders that a Node shares.
 //!
 //! Invariant: no task outlives the token and the tracker that were given, and no folder is shared twice. What keeps a
-//! share true to the disk is in `keeper`, what a look at the disk means in `share`, and how changes are learnt of in `watcher`.
+//! share true to the disk is in `share_task`, what a look at the disk means in `share`, and how changes are learnt of in
+//! `watcher`.
 
 use std::collections::BTreeSet;
 use std::fs::symlink_metadata;
@@ -21,8 +22,8 @@ use super::hasher::Stamp;
 use super::index::Index;
 use super::library::Library;
 use super::scan::{DirectoryId, Walk, is_gone, shown};
-use super::share::Share;
-use super::share_task::{Keeper, Lanes, Progress, REST, ShareState};
+use super::share::SharedFolder;
+use super::share_task::{Lanes, REST, ShareProgress, ShareState, ShareTask};
 use super::watcher::Lookout;
 use crate::safe_path::{Root, SafeName};
 
@@ -121,7 +122,7 @@ impl Shares {
         }
         let earlier = list.iter().map(|entry| entry.walk.clone()).collect();
         let lookout = Lookout::new(path.clone(), self.poll);
-        let share = Share::new(
+        let share = SharedFolder::new(
             walk.clone(),
             earlier,
             Arc::clone(&self.index),
@@ -132,14 +133,14 @@ impl Shares {
             name: walk.prefix.clone(),
             mode: share.mode().clone(),
             files: 0,
-            progress: Progress::default(),
+            progress: ShareProgress::default(),
             scanned: false,
             path,
         };
         let span = tracing::info_span!("share", path = %shown(&initial.path));
         let (state, state_receiver) = watch::channel(initial);
         let (suspects, suspects_receiver) = mpsc::channel(SUSPECTS_LEN);
-        let keeper = Keeper::new(
+        let task = ShareTask::new(
             share,
             state,
             suspects_receiver,
@@ -151,7 +152,7 @@ impl Shares {
             state: state_receiver,
             suspects,
         });
-        self.tasks.spawn(keeper.run().instrument(span));
+        self.tasks.spawn(task.run().instrument(span));
         Ok(())
     }
 
@@ -210,9 +211,9 @@ impl Shares {
     }
 
     /// All shares together.
-    pub fn progress(&self) -> Progress {
+    pub fn progress(&self) -> ShareProgress {
         self.status().into_iter().fold(
-            Progress::default(),
+            ShareProgress::default(),
             |mut sum, ShareState { progress, .. }| {
                 sum.files_to_hash += progress.files_to_hash;
                 sum.bytes_to_hash += progress.bytes_to_hash;
@@ -540,7 +541,7 @@ mod tests {
             .collect();
         bench.until_listed(&expected).await;
         bench
-            .until_state(|state| state.files == 1_000 && state.progress == Progress::default())
+            .until_state(|state| state.files == 1_000 && state.progress == ShareProgress::default())
             .await;
 
         let again = Bench::on(bench.stop().await, false);
@@ -736,7 +737,7 @@ mod tests {
         bench.add(None, "").unwrap();
         bench.until_listed(&[("share/a", "x")]).await;
         bench
-            .until_state(|state| state.scanned && state.progress == Progress::default())
+            .until_state(|state| state.scanned && state.progress == ShareProgress::default())
             .await;
         fs::write(bench.dir.path().join("state/key2"), "secret").unwrap();
         bench.put("b", "x");

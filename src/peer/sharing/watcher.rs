@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 mod events;
 
-pub use events::{Changes, Watcher};
+pub use events::{DiskChanges, Watcher};
 
 /// A file without events for this long is settled.
 pub const QUIET: Duration = Duration::from_millis(500);
@@ -49,14 +49,14 @@ impl fmt::Display for Mode {
 
 /// One change, with absolute paths.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
+pub enum DiskChange {
     /// Written to, created, or its attributes changed.
     Touched(PathBuf),
     /// Closed after writing.
     Closed(PathBuf),
     /// Removed, moved in or out, or a new directory.
     Replaced(PathBuf),
-    /// Moved within what is watched; a [`Change::Replaced`] of either path comes before it.
+    /// Moved within what is watched; a [`DiskChange::Replaced`] of either path comes before it.
     Moved(PathBuf, PathBuf),
     /// Some changes were lost.
     Overflow,
@@ -108,11 +108,11 @@ struct Pending {
 
 impl Debouncer {
     /// Takes note of a change.
-    pub fn note(&mut self, change: Change, now: Instant) {
+    pub fn note(&mut self, change: DiskChange, now: Instant) {
         match change {
-            Change::Touched(path) => self.hold(path, now + QUIET),
-            Change::Closed(path) => self.hold(path, now + AFTER_CLOSE),
-            Change::Replaced(path) => {
+            DiskChange::Touched(path) => self.hold(path, now + QUIET),
+            DiskChange::Closed(path) => self.hold(path, now + AFTER_CLOSE),
+            DiskChange::Replaced(path) => {
                 self.pending
                     .entry(path)
                     .or_insert(Pending {
@@ -121,7 +121,7 @@ impl Debouncer {
                     })
                     .due = now;
             }
-            Change::Moved(from, to) => {
+            DiskChange::Moved(from, to) => {
                 if self
                     .pending
                     .get(&from)
@@ -137,7 +137,7 @@ impl Debouncer {
                     },
                 );
             }
-            Change::Overflow | Change::Stopped => self.rescan = true,
+            DiskChange::Overflow | DiskChange::Stopped => self.rescan = true,
         }
         if self.pending.len() > MAX_PENDING {
             *self = Self {
@@ -223,7 +223,7 @@ impl Lookout {
     }
 
     /// Before a scan of everything: starts a watcher if there is none and there can be one.
-    pub fn open(&mut self) -> Option<Changes> {
+    pub fn open(&mut self) -> Option<DiskChanges> {
         let wait = |retry: &Retry| Instant::now() < retry.at || watch_limit().1 <= retry.above;
         if self.watcher.is_some() || self.retry.as_ref().is_some_and(wait) {
             return None;
@@ -282,7 +282,7 @@ impl Lookout {
         }
     }
 
-    /// Its [`Changes`] have stopped. A watcher that was given up before has told why.
+    /// Its [`DiskChanges`] have stopped. A watcher that was given up before has told why.
     pub fn ended(&mut self) {
         if self.watcher.is_some() {
             self.lose("the events ended".into());
@@ -363,10 +363,10 @@ mod tests {
     #[test]
     fn a_file_settles_when_it_is_quiet_or_closed() {
         let (mut debouncer, start) = (Debouncer::default(), Instant::now());
-        debouncer.note(Change::Touched(path("a")), start);
-        debouncer.note(Change::Touched(path("a")), start + QUIET / 2);
-        debouncer.note(Change::Touched(path("b")), start + QUIET / 2);
-        debouncer.note(Change::Closed(path("b")), start + QUIET / 2);
+        debouncer.note(DiskChange::Touched(path("a")), start);
+        debouncer.note(DiskChange::Touched(path("a")), start + QUIET / 2);
+        debouncer.note(DiskChange::Touched(path("b")), start + QUIET / 2);
+        debouncer.note(DiskChange::Closed(path("b")), start + QUIET / 2);
         assert_eq!(
             debouncer.take(start + QUIET),
             Settled {
@@ -389,20 +389,20 @@ mod tests {
     #[test]
     fn what_is_removed_or_moved_settles_at_once() {
         let (mut debouncer, now) = (Debouncer::default(), Instant::now());
-        debouncer.note(Change::Touched(path("a")), now);
-        debouncer.note(Change::Replaced(path("a")), now);
+        debouncer.note(DiskChange::Touched(path("a")), now);
+        debouncer.note(DiskChange::Replaced(path("a")), now);
         assert_eq!(debouncer.take(now).paths, [path("a")]);
     }
 
     #[test]
     fn a_move_counts_only_without_other_events() {
         let now = Instant::now();
-        let moved = |before: Option<Change>, after: Option<Change>| {
+        let moved = |before: Option<DiskChange>, after: Option<DiskChange>| {
             let mut debouncer = Debouncer::default();
             let between = [
-                Change::Replaced(path("a")),
-                Change::Replaced(path("b")),
-                Change::Moved(path("a"), path("b")),
+                DiskChange::Replaced(path("a")),
+                DiskChange::Replaced(path("b")),
+                DiskChange::Moved(path("a"), path("b")),
             ];
             for change in before.into_iter().chain(between).chain(after) {
                 debouncer.note(change, now);
@@ -411,18 +411,18 @@ mod tests {
         };
         assert_eq!(moved(None, None), [(path("a"), path("b"))]);
         assert_eq!(
-            moved(Some(Change::Touched(path("b"))), None),
+            moved(Some(DiskChange::Touched(path("b"))), None),
             [(path("a"), path("b"))]
         );
-        assert!(moved(Some(Change::Touched(path("a"))), None).is_empty());
-        assert!(moved(None, Some(Change::Touched(path("b")))).is_empty());
+        assert!(moved(Some(DiskChange::Touched(path("a"))), None).is_empty());
+        assert!(moved(None, Some(DiskChange::Touched(path("b")))).is_empty());
     }
 
     #[test]
     fn too_many_paths_become_one_rescan() {
         let (mut debouncer, now) = (Debouncer::default(), Instant::now());
         for n in 0..=MAX_PENDING {
-            debouncer.note(Change::Replaced(path(&n.to_string())), now);
+            debouncer.note(DiskChange::Replaced(path(&n.to_string())), now);
         }
         assert_eq!(debouncer.due(now), Some(now));
         assert_eq!(
@@ -437,11 +437,11 @@ mod tests {
     #[test]
     fn looking_again_waits_for_later_events_only() {
         let (mut debouncer, now) = (Debouncer::default(), Instant::now());
-        debouncer.note(Change::Closed(path("a")), now);
+        debouncer.note(DiskChange::Closed(path("a")), now);
         debouncer.look_again(path("a"), now + LONG);
         assert_eq!(debouncer.due(now), Some(now + AFTER_CLOSE));
         debouncer.look_again(path("b"), now + LONG);
-        debouncer.note(Change::Touched(path("b")), now);
+        debouncer.note(DiskChange::Touched(path("b")), now);
         assert_eq!(debouncer.take(now + QUIET).paths.len(), 2);
     }
 
@@ -454,10 +454,10 @@ mod tests {
             let mut last: HashMap<PathBuf, (Instant, Duration)> = HashMap::new();
             for (kind, one, other, wait) in steps {
                 let (change, quiet) = match kind {
-                    0 => (Change::Touched(path(&one)), QUIET),
-                    1 => (Change::Closed(path(&one)), AFTER_CLOSE),
-                    2 => (Change::Replaced(path(&one)), Duration::ZERO),
-                    _ => (Change::Moved(path(&other), path(&one)), Duration::ZERO),
+                    0 => (DiskChange::Touched(path(&one)), QUIET),
+                    1 => (DiskChange::Closed(path(&one)), AFTER_CLOSE),
+                    2 => (DiskChange::Replaced(path(&one)), Duration::ZERO),
+                    _ => (DiskChange::Moved(path(&other), path(&one)), Duration::ZERO),
                 };
                 debouncer.note(change, now);
                 last.insert(path(&one), (now, quiet));

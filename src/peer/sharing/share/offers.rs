@@ -1,17 +1,17 @@
 //! What one share has listed.
 //!
-//! Invariant: a file that this share listed is in the Library exactly while its [`State::is_listed`], with the stamp the
-//! roster has.
+//! Invariant: a file that this share listed is in the Library exactly while its [`FileState::is_listed`], with the stamp
+//! the roster has.
 //!
 //! Names: of two files with one name in two shares, that of the share added first is listed, of two in one share (names
-//! are compared in NFC) the one that was there first. The other waits as [`State::Clash`] and is tried again at every
-//! rescan.
+//! are compared in NFC) the one that was there first. The other waits as [`FileState::Clash`] and is tried again at
+//! every rescan.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use crate::peer::sharing::file_table::{Known, Roster, State};
+use crate::peer::sharing::file_table::{FileState, KnownFile, Roster};
 use crate::peer::sharing::hasher::{Hashed, Stamp};
 use crate::peer::sharing::index::Index;
 use crate::peer::sharing::library::{Library, Location, Published};
@@ -73,7 +73,7 @@ impl Offers {
         let (stamp, is_young) = (hashed.stamp, hashed.is_young());
         let (root, name) = (self.path.clone(), known.name.clone());
         let state = if self.earlier.iter().any(|walk| walk.has(&name)) {
-            State::Clash
+            FileState::Clash
         } else {
             let location = Location {
                 root,
@@ -82,12 +82,12 @@ impl Offers {
                 name,
             };
             match self.library.publish(location, hashed.manifest) {
-                Published::Clash(_) => State::Clash,
-                Published::New | Published::Same if is_young => State::Young,
-                Published::New | Published::Same => State::Listed,
+                Published::Clash(_) => FileState::Clash,
+                Published::New | Published::Same if is_young => FileState::Young,
+                Published::New | Published::Same => FileState::Listed,
             }
         };
-        if state == State::Young {
+        if state == FileState::Young {
             again.push((self.path.join(relative), until_proof(&stamp)));
         }
         self.set(relative, state);
@@ -98,9 +98,9 @@ impl Offers {
     pub(super) fn replace(
         &mut self,
         relative: PathBuf,
-        known: Known,
+        known: KnownFile,
         again: &mut Again,
-    ) -> (bool, Option<Known>) {
+    ) -> (bool, Option<KnownFile>) {
         let before = self.roster.put(relative.clone(), known);
         if self.offer(relative, again) {
             return (true, before);
@@ -112,7 +112,7 @@ impl Offers {
     }
 
     /// Gives a file another state, and takes it off the Library if that is what it means.
-    pub(super) fn set(&mut self, relative: &Path, state: State) {
+    pub(super) fn set(&mut self, relative: &Path, state: FileState) {
         if let Some(before) = self.roster.set(relative, state)
             && before.state.is_listed()
             && !state.is_listed()

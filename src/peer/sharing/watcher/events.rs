@@ -1,10 +1,10 @@
-//! What the crate `notify` tells of the directories of a share, as [`Change`]s.
+//! What the crate `notify` tells of the directories of a share, as [`DiskChange`]s.
 //!
 //! Every directory has a watch of its own, set by the scan before it lists the directory. What only reads a file is not
 //! asked for: each file that a source serves would be two events, and a fast reader of a big share could fill the queue.
 //!
 //! Invariant: whatever is told becomes a change of the path that the directory had when the scan last met it, and a full
-//! queue, the kernel's or this one, becomes [`Change::Overflow`].
+//! queue, the kernel's or this one, becomes [`DiskChange::Overflow`].
 
 use std::io;
 use std::path::Path;
@@ -18,7 +18,7 @@ use rustix::io::Errno;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use super::{Change, MAX_PENDING, WatchError};
+use super::{DiskChange, MAX_PENDING, WatchError};
 
 /// What changes a directory or a file in it.
 const WATCHED: EventKindMask = EventKindMask::CORE.union(EventKindMask::ACCESS_CLOSE);
@@ -38,12 +38,12 @@ impl From<notify::Error> for WatchError {
 /// What was told and not taken yet. The thread that fills it never waits: a scan waits for that thread.
 #[derive(Default)]
 struct Queue {
-    changes: Mutex<Vec<Change>>,
+    changes: Mutex<Vec<DiskChange>>,
     filled: Notify,
 }
 
 impl Queue {
-    fn changes(&self) -> MutexGuard<'_, Vec<Change>> {
+    fn changes(&self) -> MutexGuard<'_, Vec<DiskChange>> {
         self.changes
             .lock()
             .expect("no panic while the lock is held")
@@ -53,10 +53,10 @@ impl Queue {
         let mut changes = self.changes();
         match told {
             Ok(event) => changes.extend(translate(event)),
-            Err(_) => changes.push(Change::Overflow),
+            Err(_) => changes.push(DiskChange::Overflow),
         }
         if changes.len() > MAX_PENDING {
-            *changes = vec![Change::Overflow];
+            *changes = vec![DiskChange::Overflow];
         }
         drop(changes);
         self.filled.notify_one();
@@ -68,9 +68,9 @@ pub struct Watcher(RecommendedWatcher);
 
 impl Watcher {
     /// A watcher without watches, and where its changes arrive.
-    pub fn start() -> Result<(Self, Changes), WatchError> {
+    pub fn start() -> Result<(Self, DiskChanges), WatchError> {
         let (queue, ended) = (Arc::new(Queue::default()), CancellationToken::new());
-        let changes = Changes {
+        let changes = DiskChanges {
             queue: queue.clone(),
             ended: ended.clone(),
         };
@@ -111,17 +111,17 @@ fn is_skipped(error: &notify::Error) -> bool {
 }
 
 /// Where the changes of one [`Watcher`] arrive.
-pub struct Changes {
+pub struct DiskChanges {
     queue: Arc<Queue>,
     ended: CancellationToken,
 }
 
-impl Changes {
+impl DiskChanges {
     /// Waits for changes and appends them, at least one. Cancel safe.
-    pub async fn next(&mut self, into: &mut Vec<Change>) {
+    pub async fn next(&mut self, into: &mut Vec<DiskChange>) {
         loop {
             if self.ended.is_cancelled() {
-                return into.push(Change::Stopped);
+                return into.push(DiskChange::Stopped);
             }
             let mut changes = std::mem::take(&mut *self.queue.changes());
             if !changes.is_empty() {
@@ -136,22 +136,22 @@ impl Changes {
 }
 
 /// What an event says; of a move both ends are told of before the move itself.
-fn translate(event: Event) -> Vec<Change> {
+fn translate(event: Event) -> Vec<DiskChange> {
     if event.need_rescan() {
-        return vec![Change::Overflow];
+        return vec![DiskChange::Overflow];
     }
     let mut paths = event.paths.into_iter();
     if event.kind == EventKind::Modify(ModifyKind::Name(RenameMode::Both))
         && let (Some(from), Some(to)) = (paths.next(), paths.next())
     {
-        return vec![Change::Moved(from, to)];
+        return vec![DiskChange::Moved(from, to)];
     }
     let change = match event.kind {
-        EventKind::Access(AccessKind::Close(AccessMode::Write)) => Change::Closed,
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => DiskChange::Closed,
         EventKind::Modify(ModifyKind::Name(_))
         | EventKind::Create(CreateKind::Folder)
-        | EventKind::Remove(_) => Change::Replaced,
-        _ => Change::Touched,
+        | EventKind::Remove(_) => DiskChange::Replaced,
+        _ => DiskChange::Touched,
     };
     paths.map(change).collect()
 }
@@ -170,7 +170,10 @@ mod tests {
     const LONG: Duration = Duration::from_secs(20);
 
     /// Changes until one satisfies `end`.
-    async fn until(changes: &mut Changes, end: impl Fn(&Change) -> bool) -> Vec<Change> {
+    async fn until(
+        changes: &mut DiskChanges,
+        end: impl Fn(&DiskChange) -> bool,
+    ) -> Vec<DiskChange> {
         let mut seen = vec![];
         while !seen.iter().any(&end) {
             timeout(LONG, changes.next(&mut seen))
@@ -187,30 +190,36 @@ mod tests {
         watcher.watch(dir.path()).unwrap();
         let [a, b, sub] = ["a", "b", "sub"].map(|name| dir.path().join(name));
         fs::write(&a, "x").unwrap();
-        until(&mut changes, |change| *change == Change::Closed(a.clone())).await;
+        until(&mut changes, |change| {
+            *change == DiskChange::Closed(a.clone())
+        })
+        .await;
         fs::read(&a).unwrap();
         fs::rename(&a, &b).unwrap();
-        let seen = until(&mut changes, |change| matches!(change, Change::Moved(..))).await;
+        let seen = until(&mut changes, |change| {
+            matches!(change, DiskChange::Moved(..))
+        })
+        .await;
         let moved = [
-            Change::Replaced(a.clone()),
-            Change::Replaced(b.clone()),
-            Change::Moved(a, b.clone()),
+            DiskChange::Replaced(a.clone()),
+            DiskChange::Replaced(b.clone()),
+            DiskChange::Moved(a, b.clone()),
         ];
         assert_eq!(seen, moved);
         fs::remove_file(&b).unwrap();
         fs::create_dir(&sub).unwrap();
         let seen = until(&mut changes, |change| {
-            *change == Change::Replaced(sub.clone())
+            *change == DiskChange::Replaced(sub.clone())
         })
         .await;
-        assert!(seen.contains(&Change::Replaced(b)));
+        assert!(seen.contains(&DiskChange::Replaced(b)));
         fs::remove_dir_all(dir.path()).unwrap();
         until(&mut changes, |change| {
-            *change == Change::Replaced(dir.path().to_path_buf())
+            *change == DiskChange::Replaced(dir.path().to_path_buf())
         })
         .await;
         drop(watcher);
-        until(&mut changes, |change| *change == Change::Stopped).await;
+        until(&mut changes, |change| *change == DiskChange::Stopped).await;
     }
 
     fn n_watches(watcher: &Watcher) -> usize {
@@ -232,7 +241,7 @@ mod tests {
         }
         fs::write(deep.join("file"), "x").unwrap();
         until(&mut changes, |change| {
-            *change == Change::Closed(deep.join("file"))
+            *change == DiskChange::Closed(deep.join("file"))
         })
         .await;
         assert_eq!(n_watches(&watcher), 3);
@@ -241,12 +250,12 @@ mod tests {
         fs::rename(&new, &away).unwrap();
         symlink(&away, &new).unwrap();
         until(&mut changes, |change| {
-            *change == Change::Replaced(new.clone())
+            *change == DiskChange::Replaced(new.clone())
         })
         .await;
         fs::write(dir.path().join("end"), "x").unwrap();
         until(&mut changes, |change| {
-            *change == Change::Closed(dir.path().join("end"))
+            *change == DiskChange::Closed(dir.path().join("end"))
         })
         .await;
         assert_eq!(n_watches(&watcher), 1);
@@ -259,9 +268,9 @@ mod tests {
             let created = Event::new(EventKind::Create(CreateKind::File));
             queue.push(Ok(created.add_path(n.to_string().into())));
         }
-        assert_eq!(*queue.changes(), [Change::Overflow]);
+        assert_eq!(*queue.changes(), [DiskChange::Overflow]);
         let lost = Event::new(EventKind::Other).set_flag(notify::event::Flag::Rescan);
-        assert_eq!(translate(lost), [Change::Overflow]);
+        assert_eq!(translate(lost), [DiskChange::Overflow]);
     }
 
     #[tokio::test]
