@@ -29,9 +29,9 @@ use crate::{
 mod reader;
 mod state;
 
+use reader::ReadFrom;
 pub use reader::Reader;
-use reader::Source;
-use state::{Held, State};
+use state::{ContentPlace, LibraryState};
 
 /// Copies of one content that are tried before a request fails.
 const MAX_TRIES: usize = 16;
@@ -124,7 +124,7 @@ pub enum ServeError {
 pub struct Library(Arc<Shared>);
 
 struct Shared {
-    state: Mutex<State>,
+    state: Mutex<LibraryState>,
     /// The listing's version.
     changed: watch::Sender<u64>,
     /// Rises whenever a piece of a download, or a whole content, comes or goes.
@@ -141,18 +141,18 @@ impl Library {
     /// An empty library, of version 1.
     pub fn new() -> Self {
         Self(Arc::new(Shared {
-            state: Mutex::new(State::new()),
+            state: Mutex::new(LibraryState::new()),
             changed: watch::Sender::new(1),
             haves: watch::Sender::new(0),
         }))
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, LibraryState> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs `change` and tells the watchers if the version rose.
-    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+    fn change<T>(&self, change: impl FnOnce(&mut LibraryState) -> T) -> T {
         let mut state = self.lock();
         let result = change(&mut state);
         let changed = self
@@ -333,8 +333,8 @@ impl Library {
         loop {
             let found = self.lock().held(id, &tried);
             let (manifest, source) = match found {
-                Some((manifest, Held::File(location))) => match self.open_file(&location) {
-                    Ok(file) => (manifest, Source::File { file, location }),
+                Some((manifest, ContentPlace::File(location))) => match self.open_file(&location) {
+                    Ok(file) => (manifest, ReadFrom::File { file, location }),
                     Err(error) if tried.len() + 1 == MAX_TRIES => return Err(error),
                     Err(error) => {
                         failure = error;
@@ -342,8 +342,8 @@ impl Library {
                         continue;
                     }
                 },
-                Some((manifest, Held::Part { file, token })) => {
-                    (manifest, Source::Part { file, token })
+                Some((manifest, ContentPlace::Part { file, token })) => {
+                    (manifest, ReadFrom::Part { file, token })
                 }
                 None => return Err(failure),
             };
@@ -357,13 +357,13 @@ impl Library {
 
     /// The download in progress of a content of which there is no file; does not block.
     pub fn open_part(&self, id: &ContentId) -> Option<Reader> {
-        let (manifest, Held::Part { file, token }) = self.lock().held(id, &[])? else {
+        let (manifest, ContentPlace::Part { file, token }) = self.lock().held(id, &[])? else {
             return None;
         };
         Some(Reader {
             library: self.clone(),
             manifest,
-            source: Source::Part { file, token },
+            source: ReadFrom::Part { file, token },
         })
     }
 

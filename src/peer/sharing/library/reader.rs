@@ -19,10 +19,10 @@ use crate::{content::Manifest, peer::sharing::hasher::Stamp};
 pub struct Reader {
     pub(super) library: Library,
     pub(super) manifest: Manifest,
-    pub(super) source: Source,
+    pub(super) source: ReadFrom,
 }
 
-pub(super) enum Source {
+pub(super) enum ReadFrom {
     File { file: File, location: Arc<Location> },
     Part { file: Arc<File>, token: u64 },
 }
@@ -55,7 +55,7 @@ impl Reader {
     /// The same of a download in progress, if the kernel has the bytes in memory; else, and if anything is wrong, none. Does
     /// not block.
     pub fn read_at_once(&self, offset: u64, len: u32) -> Option<Bytes> {
-        let Source::Part { file, token } = &self.source else {
+        let ReadFrom::Part { file, token } = &self.source else {
             return None;
         };
         if !self.has(offset, len) || self.holds(*token, offset, len).is_err() {
@@ -73,7 +73,7 @@ impl Reader {
     /// Reads from the present source; [`ServeError::Changed`] means that it is of no use any more.
     fn try_read(&self, offset: u64, len: u32) -> Result<Bytes, ServeError> {
         match &self.source {
-            Source::File { file, location } => {
+            ReadFrom::File { file, location } => {
                 let bytes = read_exact(file, offset, len as usize);
                 if Stamp::of(file)? == location.stamp {
                     return Ok(bytes?);
@@ -81,7 +81,7 @@ impl Reader {
                 self.library.suspect(location);
                 Err(ServeError::Changed)
             }
-            Source::Part { file, token } => {
+            ReadFrom::Part { file, token } => {
                 self.holds(*token, offset, len)?;
                 Ok(read_exact(file, offset, len as usize)?)
             }

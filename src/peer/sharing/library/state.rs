@@ -22,7 +22,7 @@ use crate::{
 pub(super) const MAX_LOG: usize = 65_536;
 
 /// What the lock guards. `files` of every entry, `paths` and the locations in `names` always tell the same.
-pub(super) struct State {
+pub(super) struct LibraryState {
     /// The listing.
     pub(super) names: BTreeMap<SafeName, Listed>,
     /// The names of the complete file at a path: several if shares overlap. In the order of the bytes: paths compare by their
@@ -51,10 +51,10 @@ pub(super) struct Entry {
     pub(super) manifest: Manifest,
     /// Its complete files, by name.
     pub(super) files: HashMap<SafeName, Arc<Location>>,
-    pub(super) part: Option<Part>,
+    pub(super) part: Option<PartialContent>,
 }
 
-pub(super) struct Part {
+pub(super) struct PartialContent {
     token: u64,
     file: Arc<File>,
     pub(super) have: HaveMap,
@@ -66,12 +66,12 @@ struct Change {
     before: Option<bool>,
 }
 
-pub(super) enum Held {
+pub(super) enum ContentPlace {
     File(Arc<Location>),
     Part { file: Arc<File>, token: u64 },
 }
 
-impl State {
+impl LibraryState {
     pub(super) fn new() -> Self {
         Self {
             names: BTreeMap::new(),
@@ -125,7 +125,7 @@ impl State {
         self.next_token += 1;
         let entry = self.entry(manifest);
         if entry.part.is_none() {
-            entry.part = Some(Part { token, file, have });
+            entry.part = Some(PartialContent { token, file, have });
             self.n_parts += 1;
             if !self.names.contains_key(name) {
                 self.list(name.clone(), id, None);
@@ -154,7 +154,7 @@ impl State {
     }
 
     /// The download in progress that this token names, if it is still on offer.
-    pub(super) fn part(&mut self, id: &ContentId, token: u64) -> Option<&mut Part> {
+    pub(super) fn part(&mut self, id: &ContentId, token: u64) -> Option<&mut PartialContent> {
         self.contents
             .get_mut(id)?
             .part
@@ -182,11 +182,15 @@ impl State {
     }
 
     /// Something to read the content from, except the files of the names in `tried`; a download comes last.
-    pub(super) fn held(&self, id: &ContentId, tried: &[SafeName]) -> Option<(Manifest, Held)> {
+    pub(super) fn held(
+        &self,
+        id: &ContentId,
+        tried: &[SafeName],
+    ) -> Option<(Manifest, ContentPlace)> {
         let entry = self.contents.get(id)?;
         let held = match entry.files.iter().find(|(name, _)| !tried.contains(name)) {
-            Some((_, location)) => Held::File(Arc::clone(location)),
-            None => entry.part.as_ref().map(|part| Held::Part {
+            Some((_, location)) => ContentPlace::File(Arc::clone(location)),
+            None => entry.part.as_ref().map(|part| ContentPlace::Part {
                 file: Arc::clone(&part.file),
                 token: part.token,
             })?,
