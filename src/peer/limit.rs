@@ -24,7 +24,7 @@ use tokio::{
 };
 
 pub use self::fair_queue::Rates;
-use self::fair_queue::{Next, Ticket, Turns};
+use self::fair_queue::{Ticket, Turn, Turns};
 use crate::identity::PeerId;
 
 /// No limit at all, as a rate.
@@ -239,14 +239,14 @@ impl Queue {
     fn grant(&mut self, now: Instant) -> Option<Instant> {
         loop {
             match self.turns.next(now.into_std()) {
-                Next::Granted(ticket) => {
+                Turn::Granted(ticket) => {
                     if let Some(grant) = self.waiting.remove(&ticket) {
                         // Who is gone by now gives the bytes back.
                         let _ = grant.send(());
                     }
                 }
-                Next::At(at) => return Some(Instant::from_std(at)),
-                Next::Idle => return None,
+                Turn::At(at) => return Some(Instant::from_std(at)),
+                Turn::Idle => return None,
             }
         }
     }

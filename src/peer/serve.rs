@@ -29,7 +29,7 @@ mod super_seed;
 
 pub use self::body::Uncopied;
 use self::{
-    body::Parts,
+    body::BodyParts,
     chunks::{Sending, ranges},
     have::Watching,
     report::Reports,
@@ -288,7 +288,7 @@ impl proto::chunk_service_server::ChunkService for ChunkServer {
         }));
         let mut answer =
             Response::new(Box::pin(futures_util::stream::empty()) as Self::GetChunksStream);
-        answer.extensions_mut().insert(Parts::new(receiver));
+        answer.extensions_mut().insert(BodyParts::new(receiver));
         Ok(answer)
     }
 

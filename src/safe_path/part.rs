@@ -206,12 +206,12 @@ pub struct PartFile {
     folder: Arc<Folder>,
     pub(super) name: SafeName,
     file: Arc<File>,
-    part: Option<Part>,
+    part: Option<NamedPart>,
 }
 
 /// The `.part` of a file that has one.
 #[derive(Debug)]
-pub(super) struct Part {
+pub(super) struct NamedPart {
     pub(super) name: String,
     /// Device and inode.
     pub(super) id: (u64, u64),
@@ -224,7 +224,7 @@ impl PartFile {
         folder: Arc<Folder>,
         name: SafeName,
         file: File,
-        part: Option<Part>,
+        part: Option<NamedPart>,
     ) -> Self {
         Self {
             root,
@@ -351,7 +351,7 @@ impl PartFile {
     }
 
     /// Whether the name of the `.part` is still this very file.
-    fn is_at(&self, part: &Part) -> io::Result<bool> {
+    fn is_at(&self, part: &NamedPart) -> io::Result<bool> {
         match statat(&self.folder, &part.name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => Ok(false),
             other => other

@@ -31,7 +31,7 @@ use rustix::{
 
 use super::{
     SafeName, absolute,
-    part::{Folder, Part, PartFile, part_name},
+    part::{Folder, NamedPart, PartFile, part_name},
     refuse, with_path,
 };
 
@@ -174,7 +174,7 @@ impl Root {
             let id = must_be_ours_alone(&file, path)?;
             match found {
                 Ok(found) if (found.st_dev, found.st_ino) == id => {
-                    let part = Some(Part {
+                    let part = Some(NamedPart {
                         name: part,
                         id,
                         existed,

@@ -40,7 +40,7 @@ pub(super) struct Ticket(u64);
 
 /// What can be done now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Next {
+pub(super) enum Turn {
     /// These bytes may go; they are charged.
     Granted(Ticket),
     /// Nobody's may; look again then.
@@ -98,7 +98,7 @@ impl Turns {
     }
 
     /// Grants the next one's bytes if they may go now.
-    pub(super) fn next(&mut self, now: Instant) -> Next {
+    pub(super) fn next(&mut self, now: Instant) -> Turn {
         let mut first: Option<((u64, Ticket), PeerId, u32)> = None;
         let mut soonest: Option<Instant> = None;
         for (id, peer) in &self.peers {
@@ -117,7 +117,7 @@ impl Turns {
         }
         let Some(((_, ticket), id, bytes)) = first else {
             if let Some(at) = soonest {
-                return Next::At(at);
+                return Turn::At(at);
             }
             // Nobody was kept waiting for what another had: all are even.
             self.now_at = self
@@ -126,12 +126,12 @@ impl Turns {
                 .map(|peer| peer.start)
                 .max()
                 .unwrap_or(self.now_at);
-            return Next::Idle;
+            return Turn::Idle;
         };
         if let Some(total) = &mut self.total {
             let at = total.ready_at(bytes);
             if at > now {
-                return Next::At(at);
+                return Turn::At(at);
             }
             total.take(bytes.into(), now);
         }
@@ -143,7 +143,7 @@ impl Turns {
             self.now_at = self.now_at.max(peer.start);
             peer.start = (peer.start + u64::from(bytes)).max(self.now_at);
         }
-        Next::Granted(ticket)
+        Turn::Granted(ticket)
     }
 
     /// Leaves the queue; false if the bytes were granted.
@@ -319,17 +319,17 @@ mod tests {
                 !due
             });
             let wake = match turns.next(now) {
-                Next::Granted(ticket) => {
+                Turn::Granted(ticket) => {
                     let i = owners.remove(&ticket).unwrap();
                     log.push((now - start, i, demands[i].bytes.into()));
                     asking.push((now + demands[i].pause, i));
                     continue;
                 }
-                Next::At(at) => {
+                Turn::At(at) => {
                     assert!(at > now, "a time to come");
                     Some(at + late)
                 }
-                Next::Idle => None,
+                Turn::Idle => None,
             };
             let news = asking
                 .iter()
@@ -366,12 +366,12 @@ mod tests {
             .map(|i| turns.ask(peer(i % 7), u32::MAX, now))
             .collect();
         let granted: Vec<_> = std::iter::from_fn(|| match turns.next(now) {
-            Next::Granted(ticket) => Some(ticket),
+            Turn::Granted(ticket) => Some(ticket),
             _ => None,
         })
         .collect();
         assert_eq!(granted.len(), tickets.len());
-        assert_eq!(turns.next(now), Next::Idle);
+        assert_eq!(turns.next(now), Turn::Idle);
     }
 
     #[test]
@@ -468,9 +468,9 @@ mod tests {
         let mut turns = Turns::default();
         turns.set(rates(100_000, None), now);
         let first = turns.ask(peer(1), 1_000_000, now);
-        assert_eq!(turns.next(now), Next::Granted(first));
+        assert_eq!(turns.next(now), Turn::Granted(first));
         let (second, third) = (turns.ask(peer(1), 5, now), turns.ask(peer(1), 7, now));
-        assert!(matches!(turns.next(now), Next::At(at) if at > now + 9 * SECOND));
+        assert!(matches!(turns.next(now), Turn::At(at) if at > now + 9 * SECOND));
         assert!(
             turns.cancel(peer(1), second)
                 && !turns.cancel(peer(1), second)
@@ -478,11 +478,11 @@ mod tests {
         );
         // The long one went unused.
         turns.correct(peer(1), 1_000_000, 0, now);
-        assert_eq!(turns.next(now), Next::Granted(third));
-        assert_eq!(turns.next(now), Next::Idle);
+        assert_eq!(turns.next(now), Turn::Granted(third));
+        assert_eq!(turns.next(now), Turn::Idle);
         turns.correct(peer(1), 0, 1_000_000, now);
         turns.ask(peer(1), 5, now);
-        assert!(matches!(turns.next(now), Next::At(at) if at > now + 9 * SECOND));
+        assert!(matches!(turns.next(now), Turn::At(at) if at > now + 9 * SECOND));
     }
 
     #[test]
@@ -493,7 +493,7 @@ mod tests {
         for i in 0..10_000_usize {
             let now = start + SECOND * u32::try_from(i).unwrap();
             turns.ask(peer(i % 250), 1000, now);
-            assert!(matches!(turns.next(now), Next::Granted(_)) && turns.next(now) == Next::Idle);
+            assert!(matches!(turns.next(now), Turn::Granted(_)) && turns.next(now) == Turn::Idle);
             assert!(turns.peers.len() < 8, "{}", turns.peers.len());
         }
     }
@@ -584,16 +584,16 @@ mod tests {
             }
             for _ in 0..1000 {
                 match turns.next(now) {
-                    Next::Granted(ticket) => {
+                    Turn::Granted(ticket) => {
                         let owner = waiting.values_mut().find(|queue| queue.front() == Some(&ticket));
                         prop_assert!(owner.is_some(), "out of order");
                         owner.unwrap().pop_front();
                     }
-                    Next::At(at) => {
+                    Turn::At(at) => {
                         prop_assert!(at > now && at < now + 200 * SECOND, "{:?}", at - now);
                         now = at;
                     }
-                    Next::Idle => break,
+                    Turn::Idle => break,
                 }
             }
             prop_assert!(waiting.values().all(VecDeque::is_empty));

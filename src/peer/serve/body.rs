@@ -23,21 +23,21 @@ use tower::Service;
 
 /// A message in two parts that follow each other on the wire; the second may be empty.
 #[derive(Debug)]
-pub(super) struct Part {
+pub(super) struct BodyPart {
     pub(super) head: Bytes,
     pub(super) data: Bytes,
 }
 
 /// The real stream, on its way through tonic.
 #[derive(Clone)]
-pub(super) struct Parts(Arc<Mutex<Option<mpsc::Receiver<Part>>>>);
+pub(super) struct BodyParts(Arc<Mutex<Option<mpsc::Receiver<BodyPart>>>>);
 
-impl Parts {
-    pub(super) fn new(receiver: mpsc::Receiver<Part>) -> Self {
+impl BodyParts {
+    pub(super) fn new(receiver: mpsc::Receiver<BodyPart>) -> Self {
         Self(Arc::new(Mutex::new(Some(receiver))))
     }
 
-    fn take(&self) -> Option<mpsc::Receiver<Part>> {
+    fn take(&self) -> Option<mpsc::Receiver<BodyPart>> {
         self.0
             .lock()
             .expect("no panic while the lock is held")
@@ -45,7 +45,7 @@ impl Parts {
     }
 }
 
-/// A service whose answers may carry `Parts`.
+/// A service whose answers may carry `BodyParts`.
 #[derive(Clone, Debug)]
 pub struct Uncopied<S>(pub S);
 
@@ -72,7 +72,7 @@ where
             let mut answer = answer.await?;
             if let Some(parts) = answer
                 .extensions_mut()
-                .remove::<Parts>()
+                .remove::<BodyParts>()
                 .and_then(|parts| parts.take())
             {
                 *answer.body_mut() = Body::new(PartsBody {
@@ -88,7 +88,7 @@ where
 
 struct PartsBody {
     /// None once the trailers are out.
-    parts: Option<mpsc::Receiver<Part>>,
+    parts: Option<mpsc::Receiver<BodyPart>>,
     /// What belongs after the head that went out last.
     data: Bytes,
 }
@@ -137,7 +137,7 @@ mod tests {
         let (sender, receiver) = mpsc::channel(2);
         for (head, data) in [(&b"head"[..], payload.clone()), (b"end", Bytes::new())] {
             sender
-                .send(Part {
+                .send(BodyPart {
                     head: Bytes::from_static(head),
                     data,
                 })
@@ -145,7 +145,7 @@ mod tests {
                 .unwrap();
         }
         drop(sender);
-        let parts = Parts::new(receiver);
+        let parts = BodyParts::new(receiver);
         let service = Uncopied(service_fn(move |_: Request<Body>| {
             let mut answer = Response::new(Body::empty());
             answer.extensions_mut().insert(parts.clone());

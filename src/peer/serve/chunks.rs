@@ -18,7 +18,8 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
 
 use super::{
-    super::limit::Lane, NO_PROGRESS, Served, blocking, body::Part, content_error, report::Reports,
+    super::limit::Lane, NO_PROGRESS, Served, blocking, body::BodyPart, content_error,
+    report::Reports,
     super_seed::Crowds,
 };
 use crate::peer::sharing::library::{Have, Library, Reader, ServeError};
@@ -119,7 +120,7 @@ pub(super) struct Sending {
     pub(super) first_copies: bool,
     pub(super) lane: Lane,
     pub(super) chunk_length: u32,
-    pub(super) sender: mpsc::Sender<Part>,
+    pub(super) sender: mpsc::Sender<BodyPart>,
     /// Where the time went so far.
     pub(super) spent: Spent,
 }
@@ -279,7 +280,7 @@ impl Sending {
             let data = bytes.split_to(self.chunk_at(at, span).min(bytes.len()));
             let len = u32::try_from(data.len()).unwrap_or(u32::MAX);
             self.pay(len).await?;
-            self.send(Part {
+            self.send(BodyPart {
                 head: framing::chunk_head(range, at, len),
                 data,
             })
@@ -316,14 +317,14 @@ impl Sending {
 
     async fn message(&mut self, part: get_chunks_response::Part) -> Result<(), Gone> {
         let head = framing::framed(&GetChunksResponse { part: Some(part) });
-        self.send(Part {
+        self.send(BodyPart {
             head,
             data: Bytes::new(),
         })
         .await
     }
 
-    async fn send(&mut self, part: Part) -> Result<(), Gone> {
+    async fn send(&mut self, part: BodyPart) -> Result<(), Gone> {
         let waiting = Instant::now();
         let sent = self.sender.send_timeout(part, NO_PROGRESS).await;
         self.spent.network += micros(waiting);
