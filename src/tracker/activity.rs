@@ -31,7 +31,7 @@ const MAX_RATE: u64 = 1 << 40;
 
 /// What a peer said last.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Report {
+pub struct ActivityReport {
     /// Bytes since it started.
     pub sent: u64,
     /// Bytes since it started.
@@ -63,7 +63,7 @@ pub struct Transfer {
     pub sources: Vec<(PeerId, u64)>,
 }
 
-impl TryFrom<proto::Activity> for Report {
+impl TryFrom<proto::Activity> for ActivityReport {
     type Error = WireError;
 
     fn try_from(said: proto::Activity) -> Result<Self, WireError> {
@@ -129,7 +129,7 @@ impl TryFrom<proto::Transfer> for Transfer {
     }
 }
 
-impl Report {
+impl ActivityReport {
     fn entries(&self) -> usize {
         self.transfers
             .iter()
@@ -144,7 +144,7 @@ pub struct Heard {
     /// When its lease was last renewed.
     pub at: Instant,
     /// None until its first heartbeat with a report.
-    pub report: Option<Arc<Report>>,
+    pub report: Option<Arc<ActivityReport>>,
 }
 
 /// What all peers say.
@@ -184,7 +184,7 @@ impl Activity {
     }
 
     /// A peer's lease was renewed; a heartbeat brings what it moves.
-    pub fn heard(&self, peer: PeerId, report: Option<Report>, now: Instant) {
+    pub fn heard(&self, peer: PeerId, report: Option<ActivityReport>, now: Instant) {
         let state = &mut *self.lock();
         state.seen.insert(peer, unix_seconds());
         let before = state.forget(peer);
@@ -322,10 +322,10 @@ mod tests {
         }
     }
 
-    fn received(bytes: u64) -> Option<Report> {
-        Some(Report {
+    fn received(bytes: u64) -> Option<ActivityReport> {
+        Some(ActivityReport {
             received: bytes,
-            ..Report::default()
+            ..ActivityReport::default()
         })
     }
 
@@ -336,7 +336,7 @@ mod tests {
             transfers,
             ..Default::default()
         };
-        let report = Report::try_from(said(vec![transfer(256)])).unwrap();
+        let report = ActivityReport::try_from(said(vec![transfer(256)])).unwrap();
         let shown = &report.transfers[0];
         assert_eq!(
             (report.sent, shown.bytes_done, shown.rate),
@@ -346,7 +346,7 @@ mod tests {
             (shown.files_done, shown.sources.len()) == (MAX_NUMBER, 256)
                 && shown.sources[9].1 == MAX_RATE
         );
-        assert!(Report::try_from(said(vec![transfer(3); 64])).is_ok());
+        assert!(ActivityReport::try_from(said(vec![transfer(3); 64])).is_ok());
         for bad in [
             vec![transfer(0); 65],
             vec![transfer(129); 2],
@@ -359,7 +359,7 @@ mod tests {
                 ..Default::default()
             }],
         ] {
-            assert!(Report::try_from(said(bad)).is_err());
+            assert!(ActivityReport::try_from(said(bad)).is_err());
         }
     }
 
@@ -391,7 +391,7 @@ mod tests {
             bytes_sent: 7,
             ..Default::default()
         };
-        let report = Report::try_from(said).unwrap();
+        let report = ActivityReport::try_from(said).unwrap();
         for n in 0..1_500 {
             activity.heard(peer(n), Some(report.clone()), start);
         }

@@ -35,7 +35,7 @@ mod now;
 mod swarm;
 
 use self::{
-    files::{Files, Part},
+    files::{Files, PageRange},
     members::Members,
 };
 use super::{
@@ -284,16 +284,16 @@ async fn history(State(dashboard): Shown) -> Result<Response, Trouble> {
 
 async fn files(
     State(dashboard): Shown,
-    Query(wanted): Query<files::Wanted>,
-    Query(part): Query<Part>,
+    Query(wanted): Query<files::FilesQuery>,
+    Query(part): Query<PageRange>,
 ) -> Result<Response, Trouble> {
     json(&dashboard.files.page(wanted, part).await?)
 }
 
 async fn members(
     State(dashboard): Shown,
-    Query(wanted): Query<members::Wanted>,
-    Query(part): Query<Part>,
+    Query(wanted): Query<members::MembersQuery>,
+    Query(part): Query<PageRange>,
 ) -> Result<Response, Trouble> {
     json(&dashboard.members.page(&wanted, part).await?)
 }

@@ -42,13 +42,13 @@ use self::{
     metrics::Figures,
     presence::PresenceKeeper,
     registry::Registry,
-    service::Service,
+    service::TrackerServer,
     store::{Budget, MemoryStore, Store},
 };
 use crate::{
     exit::{Exit, Failed},
     identity::{CertificateFacts, base32},
-    net::{self, Connection, Front, Limits, Listener},
+    net::{self, Connection, Front, Listener, Limits},
     operator,
     proto::{
         self, admin_service_server::AdminServiceServer,
@@ -193,7 +193,7 @@ impl Tracker {
         let now = Instant::now();
         let activity = Arc::new(Activity::new(options.heartbeat, options.lease, now));
         let presence = PresenceKeeper::open(state, options.lease, now);
-        let service = Service::new(
+        let service = TrackerServer::new(
             store.clone(),
             authority.clone(),
             trust.clone(),
@@ -235,12 +235,14 @@ impl Tracker {
         listener: TcpListener,
         shown: &Shown,
         trust: &Arc<Trust>,
-        (service, enrollment): (Service, Enrollment),
+        (service, enrollment): (TrackerServer, Enrollment),
     ) -> Result<()> {
         let service = TrackerServiceServer::new(service)
             .max_decoding_message_size(proto::MAX_TRACKER_MESSAGE);
         let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_serving::<TrackerServiceServer<Service>>().await;
+        health
+            .set_serving::<TrackerServiceServer<TrackerServer>>()
+            .await;
         let members = proto::with_reflection(
             Routes::new(service).add_service(health_service),
             "sprat.v1.TrackerService",

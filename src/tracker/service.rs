@@ -19,7 +19,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
-    activity::{Activity, Report},
+    activity::{Activity, ActivityReport},
     authority::Authority,
     presence::{PresenceKeeper, Standing},
     store::{Heartbeat, Registered, Registration, SWEEP_INTERVAL, Store, StoreError},
@@ -53,7 +53,7 @@ const MAX_WATCHED: usize = 1024;
 const WATCH_QUEUE: usize = 256;
 
 /// The tracker's answers.
-pub struct Service {
+pub struct TrackerServer {
     store: Arc<dyn Store>,
     authority: Arc<Authority>,
     trust: Arc<Trust>,
@@ -64,7 +64,7 @@ pub struct Service {
     tasks: TaskTracker,
 }
 
-impl Service {
+impl TrackerServer {
     /// Answers from `store`; what peers move, and the intervals that they are told, are in `activity`, and how whole
     /// the listing is in `presence`; streams run in `tasks`.
     #[must_use]
@@ -236,7 +236,7 @@ pub(super) async fn sweep(
 }
 
 #[tonic::async_trait]
-impl proto::tracker_service_server::TrackerService for Service {
+impl proto::tracker_service_server::TrackerService for TrackerServer {
     async fn register(
         &self,
         request: Request<Streaming<RegisterRequest>>,
@@ -274,7 +274,7 @@ impl proto::tracker_service_server::TrackerService for Service {
         let peer = require(&caller(&request)?, &[Role::Peer])?;
         let request = request.into_inner();
         own_id(&request.peer_id, peer)?;
-        let report = request.activity.map(Report::try_from).transpose()?;
+        let report = request.activity.map(ActivityReport::try_from).transpose()?;
         let state = if request.leaving {
             self.presence.left(peer);
             if self

@@ -47,7 +47,7 @@ enum Sort {
 /// Which files in which order.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
-pub(super) struct Wanted {
+pub(super) struct FilesQuery {
     /// Part of the name, or the beginning of the content id.
     text: String,
     only: Only,
@@ -58,12 +58,12 @@ pub(super) struct Wanted {
 /// Which rows of them.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct Part {
+pub(super) struct PageRange {
     offset: usize,
     limit: usize,
 }
 
-impl Part {
+impl PageRange {
     /// The wanted part of `all`, or its last page if it ends before that, and where it begins.
     pub(super) fn of<T>(self, all: &[T]) -> (usize, &[T]) {
         let limit = if self.limit == 0 {
@@ -82,7 +82,7 @@ impl Part {
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct Page {
+pub(super) struct FilesPage {
     total: usize,
     matching: usize,
     offset: usize,
@@ -100,7 +100,7 @@ struct Row {
 
 /// All files in a few numbers.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub(super) struct Summary {
+pub(super) struct FilesSummary {
     /// Names.
     files: usize,
     contents: usize,
@@ -116,15 +116,15 @@ pub(super) struct Listing {
     rows: Vec<Surveyed>,
     /// A row of each content.
     by_content: HashMap<ContentId, u32>,
-    pub(super) summary: Summary,
+    pub(super) summary: FilesSummary,
 }
 
 impl Listing {
     fn new(rows: Vec<Surveyed>) -> Self {
         let mut by_content = HashMap::with_capacity(rows.len());
-        let mut summary = Summary {
+        let mut summary = FilesSummary {
             files: rows.len(),
-            ..Summary::default()
+            ..FilesSummary::default()
         };
         for (at, row) in (0..).zip(&rows) {
             if by_content.insert(row.key.content_id, at).is_none() {
@@ -152,7 +152,7 @@ impl Listing {
     }
 
     /// The positions of the wanted rows.
-    fn find(&self, wanted: &Wanted) -> Result<Vec<u32>, Trouble> {
+    fn find(&self, wanted: &FilesQuery) -> Result<Vec<u32>, Trouble> {
         let text = wanted.text.trim();
         let matcher = Query {
             text: Some(text.to_owned()),
@@ -198,7 +198,7 @@ pub(super) struct Files {
 
 struct View {
     listing: Arc<Listing>,
-    wanted: Wanted,
+    wanted: FilesQuery,
     found: Arc<Vec<u32>>,
 }
 
@@ -219,7 +219,11 @@ impl Files {
         self.listing.get(survey).await
     }
 
-    pub(super) async fn page(&self, wanted: Wanted, part: Part) -> Result<Page, Trouble> {
+    pub(super) async fn page(
+        &self,
+        wanted: FilesQuery,
+        part: PageRange,
+    ) -> Result<FilesPage, Trouble> {
         let listing = self.listing().await?;
         let found = match self.seen(&listing, &wanted) {
             Some(found) => found,
@@ -245,7 +249,7 @@ impl Files {
                 complete: row.n_complete,
                 partial: row.n_partial,
             });
-        Ok(Page {
+        Ok(FilesPage {
             total: listing.rows.len(),
             matching: found.len(),
             offset,
@@ -257,7 +261,7 @@ impl Files {
         self.views.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn seen(&self, listing: &Arc<Listing>, wanted: &Wanted) -> Option<Arc<Vec<u32>>> {
+    fn seen(&self, listing: &Arc<Listing>, wanted: &FilesQuery) -> Option<Arc<Vec<u32>>> {
         let mut views = self.views();
         views.retain(|view| Arc::ptr_eq(&view.listing, listing));
         views

@@ -13,7 +13,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
 
-use super::{Trouble, files::Part, kept::Kept};
+use super::{Trouble, files::PageRange, kept::Kept};
 use crate::{
     catalog::PeerRecord,
     identity::PeerId,
@@ -75,7 +75,7 @@ enum Sort {
 /// Which members in which order.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct Wanted {
+pub(super) struct MembersQuery {
     /// Part of the peer id or of an address.
     text: String,
     state: Option<State>,
@@ -84,7 +84,7 @@ pub(super) struct Wanted {
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct Page {
+pub(super) struct MembersPage {
     total: usize,
     matching: usize,
     offset: usize,
@@ -93,7 +93,7 @@ pub(super) struct Page {
 
 /// All members in a few numbers.
 #[derive(Clone, Debug, Default, Serialize)]
-pub(super) struct Summary {
+pub(super) struct MembersSummary {
     online: usize,
     away: usize,
     unseen: usize,
@@ -110,7 +110,7 @@ pub(super) struct Summary {
 /// The members at a moment.
 pub(super) struct Roll {
     members: Vec<Member>,
-    pub(super) summary: Summary,
+    pub(super) summary: MembersSummary,
     /// Who is here, with the number of files.
     pub(super) online: HashMap<PeerId, usize>,
 }
@@ -163,7 +163,7 @@ impl Known {
             .into_iter()
             .map(|peer| self.member(*peer, now))
             .collect();
-        let mut summary = Summary::default();
+        let mut summary = MembersSummary::default();
         for member in &members {
             *match member.state {
                 State::Online => &mut summary.online,
@@ -248,7 +248,11 @@ impl Members {
         self.roll.get(call).await
     }
 
-    pub(super) async fn page(&self, wanted: &Wanted, part: Part) -> Result<Page, Trouble> {
+    pub(super) async fn page(
+        &self,
+        wanted: &MembersQuery,
+        part: PageRange,
+    ) -> Result<MembersPage, Trouble> {
         let roll = self.roll().await?;
         let text = wanted.text.trim().to_lowercase();
         let is_wanted = |member: &&Member| {
@@ -279,7 +283,7 @@ impl Members {
         }
         let (offset, rows) = part.of(&found);
         let rows = rows.iter().map(|member| (*member).clone()).collect();
-        Ok(Page {
+        Ok(MembersPage {
             total: roll.members.len(),
             matching: found.len(),
             offset,

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 use serde::Serialize;
 use tokio::task::spawn_blocking;
 
-use super::{Dashboard, Trouble, files, members, swarm::Swarm};
+use super::{Dashboard, Trouble, files, members, swarm::SwarmView};
 use crate::{identity::CertificateFacts, tls::LiveCertificate, tracker::activity::unix_seconds};
 
 /// Buckets of the history that come with each event: the one that fills, and those that may have changed since the last
@@ -19,10 +19,10 @@ pub(super) struct Now {
     /// Seconds since the epoch, as all times here.
     time: u64,
     network: Network,
-    files: files::Summary,
-    members: members::Summary,
+    files: files::FilesSummary,
+    members: members::MembersSummary,
     health: Health,
-    swarm: Swarm,
+    swarm: SwarmView,
     history: Recent,
 }
 
@@ -73,7 +73,7 @@ impl Dashboard {
         let roll = self.members.roll().await?;
         let heard = self.parts.activity.peers();
         let (files, members) = (listing.summary.clone(), roll.summary.clone());
-        let swarm = spawn_blocking(move || Swarm::new(&heard, &roll.online, &listing)).await?;
+        let swarm = spawn_blocking(move || SwarmView::new(&heard, &roll.online, &listing)).await?;
         let (first, mut bytes) = self.parts.activity.history(Instant::now());
         let older = bytes.len().saturating_sub(RECENT);
         Ok(Now {

@@ -25,7 +25,7 @@ const TRANSFERS: usize = 100;
 const SOURCES: usize = 8;
 
 #[derive(Debug, Default, Serialize)]
-pub(super) struct Swarm {
+pub(super) struct SwarmView {
     /// Those that move most.
     nodes: Vec<Node>,
     /// The other ones that move bytes, as one.
@@ -80,7 +80,7 @@ struct Sender {
     rate: u64,
 }
 
-impl Swarm {
+impl SwarmView {
     /// The picture of what these peers say; only those in `online` (with their number of files) are drawn.
     pub(super) fn new(
         heard: &HashMap<PeerId, Heard>,
@@ -220,7 +220,7 @@ mod tests {
     use std::{sync::Arc, time::Instant};
 
     use super::*;
-    use crate::tracker::activity::Report;
+    use crate::tracker::activity::ActivityReport;
 
     fn peer(n: u32) -> PeerId {
         PeerId::from_spki(&n.to_be_bytes())
@@ -241,9 +241,9 @@ mod tests {
         };
         Heard {
             at: Instant::now(),
-            report: Some(Arc::new(Report {
+            report: Some(Arc::new(ActivityReport {
                 transfers: vec![transfer],
-                ..Report::default()
+                ..ActivityReport::default()
             })),
         }
     }
@@ -254,7 +254,7 @@ mod tests {
             .map(|n| (peer(n), downloads(&[n + 1, n + 2, 700 + n % 9], 7)))
             .collect();
         let online = (0..709).map(|n| (peer(n), 1)).collect();
-        let swarm = Swarm::new(&heard, &online, &Listing::default());
+        let swarm = SwarmView::new(&heard, &online, &Listing::default());
         assert_eq!(
             (swarm.nodes.len(), swarm.transfers.len()),
             (NODES, TRANSFERS)
@@ -283,7 +283,7 @@ mod tests {
             (peer(3), downloads(&[2], 7)),
         ]
         .into();
-        let swarm = Swarm::new(
+        let swarm = SwarmView::new(
             &heard,
             &[(peer(1), 0), (peer(2), 4)].into(),
             &Listing::default(),

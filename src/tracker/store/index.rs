@@ -82,7 +82,7 @@ struct Holder {
 }
 
 #[derive(Debug)]
-pub(super) struct Index {
+pub(super) struct StoreIndex {
     budget: Arc<Budget>,
     rows: BTreeMap<FileKey, Vec<SlotIdx>>,
     contents: BTreeMap<ContentId, Content>,
@@ -95,7 +95,7 @@ pub(super) struct Index {
     serial: u64,
 }
 
-impl Index {
+impl StoreIndex {
     pub(super) fn new(budget: Arc<Budget>) -> Self {
         Self {
             budget,

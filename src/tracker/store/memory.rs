@@ -15,7 +15,7 @@ use tokio::{sync::broadcast, task::yield_now};
 use super::{
     Budget, Heartbeat, Held, MAX_DELTA, PAUSE, PageInMaking, Registered, Registration, Stats,
     Store, StoreError, Surveyed, check_bounds,
-    index::{Index, Phase, SLICE, Slot, SlotIdx, Sources, file_bytes, slot_bytes},
+    index::{Phase, SLICE, Slot, SlotIdx, Sources, StoreIndex, file_bytes, slot_bytes},
 };
 use crate::{
     catalog::{Announcement, Change, FileKey, Matcher, Page, PeerRecord, Row},
@@ -39,7 +39,7 @@ pub struct MemoryStore {
 }
 
 struct State {
-    index: Index,
+    index: StoreIndex,
     clock: Clock,
 }
 
@@ -67,7 +67,7 @@ impl MemoryStore {
     /// An empty store whose leases last this long.
     pub fn new(lease: Duration, budget: Arc<Budget>) -> Self {
         let state = State {
-            index: Index::new(budget.clone()),
+            index: StoreIndex::new(budget.clone()),
             clock: Clock::default(),
         };
         Self {
@@ -140,7 +140,7 @@ impl MemoryStore {
     }
 
     /// Forgets a library, live or pending; gives the number of its files.
-    fn retire(&self, index: &mut Index, idx: SlotIdx) -> usize {
+    fn retire(&self, index: &mut StoreIndex, idx: SlotIdx) -> usize {
         let was_live = index.slot(idx).phase == Phase::Live;
         index.retire(idx);
         if was_live {
@@ -170,7 +170,7 @@ impl MemoryStore {
     }
 
     /// Tells watchers what differs between two libraries of a peer.
-    fn tell_difference(&self, index: &Index, old: Option<SlotIdx>, new: Option<SlotIdx>) {
+    fn tell_difference(&self, index: &StoreIndex, old: Option<SlotIdx>, new: Option<SlotIdx>) {
         if self.changes.receiver_count() == 0 {
             return;
         }
@@ -192,7 +192,7 @@ impl MemoryStore {
         self.tell(index, &told);
     }
 
-    fn tell(&self, index: &Index, keys: &[FileKey]) {
+    fn tell(&self, index: &StoreIndex, keys: &[FileKey]) {
         if self.changes.receiver_count() == 0 {
             return;
         }

@@ -2,10 +2,10 @@
 
 use std::ops::Bound;
 
-use super::{Index, SLICE};
+use super::{SLICE, StoreIndex};
 use crate::{catalog::FileKey, tracker::store::Surveyed};
 
-impl Index {
+impl StoreIndex {
     /// Surveys at most [`SLICE`] rows after `after` and moves it; false at the end.
     pub(in super::super) fn survey(
         &self,
