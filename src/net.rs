@@ -26,11 +26,11 @@ use rustix::fs::{Mode, OFlags};
 use tokio::net::{TcpListener, TcpSocket, UdpSocket, UnixListener, UnixStream};
 
 pub use self::http::{bind_http, serve_http};
-pub use congestion::{LONG, Line};
+pub use congestion::{LONG, RoundTrip};
 pub use dial::{Connection, DialError, Refusal, dial, dial_unix, pipe};
 pub use hyper::body::Incoming;
 pub use sd_notify::tell_manager;
-pub use serve::{Front, Limits, Listener, serve_unix};
+pub use serve::{Front, Listener, ListenerLimits, serve_unix};
 
 use crate::identity::Subject;
 
@@ -81,7 +81,7 @@ pub struct Caller {
     /// Where the connection comes from; none on Unix sockets.
     pub remote: Option<SocketAddr>,
     /// The connection's length, to be told by whoever learns it.
-    pub line: Line,
+    pub line: RoundTrip,
 }
 
 impl Caller {

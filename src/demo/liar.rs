@@ -20,7 +20,7 @@ use tonic::{Request, Response, Status, service::Routes};
 
 use crate::{
     content::Manifest,
-    net::{self, Front, Limits, Listener},
+    net::{self, Front, Listener, ListenerLimits},
     peer::{
         member::{membership::Membership, tracker_client::TrackerClient},
         sharing::hasher::hash_file,
@@ -37,7 +37,7 @@ use crate::{
     tls,
 };
 
-const LIMITS: Limits = Limits {
+const LIMITS: ListenerLimits = ListenerLimits {
     connections: 64,
     strangers_per_address: 64,
     per_member: 8,

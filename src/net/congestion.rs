@@ -43,9 +43,9 @@ const IS_PLAIN: u32 = 1;
 
 /// What is known of a connection's line: its round trip in microseconds, if it is long. Clones share it.
 #[derive(Clone, Debug, Default)]
-pub struct Line(Arc<AtomicU32>);
+pub struct RoundTrip(Arc<AtomicU32>);
 
-impl Line {
+impl RoundTrip {
     /// What it leads to is sent to others as well: as if it were short, from the next byte sent on.
     pub fn shared(&self) {
         self.0.store(IS_PLAIN, Ordering::Relaxed);
@@ -61,10 +61,10 @@ impl Line {
     }
 }
 
-/// A TCP connection that obeys its [`Line`].
+/// A TCP connection that obeys its [`RoundTrip`].
 pub(super) struct Tuned {
     stream: TcpStream,
-    line: Line,
+    line: RoundTrip,
     /// Set to this; nothing while it has what the system gave it.
     applied: Option<&'static str>,
     waits_since: Option<Instant>,
@@ -74,7 +74,7 @@ pub(super) struct Tuned {
 }
 
 impl Tuned {
-    pub(super) const fn new(stream: TcpStream, line: Line) -> Self {
+    pub(super) const fn new(stream: TcpStream, line: RoundTrip) -> Self {
         Self {
             stream,
             line,
@@ -184,7 +184,7 @@ mod tests {
             TcpStream::connect(listener.local_addr().unwrap()),
             listener.accept()
         );
-        let (line, mut far) = (Line::default(), far.unwrap().0);
+        let (line, mut far) = (RoundTrip::default(), far.unwrap().0);
         let before = tcp_congestion(near.as_ref().unwrap()).unwrap();
         let allowed = |name: &str| {
             if set_tcp_congestion(&far, name).is_ok() {

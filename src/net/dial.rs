@@ -33,7 +33,7 @@ use tonic::{body::Body, service::Routes};
 use tower::Service;
 
 use super::{
-    Caller, Http2, Line, connect_unix,
+    Caller, Http2, RoundTrip, connect_unix,
     serve::serve_h2,
     timed_tls::{Notes, TimedTls, tls_error},
 };
@@ -279,7 +279,7 @@ async fn dial_one(
     let remote = stream.peer_addr().ok();
     stream.set_nodelay(true).map_err(unreachable)?;
     let notes = Notes::default();
-    let stream = Tuned::new(stream, Line::default());
+    let stream = Tuned::new(stream, RoundTrip::default());
     let name = ServerName::try_from(name).map_err(|e| refused(broken(&e)))?;
     let shaking = Instant::now();
     let tls = timeout(
@@ -416,7 +416,7 @@ pub async fn pipe(
     let caller = Caller {
         subject: None,
         remote: None,
-        line: Line::default(),
+        line: RoundTrip::default(),
     };
     let serving = tokio::spawn(async move {
         let _ = serve_h2(far, routes, caller, http2, cancel).await;

@@ -33,7 +33,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
 use super::{CONTROL, Caller, Http2, READ_BUFFER, first_byte::FirstByte, rpc::answer};
-use crate::net::congestion::{Line, Tuned};
+use crate::net::congestion::{RoundTrip, Tuned};
 use crate::{
     identity::{CertificateFacts, JOIN_NAME, PeerId, Subject},
     metrics,
@@ -53,7 +53,7 @@ const HANDSHAKES: usize = 64;
 
 /// How much a listener takes on.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct ListenerLimits {
     /// Connections in all.
     pub connections: usize,
     /// Connections from one address that have not shown who they are.
@@ -80,7 +80,7 @@ pub struct Listener {
     /// For those who have none yet.
     pub joiners: Option<Front>,
     /// Bounds.
-    pub limits: Limits,
+    pub limits: ListenerLimits,
     /// Who is denied.
     pub trust: Arc<Trust>,
     /// Ends the listener.
@@ -199,7 +199,7 @@ impl Listener {
         handshakes: &Semaphore,
     ) -> io::Result<()> {
         stream.set_nodelay(true)?;
-        let line = Line::default();
+        let line = RoundTrip::default();
         let (tls, routes) = timeout(
             HANDSHAKE,
             self.handshake(Tuned::new(stream, line.clone()), handshakes),
@@ -322,7 +322,7 @@ pub async fn serve_unix(
                 let caller = Caller {
                     subject: None,
                     remote: None,
-                    line: Line::default(),
+                    line: RoundTrip::default(),
                 };
                 let served = serve_h2(stream, routes.clone(), caller, CONTROL, cancel.clone());
                 tasks.spawn(async move {

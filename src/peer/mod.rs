@@ -50,7 +50,7 @@ pub use self::{limit::Rates, sharing::shares::ShareSpec};
 use crate::{
     exit::{Exit, Failed},
     identity::PeerId,
-    net::{self, Connection, Front, Limits, Listener},
+    net::{self, Connection, Front, Listener, ListenerLimits},
     operator,
     proto::{
         self, chunk_service_server::ChunkServiceServer,
@@ -66,7 +66,7 @@ pub const DEFAULT_PORT: u16 = 7701;
 const OPERATOR_PORT: u16 = 7791;
 const SPREAD: u16 = 32;
 /// Room for 32 far members behind one address that begin together, and for 32 downloads of one.
-const LIMITS: Limits = Limits {
+const LIMITS: ListenerLimits = ListenerLimits {
     connections: 1024,
     strangers_per_address: 256,
     per_member: 256,

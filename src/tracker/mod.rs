@@ -48,7 +48,7 @@ use self::{
 use crate::{
     exit::{Exit, Failed},
     identity::{CertificateFacts, base32},
-    net::{self, Connection, Front, Listener, Limits},
+    net::{self, Connection, Front, Listener, ListenerLimits},
     operator,
     proto::{
         self, admin_service_server::AdminServiceServer,
@@ -67,7 +67,7 @@ const LOCK: &str = "lock";
 /// The admin socket in the state directory.
 pub const SOCKET: &str = "admin.sock";
 const DRAIN: Duration = Duration::from_secs(12);
-const LIMITS: Limits = Limits {
+const LIMITS: ListenerLimits = ListenerLimits {
     connections: 20_000,
     strangers_per_address: 128,
     per_member: 64,

@@ -19,7 +19,7 @@ use rustls::ServerConfig;
 use sprat::{
     content::{Layout, Manifest, assemble, hash_piece},
     identity::{Identity, PEER_FILES},
-    net::{self, Front, Limits, Listener},
+    net::{self, Front, Listener, ListenerLimits},
     peer::member::join::join_identity_only,
     proto::{
         self, GetChunksRequest, GetChunksResponse, GetManifestRequest, GetManifestResponse,
@@ -493,7 +493,7 @@ async fn serve(
             routes: Routes::new(service),
         },
         joiners: None,
-        limits: Limits {
+        limits: ListenerLimits {
             connections: 64,
             strangers_per_address: 64,
             per_member: 8,
