@@ -163,9 +163,9 @@ pub static CERTIFICATES_ISSUED: Counter = Counter::new();
 
 /// The text, as it grows.
 #[derive(Debug, Default)]
-pub struct Page(String);
+pub struct Exposition(String);
 
-/// A metric of a [`Page`], to be followed by its values.
+/// A metric of an [`Exposition`], to be followed by its values.
 #[derive(Debug)]
 pub struct Metric<'a> {
     page: &'a mut String,
@@ -175,7 +175,7 @@ pub struct Metric<'a> {
 /// Names and values, all of them our own words.
 pub type Labels<'a> = &'a [(&'a str, &'a str)];
 
-impl Page {
+impl Exposition {
     /// The whole text.
     #[must_use]
     pub fn into_text(self) -> String {
@@ -351,7 +351,7 @@ mod tests {
         [5, 10, 11, 99]
             .iter()
             .for_each(|value| chunks.observe(*value));
-        let mut page = Page::default();
+        let mut page = Exposition::default();
         page.gauge("sprat_a", "So many.").is(3);
         page.counter("sprat_b_total", "So often.")
             .with(&[("x", "y"), ("z", "w")], 4);

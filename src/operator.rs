@@ -16,11 +16,11 @@ use tonic::service::Routes;
 
 use crate::{
     identity::Role,
-    metrics::{self, Page},
+    metrics::{self, Exposition},
     net::Caller,
 };
 
-/// The format that [`Page`] writes.
+/// The format that [`Exposition`] writes.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// A service that can say how it is.
@@ -32,11 +32,11 @@ pub trait Operated: Send + Sync + 'static {
     fn ready(&self) -> Result<(), String>;
 
     /// Writes down what it counted and what is so now.
-    fn measure(&self, page: &mut Page) -> impl Future<Output = ()> + Send;
+    fn measure(&self, page: &mut Exposition) -> impl Future<Output = ()> + Send;
 }
 
 async fn measured<S: Operated>(service: Arc<S>) -> Response {
-    let mut page = Page::default();
+    let mut page = Exposition::default();
     service.measure(&mut page).await;
     ([(CONTENT_TYPE, TEXT)], page.into_text()).into_response()
 }

@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use super::{Counter, Entered, Histogram, Level, Page};
+use super::{Counter, Entered, Exposition, Histogram, Level};
 
 include!(concat!(env!("OUT_DIR"), "/methods.rs"));
 
@@ -149,7 +149,7 @@ impl Drop for Call {
 }
 
 /// Writes what was counted; of methods that were never called, nothing.
-pub(super) fn measure(page: &mut Page) {
+pub(super) fn measure(page: &mut Exposition) {
     let is_used = |m: &&Method| {
         m.in_flight.0.load(Ordering::Relaxed) > 0 || m.ended.iter().any(|code| code.get() > 0)
     };

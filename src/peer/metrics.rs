@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, sync::atomic::Ordering};
 use super::{control::Control, serve::STREAMS};
 use crate::peer::{fetch::source_stats::Standing, member::standing::TrackerState};
 use crate::{
-    metrics::{self as counted, Page},
+    metrics::{self as counted, Exposition},
     operator::Operated,
     tls::seconds_left,
 };
@@ -30,7 +30,7 @@ impl Operated for Control {
         }
     }
 
-    async fn measure(&self, page: &mut Page) {
+    async fn measure(&self, page: &mut Exposition) {
         page.process("peer", self.ready().is_ok());
         page.connections();
         page.certificates(
@@ -43,7 +43,7 @@ impl Operated for Control {
     }
 }
 
-fn transfers(control: &Control, page: &mut Page) {
+fn transfers(control: &Control, page: &mut Exposition) {
     let active = control
         .running
         .lock()
@@ -95,7 +95,7 @@ fn transfers(control: &Control, page: &mut Page) {
     .is(STREAMS);
 }
 
-fn sources(control: &Control, page: &mut Page) {
+fn sources(control: &Control, page: &mut Exposition) {
     let running = control
         .running
         .lock()
@@ -124,7 +124,7 @@ fn sources(control: &Control, page: &mut Page) {
     .counts(&[], &counted::BANS);
 }
 
-fn library(control: &Control, page: &mut Page) {
+fn library(control: &Control, page: &mut Exposition) {
     let (files, bytes) = control.library.totals();
     let to_do = control.shares.progress();
     page.gauge("sprat_library_files", "Files that are shared.")

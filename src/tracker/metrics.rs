@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::{authority::Authority, registry::Registry, store::Store};
 use crate::{
-    metrics::{self as counted, Page},
+    metrics::{self as counted, Exposition},
     operator::Operated,
     tls::{LiveCertificate, seconds_left},
 };
@@ -34,7 +34,7 @@ impl Operated for Figures {
         }
     }
 
-    async fn measure(&self, page: &mut Page) {
+    async fn measure(&self, page: &mut Exposition) {
         page.process("tracker", self.ready().is_ok());
         page.connections();
         page.certificates(
