@@ -28,9 +28,9 @@ const MAX_MESSAGE: usize = 64 << 20;
 
 /// What a running peer can be asked.
 #[derive(Clone, Debug)]
-pub struct Control(ControlServiceClient<Connection>);
+pub struct ControlClient(ControlServiceClient<Connection>);
 
-impl Control {
+impl ControlClient {
     /// Over a connection to a ControlService.
     #[must_use]
     pub fn new(connection: Connection) -> Self {
@@ -123,9 +123,9 @@ impl GetEvents {
 
 /// What a tracker can be asked by its operator.
 #[derive(Clone, Debug)]
-pub struct Admin(AdminServiceClient<Connection>);
+pub struct AdminClient(AdminServiceClient<Connection>);
 
-impl Admin {
+impl AdminClient {
     /// Over a connection to an AdminService.
     #[must_use]
     pub fn new(connection: Connection) -> Self {

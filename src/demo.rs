@@ -21,8 +21,8 @@ use tokio_util::sync::CancellationToken;
 
 use self::liar::Liar;
 use crate::{
-    cli::{DemoOptions, progress::Report},
-    client::Control,
+    cli::{DemoOptions, progress::ProgressReport},
+    client::ControlClient,
     content::ContentId,
     peer::{
         self, Node, NodeOptions, Rates,
@@ -284,9 +284,9 @@ async fn download(stage: &mut Stage, owl: &Node, id: ContentId, size: u64) -> Re
         existing: Existing::Refuse.into(),
         ..GetRequest::default()
     };
-    let mut control = Control::new(owl.control());
+    let mut control = ControlClient::new(owl.control());
     let mut events = control.get(request).await?;
-    let mut report = Report::new(false, false, false);
+    let mut report = ProgressReport::new(false, false, false);
     let mut let_go = None;
     loop {
         let event = events.next().await?;

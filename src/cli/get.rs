@@ -21,14 +21,14 @@ use super::{
     ending::{Ended, exit_code, message},
     list,
     peer::{one_shot, utf8},
-    progress::Report,
+    progress::ProgressReport,
     session::Session,
     signals::Stop,
     whole::{not_whole, patiently, scanning},
 };
 use crate::{
     catalog::{MIN_PREFIX_LEN, Row, SourceInfo},
-    client::{Control, GetEvents},
+    client::{ControlClient, GetEvents},
     config::Service,
     exit::{Exit, Failed},
     peer::{self, Node, member::tracker_client::TrackerClient},
@@ -46,8 +46,10 @@ const SCAN: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(500);
 
 pub(super) async fn run(session: &Session, args: &GetArgs) -> Result<()> {
-    let mut report = Report::new(session.json, session.quiet, session.verbose);
-    let result = fetch(session, args, &mut report).await.map_err(interrupted);
+    let mut report = ProgressReport::new(session.json, session.quiet, session.verbose);
+    let result = fetch(session, args, &mut report)
+        .await
+        .map_err(interrupted);
     report.clear();
     if let Err(error) = &result {
         report.failed(exit_code(error), &message(error))?;
@@ -68,7 +70,7 @@ fn interrupted(error: anyhow::Error) -> anyhow::Error {
     }
 }
 
-async fn fetch(session: &Session, args: &GetArgs, report: &mut Report) -> Result<()> {
+async fn fetch(session: &Session, args: &GetArgs, report: &mut ProgressReport) -> Result<()> {
     let stop = Stop::listen()?;
     let tracker = session.config.peer.tracker.clone();
     let tracker = stop
@@ -101,7 +103,7 @@ async fn fetch(session: &Session, args: &GetArgs, report: &mut Report) -> Result
 
 /// Who does the work.
 struct Holder {
-    control: Control,
+    control: ControlClient,
     /// Ours, if no peer was running.
     node: Option<Node>,
 }
@@ -111,19 +113,19 @@ impl Holder {
         let state_dir = session.state_dir(Service::Peer)?;
         if let Some(connection) = peer::attach(&state_dir).await? {
             return Ok(Self {
-                control: Control::new(connection),
+                control: ControlClient::new(connection),
                 node: None,
             });
         }
         match Node::start_with(one_shot(session)?, tracker).await {
             Ok(node) => Ok(Self {
-                control: Control::new(node.control()),
+                control: ControlClient::new(node.control()),
                 node: Some(node),
             }),
             // Another command may have been first.
             Err(error) => match peer::attach(&state_dir).await {
                 Ok(Some(connection)) => Ok(Self {
-                    control: Control::new(connection),
+                    control: ControlClient::new(connection),
                     node: None,
                 }),
                 _ => Err(error),
@@ -136,7 +138,7 @@ impl Holder {
         session: &Session,
         args: &GetArgs,
         rows: &[Row],
-        report: &mut Report,
+        report: &mut ProgressReport,
     ) -> Result<()> {
         let output = match &args.output {
             Some(path) => output(path, session.cwd(), rows.len())?,
@@ -171,7 +173,7 @@ impl Holder {
         told.and(flushed)
     }
 
-    async fn tell(mut events: GetEvents, report: &mut Report) -> Result<()> {
+    async fn tell(mut events: GetEvents, report: &mut ProgressReport) -> Result<()> {
         loop {
             let event = match events.next().now_or_never() {
                 Some(event) => event?,

@@ -12,7 +12,7 @@ use super::{
     signals::Stop,
 };
 use crate::{
-    client::Control,
+    client::ControlClient,
     config::Service,
     exit::{Exit, Failed},
     peer,
@@ -38,7 +38,7 @@ pub(super) async fn run(session: &Session, args: &LimitArgs) -> Result<()> {
         upload_per_peer: said(args.upload_per_peer),
         download_per_peer: said(args.download_per_peer),
     };
-    let mut control = Control::new(connection);
+    let mut control = ControlClient::new(connection);
     let limits = stop
         .unless(async { Ok(control.limit(request).await?) })
         .await?;

@@ -12,7 +12,7 @@ use super::{
     signals::Stop,
 };
 use crate::{
-    client::{Admin, Control},
+    client::{AdminClient, ControlClient},
     config::Service,
     exit::{Exit, Failed},
     peer, tracker,
@@ -32,7 +32,7 @@ async fn ask(session: &Session, args: &LogLevelArgs) -> Result<String> {
     let level = args.level.clone().unwrap_or_default();
     if args.tracker {
         let connection = tracker::attach(&session.state_dir(Service::Tracker)?).await?;
-        return Ok(Admin::new(connection).log_level(level).await?);
+        return Ok(AdminClient::new(connection).log_level(level).await?);
     }
     let state_dir = session.state_dir(Service::Peer)?;
     let Some(connection) = peer::attach(&state_dir).await? else {
@@ -42,7 +42,7 @@ async fn ask(session: &Session, args: &LogLevelArgs) -> Result<String> {
         );
         return Err(Failed::new(Exit::NotFound, text).into());
     };
-    Ok(Control::new(connection).log_level(level).await?)
+    Ok(ControlClient::new(connection).log_level(level).await?)
 }
 
 #[derive(Serialize)]

@@ -20,7 +20,7 @@ use super::{
     unattended,
 };
 use crate::{
-    client::Control,
+    client::ControlClient,
     config::{Service, Share},
     exit::{Exit, Failed},
     peer::{
@@ -134,7 +134,7 @@ pub(super) async fn share(session: &Session, args: &ShareArgs) -> Result<()> {
         Some(connection) => {
             let path = utf8(&dir)?;
             let name = args.name.clone().unwrap_or_default();
-            let answer = Control::new(connection).share(path, name).await?;
+            let answer = ControlClient::new(connection).share(path, name).await?;
             let share = answer.share.unwrap_or_default();
             if session.json {
                 return json(&ShareLine {

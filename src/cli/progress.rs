@@ -2,7 +2,7 @@
 //!
 //! Invariant: bytes shown are verified bytes. Bars and lines go to standard error, paths of finished files and JSON
 //! events to standard output; no more than two progress events a second. What is said to standard output is there after
-//! [`Report::flush`], many lines at a time.
+//! [`ProgressReport::flush`], many lines at a time.
 
 use std::{
     env,
@@ -30,7 +30,7 @@ const JSON_INTERVAL: Duration = Duration::from_millis(500);
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Shows the events of one download.
-pub struct Report {
+pub struct ProgressReport {
     style: Style,
     quiet: bool,
     verbose: bool,
@@ -49,7 +49,7 @@ enum Style {
     Lines,
 }
 
-impl Report {
+impl ProgressReport {
     /// As JSON, or for people; quiet: only the paths; verbose: how each source is asked, too.
     #[must_use]
     pub fn new(json: bool, quiet: bool, verbose: bool) -> Self {
@@ -604,7 +604,7 @@ mod tests {
     #[test]
     fn progress_is_not_repeated_too_often() {
         for (json, interval) in [(true, JSON_INTERVAL), (false, LINE_INTERVAL)] {
-            let mut report = Report::new(json, true, false);
+            let mut report = ProgressReport::new(json, true, false);
             assert_eq!((report.is_due(), report.is_due()), (json, false));
             report.last = Instant::now().checked_sub(interval);
             assert!(report.is_due() && !report.is_due());

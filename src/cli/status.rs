@@ -20,7 +20,7 @@ use super::{
     words,
 };
 use crate::{
-    client::{Admin, Control},
+    client::{AdminClient, ControlClient},
     config::Service,
     content::ContentId,
     exit::{Exit, Failed},
@@ -158,7 +158,7 @@ async fn idle(session: &Session, state_dir: &Path) -> Result<()> {
 
 async fn peer_status(state_dir: &Path) -> Result<Option<StatusResponse>> {
     match peer::attach(state_dir).await {
-        Ok(Some(connection)) => Ok(Some(Control::new(connection).status().await?)),
+        Ok(Some(connection)) => Ok(Some(ControlClient::new(connection).status().await?)),
         Ok(None) => Ok(None),
         // What is wrong with the folder says more.
         Err(_) if trouble(state_dir).is_some() => Ok(None),
@@ -170,7 +170,7 @@ pub(super) async fn tracker_status(state_dir: &Path) -> Result<Option<TrackerLin
     let Ok(connection) = net::dial_unix(state_dir, tracker::SOCKET, net::CONTROL).await else {
         return Ok(None);
     };
-    let members = Admin::new(connection).members().await?;
+    let members = AdminClient::new(connection).members().await?;
     let n = |keep: fn(&crate::proto::MemberRow) -> bool| {
         members.iter().filter(|member| keep(member)).count() as u64
     };

@@ -20,7 +20,7 @@ use super::{
     unattended,
 };
 use crate::{
-    client::Admin,
+    client::AdminClient,
     config::Service,
     exit::{Exit, Failed},
     identity::{Identity, Key, OPERATOR_FILES},
@@ -52,7 +52,7 @@ pub(super) async fn run(session: &Session, command: &TrackerCommand) -> Result<(
         }
         TrackerCommand::Run(args) => serve(session, args).await,
         TrackerCommand::Token(TokenCommand::Create { uses, ttl }) => {
-            let token = Admin::new(tracker::attach(&state_dir).await?)
+            let token = AdminClient::new(tracker::attach(&state_dir).await?)
                 .create_token(*uses, *ttl)
                 .await?;
             let made = Token {
@@ -69,25 +69,25 @@ pub(super) async fn run(session: &Session, command: &TrackerCommand) -> Result<(
         }
         TrackerCommand::Token(TokenCommand::List) => tokens(
             session,
-            &Admin::new(tracker::attach(&state_dir).await?)
+            &AdminClient::new(tracker::attach(&state_dir).await?)
                 .tokens()
                 .await?,
         ),
         TrackerCommand::Members => members(
             session,
-            &Admin::new(tracker::attach(&state_dir).await?)
+            &AdminClient::new(tracker::attach(&state_dir).await?)
                 .members()
                 .await?,
         ),
         TrackerCommand::Approve { peer } => {
-            Admin::new(tracker::attach(&state_dir).await?)
+            AdminClient::new(tracker::attach(&state_dir).await?)
                 .approve(peer.clone())
                 .await?;
             session.hint(&format!("{peer} may come in again"));
             Ok(())
         }
         TrackerCommand::Revoke { peer } => {
-            Admin::new(tracker::attach(&state_dir).await?)
+            AdminClient::new(tracker::attach(&state_dir).await?)
                 .revoke(peer.clone())
                 .await?;
             session.hint(&format!("{peer} is out; `sprat tracker approve` undoes it"));
@@ -309,7 +309,7 @@ pub(super) async fn operator(session: &Session, command: &OperatorCommand) -> Re
         );
         return Err(Failed::new(Exit::Exists, text).into());
     }
-    let mut admin = Admin::new(tracker::attach(&session.state_dir(Service::Tracker)?).await?);
+    let mut admin = AdminClient::new(tracker::attach(&session.state_dir(Service::Tracker)?).await?);
     let key = Key::generate()?;
     let issued = admin.issue_operator(key.request()?, *ttl).await?;
     let identity = Identity {
