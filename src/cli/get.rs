@@ -47,9 +47,7 @@ const LOOK: Duration = Duration::from_millis(500);
 
 pub(super) async fn run(session: &Session, args: &GetArgs) -> Result<()> {
     let mut report = ProgressReport::new(session.json, session.quiet, session.verbose);
-    let result = fetch(session, args, &mut report)
-        .await
-        .map_err(interrupted);
+    let result = fetch(session, args, &mut report).await.map_err(interrupted);
     report.clear();
     if let Err(error) = &result {
         report.failed(exit_code(error), &message(error))?;

@@ -19,8 +19,7 @@ use tonic::Status;
 
 use super::{
     super::limit::Lane, NO_PROGRESS, Served, blocking, body::BodyPart, content_error,
-    report::Reports,
-    super_seed::Crowds,
+    report::Reports, super_seed::Crowds,
 };
 use crate::peer::sharing::library::{Have, Library, Reader, ServeError};
 use crate::{
