@@ -402,7 +402,7 @@ impl Library {
         let mut reader = self.open(id)?;
         let (manifest, layout) = (reader.manifest().clone(), reader.manifest().layout());
         let bytes = reader.read(layout.offset(piece), layout.len_of(piece))?;
-        let Source::File { location, .. } = &reader.source else {
+        let ReadFrom::File { location, .. } = &reader.source else {
             return Ok(vec![]);
         };
         if manifest.check(piece, &bytes) {
