@@ -39,15 +39,15 @@ fn endings(lie: Lie) -> &'static [i32] {
         | Lie::Failure
         | Lie::Silence
         | Lie::Trickle
-        | Lie::EmptyChunks
-        | Lie::EndlessSpent
         | Lie::ManifestNever
         | Lie::ManifestTrickle => &[4],
         Lie::ManifestEnds
         | Lie::ManifestEmpty
         | Lie::ManifestOfOther
+        | Lie::OutOfRange
+        | Lie::EmptyChunks
         | Lie::EmptyMessages
-        | Lie::OutOfRange => &[4, 6],
+        | Lie::EndlessSpent => &[4, 6],
         Lie::Delay | Lie::NewsNever | Lie::NewsEnd | Lie::NewsRefused | Lie::NewsTwice => &[0],
         // Nobody need put up with it, and nobody must not.
         _ => &[0, 4, 6, 12],
