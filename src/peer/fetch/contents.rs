@@ -190,11 +190,6 @@ impl<H> Contents<H> {
         this
     }
 
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.all.len()
-    }
-
     /// Where this content is wanted first.
     pub fn position(&self, id: &ContentId) -> Option<Position> {
         self.positions.get(id).copied()

@@ -31,8 +31,8 @@ use crate::{
 pub const LOCAL: SourceKey = SourceKey(0);
 /// While nobody has told a manifest for so long, one more source is asked ...
 const ASK_ANOTHER: Duration = Duration::from_millis(500);
-/// ... up to so many.
-const MAX_ASKED: usize = 8;
+/// ... up to so many: all that are worked with.
+const MAX_ASKED: usize = 32;
 /// How long to hope that somebody has a content again which those who had it do not serve.
 const GRACE: Duration = Duration::from_secs(4);
 /// Piece numbers after which they begin anew, when nothing is open: each costs some bytes in the picker.
@@ -41,6 +41,8 @@ const MAX_NUMBERS: u32 = 1 << 22;
 /// What a wrong piece cost its source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Penalty {
+    /// It was known for that already.
+    Known,
     /// It is not asked for this content any more.
     Content,
     /// It is asked for nothing, for a while or ever.
@@ -442,6 +444,9 @@ impl<H> Engine<H> {
     /// The source sent something wrong of a content. That content is not asked of it any more; on the second, nothing is.
     pub fn is_wrong(&mut self, peer: PeerId, at: Position, why: &str, now: Instant) -> Penalty {
         let of = self.contents.original(at);
+        if self.sources.was_wrong(peer, of) {
+            return Penalty::Known;
+        }
         self.strike(peer, of);
         if !self.sources.is_wrong(peer, of) {
             return Penalty::Content;

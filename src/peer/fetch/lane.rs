@@ -16,6 +16,7 @@ use super::{
     claim_guard::ClaimGuard,
     connections::Link,
     contents::Position,
+    engine::Engine,
     picker::Next,
     session::{LOOK, Session, refusal},
     source::{Asked, Event, Fetch, SourceError, Wanted},
@@ -93,6 +94,11 @@ impl Session {
             if link.is_gone() {
                 return Ok(());
             }
+            // Once it has lied, one lane alone finds out what it is worth, and the others hold no claims meanwhile.
+            let n_lies = self.n_lies();
+            if lane > 0 && n_lies > 0 {
+                self.until_proven().await;
+            }
             let piece_len = self.swarm.engine().contents.mean_piece_len();
             link.pace().set_piece_len(piece_len);
             let pieces = limit.at_once(self.claim_pieces(lane, link, piece_len), piece_len);
@@ -129,7 +135,7 @@ impl Session {
                 Next::Claim(_) | Next::Repeat(_) | Next::Steal(_) => {}
             }
             let ended = tokio::select! {
-                ended = self.fetch(lane, &held, first_copies, link) => ended,
+                ended = self.fetch((lane, n_lies), &held, first_copies, link) => ended,
                 () = self.look_on(connection) => return Ok(()),
             };
             drop(held);
@@ -243,7 +249,7 @@ impl Session {
             if lane > 0 {
                 self.until_proven().await;
             }
-            self.take_in(fetch, &claim, &held).await
+            self.take_in(fetch, &claim, (&held, true)).await
         };
         tokio::select! {
             ended = taking => ended,
@@ -334,7 +340,7 @@ impl Session {
 
     async fn fetch(
         &self,
-        lane: usize,
+        (lane, n_lies): (usize, u32),
         held: &ClaimGuard<'_>,
         first_copies: bool,
         link: &Link,
@@ -347,10 +353,29 @@ impl Session {
             .source
             .fetch(lane, claim.wanted.clone(), first_copies, &link.pace)
             .await?;
-        if lane > 0 {
-            self.until_proven().await;
+        if lane > 0 && !self.is_proven_before_another_lie(n_lies).await {
+            return Ok(());
         }
-        self.take_in(fetch, &claim, held).await
+        self.take_in(fetch, &claim, (held, first_copies)).await
+    }
+
+    fn n_lies(&self) -> u32 {
+        let engine = self.swarm.engine();
+        let stats = engine.sources.stats_of(self.peer());
+        stats.map_or(0, |stats| stats.lies)
+    }
+
+    /// Waits for a good piece of the source; false if a wrong one comes first: then what this lane holds is of more use to
+    /// the one that reads alone.
+    async fn is_proven_before_another_lie(&self, n_lies: u32) -> bool {
+        let peer = self.peer();
+        let is_settled = |engine: &Engine<_>| {
+            let stats = engine.sources.stats_of(peer);
+            engine.contents.need_nobody()
+                || stats.is_some_and(|stats| stats.is_proven || stats.lies > n_lies)
+        };
+        self.swarm.until(peer, is_settled).await;
+        self.n_lies() == n_lies
     }
 
     /// Takes in what was asked for. The first wrong piece ends it, after the good ones before and after it that had come
@@ -359,7 +384,7 @@ impl Session {
         &self,
         mut fetch: Fetch,
         claim: &Claim,
-        held: &ClaimGuard<'_>,
+        (held, first_copies): (&ClaimGuard<'_>, bool),
     ) -> Result<(), SourceError> {
         let (swarm, peer) = (&self.swarm, self.peer());
         let mut landing = Landing::new(swarm, (held.key, peer), swarm.is_proven(peer));
@@ -407,6 +432,11 @@ impl Session {
                     let wanted = &claim.wanted[range];
                     let first = wanted.first.get();
                     let rest = first + done..first + wanted.count;
+                    // Who was not asked for first copies has no reason to keep one.
+                    let why = match why {
+                        Code::Promised if !first_copies => Code::NotFound,
+                        why => why,
+                    };
                     self.missing(held, claim.positions[range], rest, why);
                 }
                 Ok(None) => ended = Some(Ok(())),

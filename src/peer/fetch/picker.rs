@@ -223,7 +223,8 @@ impl Picker {
             None => drop(self.sources.insert(key, Source::new(key, have))),
         }
         if let Some(source) = self.sources.get_mut(&key) {
-            source.is_receiver |= map.is_empty() && map.len() > 0;
+            // Of no pieces there are no receivers.
+            source.is_receiver |= map.count() == 0 && self.board.n_pieces() > 0;
         }
         self.set_counted(key, counts);
     }

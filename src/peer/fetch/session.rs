@@ -305,6 +305,7 @@ impl Session {
         };
         self.swarm.wake_all();
         match penalty {
+            Penalty::Known => None,
             Penalty::Content => {
                 let name = name.unwrap_or_else(|| "a manifest".into());
                 let text = format!(
@@ -498,8 +499,11 @@ impl Drop for Asking<'_> {
 struct Watching {
     /// Its contents, in the order of the request.
     group: Vec<Position>,
-    outcome: Result<Option<(HaveWatch, Option<(usize, News)>)>, SourceError>,
+    outcome: Watched,
 }
+
+/// The stream with its next news, none when it has just begun; `None` if the source knows no such call.
+type Watched = Result<Option<(HaveWatch, Option<(usize, News)>)>, SourceError>;
 
 impl Watching {
     /// Begins a stream, or waits for its next news.
@@ -511,19 +515,14 @@ impl Watching {
         Self { group, outcome }
     }
 
-    async fn wait(
-        mut watch: HaveWatch,
-    ) -> Result<Option<(HaveWatch, Option<(usize, News)>)>, SourceError> {
+    async fn wait(mut watch: HaveWatch) -> Watched {
         match watch.next().await? {
             Some(news) => Ok(Some((watch, Some(news)))),
             None => Err(SourceError::Broken("it ended its news".into())),
         }
     }
 
-    async fn begin(
-        session: &Session,
-        group: &[Position],
-    ) -> Result<Option<(HaveWatch, Option<(usize, News)>)>, SourceError> {
+    async fn begin(session: &Session, group: &[Position]) -> Watched {
         let contents: Vec<(ContentId, Layout)> = {
             let engine = session.swarm.engine();
             let layout = |at: &Position| Some(engine.contents.opened(*at)?.layout);

@@ -11,7 +11,7 @@
 //! which those that are being dialled for longer than [`HEDGE`] take no place, up to [`MAX_DIALLED`] in all.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, btree_map::Entry},
     time::{Duration, Instant},
 };
 
@@ -294,8 +294,8 @@ impl Sources {
         if whole {
             is_news |= known.whole.insert(at);
             known.part.remove(&at);
-        } else if !known.part.contains_key(&at) {
-            known.part.insert(at, None);
+        } else if let Entry::Vacant(unknown) = known.part.entry(at) {
+            unknown.insert(None);
             is_news = true;
         }
         is_news
