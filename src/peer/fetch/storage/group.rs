@@ -109,10 +109,10 @@ impl Storage {
     /// if somebody has changed the file since, it has another one now.
     pub fn end(&self) -> Result<Stamp, StorageError> {
         let part = self.part()?;
-        let stamp = self
-            .lock()
-            .named
-            .ok_or_else(|| with_path(&part.path(), io::Error::other("has no name yet")))?;
+        let named = self.lock().named;
+        // Another get of the same content was first: nobody asks for the stamp of this file.
+        let stamp = named.map_or_else(|| Stamp::of(part.file()), Ok);
+        let stamp = stamp.map_err(|e| self.failed(e))?;
         if self.is_single() {
             // Thousands of these may be kept; their descriptors are not.
             self.lock_part().take();
