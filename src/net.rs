@@ -27,7 +27,7 @@ use tokio::net::{TcpListener, TcpSocket, UdpSocket, UnixListener, UnixStream};
 
 pub use self::http::{bind_http, serve_http};
 pub use congestion::{LONG, RoundTrip};
-pub use dial::{Connection, DialError, Refusal, dial, dial_unix, pipe};
+pub use dial::{Connection, DialError, DialRefusal, dial, dial_unix, pipe};
 pub use hyper::body::Incoming;
 pub use sd_notify::tell_manager;
 pub use serve::{Front, Listener, ListenerLimits, serve_unix};
@@ -208,6 +208,13 @@ pub fn raise_descriptor_limit() {
         limit.current = Some(wanted);
         let _ = setrlimit(Resource::Nofile, limit);
     }
+}
+
+/// How many descriptors this process may have open.
+pub fn descriptor_limit() -> usize {
+    use rustix::process::{Resource, getrlimit};
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    usize::try_from(limit).unwrap_or(usize::MAX)
 }
 
 /// Binds `name` in `folder`, whatever the length of its path; a dead owner's socket is replaced, so the caller must

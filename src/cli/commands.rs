@@ -349,27 +349,27 @@ pub struct GetArgs {
         value_parser = patience,
         allow_hyphen_values = true
     )]
-    pub(super) timeout: Option<Patience>,
+    pub(super) timeout: Option<GetTimeout>,
 }
 
 /// How long a get waits for sources.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Patience {
+pub(super) enum GetTimeout {
     /// So many seconds.
     Seconds(u32),
     /// For ever.
     Endless,
 }
 
-fn patience(text: &str) -> Result<Patience, String> {
+fn patience(text: &str) -> Result<GetTimeout, String> {
     if text == "none" {
-        return Ok(Patience::Endless);
+        return Ok(GetTimeout::Endless);
     }
     let duration = parse_duration(text).map_err(|error| error.to_string())?;
     let seconds = u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
     match seconds {
         0 => Err("at least one second, or none to wait for ever".into()),
-        seconds => Ok(Patience::Seconds(seconds)),
+        seconds => Ok(GetTimeout::Seconds(seconds)),
     }
 }
 

@@ -17,7 +17,7 @@ use anyhow::Result;
 use futures_util::FutureExt;
 
 use super::{
-    commands::{GetArgs, Patience},
+    commands::{GetArgs, GetTimeout},
     ending::{Ended, exit_code, message},
     list,
     peer::{one_shot, utf8},
@@ -155,8 +155,8 @@ impl Holder {
             _ => Existing::Refuse,
         };
         let (timeout_seconds, no_timeout) = match args.timeout {
-            Some(Patience::Seconds(seconds)) => (seconds, false),
-            Some(Patience::Endless) => (0, true),
+            Some(GetTimeout::Seconds(seconds)) => (seconds, false),
+            Some(GetTimeout::Endless) => (0, true),
             None => (0, false),
         };
         let request = GetRequest {

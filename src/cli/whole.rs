@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::Result;
 
-use super::{Session, output::count};
+use super::{output::count, session::Session};
 use crate::{
     catalog::Row,
     exit::{Exit, Failed},

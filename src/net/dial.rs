@@ -57,12 +57,12 @@ pub enum DialError {
     Unreachable(String, io::Error),
     /// Somebody answers, but not the one we mean, or not with our protocol, or does not want us.
     #[error("{0} answers, but {1}")]
-    Refused(String, Refusal),
+    Refused(String, DialRefusal),
 }
 
 /// Why somebody who answers is of no use.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
+pub enum DialRefusal {
     /// A certificate that the other side's authority did not sign.
     #[error("{0}")]
     OtherNetwork(&'static str),
@@ -94,7 +94,7 @@ pub struct Connection {
     remote: Option<SocketAddr>,
     round_trip: Duration,
     notes: Notes,
-    ended: watch::Receiver<Option<Refusal>>,
+    ended: watch::Receiver<Option<DialRefusal>>,
     /// Those that drive it: this end, and of a [`pipe`] the other one.
     _drivers: Arc<[AbortOnDropHandle<()>]>,
 }
@@ -147,7 +147,7 @@ impl Connection {
 
     /// Why the connection ended; `None` if it lives, or ended in good order. A server judges our
     /// certificate only after our side of the handshake is done, so its refusal shows here, after the first call.
-    pub async fn why_ended(&self) -> Option<Refusal> {
+    pub async fn why_ended(&self) -> Option<DialRefusal> {
         let mut ended = self.ended.clone();
         timeout(WHY, ended.wait_for(Option::is_some))
             .await
@@ -291,7 +291,7 @@ async fn dial_one(
     .and_then(|tls| tls)
     .map_err(|error| refused(explain_handshake(&error)))?;
     if tls.protocol() != Some(b"h2") {
-        return Err(refused(Refusal::NotSprat(
+        return Err(refused(DialRefusal::NotSprat(
             "it does not speak HTTP/2: not a sprat",
         )));
     }
@@ -319,63 +319,63 @@ async fn connect(target: &str) -> io::Result<(TcpStream, Duration)> {
 }
 
 /// An error that TLS has no part in, with its first cause.
-fn broken(error: &(dyn std::error::Error + 'static)) -> Refusal {
+fn broken(error: &(dyn std::error::Error + 'static)) -> DialRefusal {
     let mut cause = error;
     while let Some(below) = cause.source() {
         cause = below;
     }
-    Refusal::Broken(format!("the connection broke: {cause}"))
+    DialRefusal::Broken(format!("the connection broke: {cause}"))
 }
 
-fn explain_handshake(error: &io::Error) -> Refusal {
+fn explain_handshake(error: &io::Error) -> DialRefusal {
     match tls_error(error) {
         Some(error) => explain(error),
         None if error.kind() == io::ErrorKind::UnexpectedEof => {
-            Refusal::NotSprat("it hangs up: not a sprat, or too busy")
+            DialRefusal::NotSprat("it hangs up: not a sprat, or too busy")
         }
         None => broken(error),
     }
 }
 
 /// What an error of TLS means.
-fn explain(error: &rustls::Error) -> Refusal {
+fn explain(error: &rustls::Error) -> DialRefusal {
     use rustls::{AlertDescription as Alert, CertificateError as Bad, Error};
     match error {
         Error::InvalidCertificate(bad) => match bad {
-            Bad::UnknownIssuer | Bad::BadSignature => {
-                Refusal::OtherNetwork("its certificate is of another network (unknown authority)")
-            }
-            Bad::ExpiredContext { time, not_after } => Refusal::Clock(format!(
+            Bad::UnknownIssuer | Bad::BadSignature => DialRefusal::OtherNetwork(
+                "its certificate is of another network (unknown authority)",
+            ),
+            Bad::ExpiredContext { time, not_after } => DialRefusal::Clock(format!(
                 "its certificate ended {}, and this machine's clock says {}",
                 date(*not_after),
                 date(*time)
             )),
-            Bad::NotValidYetContext { time, not_before } => Refusal::Clock(format!(
+            Bad::NotValidYetContext { time, not_before } => DialRefusal::Clock(format!(
                 "its certificate begins {}, and this machine's clock says {}",
                 date(*not_before),
                 date(*time)
             )),
-            Bad::Revoked => Refusal::Revoked,
-            Bad::NotValidForName | Bad::NotValidForNameContext { .. } => Refusal::SomebodyElse,
-            _ => Refusal::OtherNetwork(
+            Bad::Revoked => DialRefusal::Revoked,
+            Bad::NotValidForName | Bad::NotValidForNameContext { .. } => DialRefusal::SomebodyElse,
+            _ => DialRefusal::OtherNetwork(
                 "its certificate is not one of this network's; if the tracker got a new one, join again with a new link",
             ),
         },
-        Error::InvalidMessage(_) => Refusal::NotSprat("it does not speak TLS: not a sprat"),
+        Error::InvalidMessage(_) => DialRefusal::NotSprat("it does not speak TLS: not a sprat"),
         Error::AlertReceived(alert) => match alert {
             Alert::CertificateRequired | Alert::AccessDenied | Alert::CertificateRevoked => {
-                Refusal::NotAMember
+                DialRefusal::NotAMember
             }
-            Alert::CertificateExpired => Refusal::Clock(format!(
+            Alert::CertificateExpired => DialRefusal::Clock(format!(
                 "by its clock our certificate is out of date; this machine's clock says {}",
                 date(UnixTime::now())
             )),
-            Alert::UnknownCA | Alert::DecryptError => Refusal::OtherNetwork(
+            Alert::UnknownCA | Alert::DecryptError => DialRefusal::OtherNetwork(
                 "it belongs to another network (it does not know our authority)",
             ),
-            _ => Refusal::Broken(format!("TLS failed: {error}")),
+            _ => DialRefusal::Broken(format!("TLS failed: {error}")),
         },
-        _ => Refusal::Broken(format!("TLS failed: {error}")),
+        _ => DialRefusal::Broken(format!("TLS failed: {error}")),
     }
 }
 

@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status};
 
 use super::{
     authority::{Applicant, Authority},
-    registry::{Refusal, Registry},
+    registry::{JoinRefusal, Registry},
 };
 use crate::{
     identity::{IdentityError, renew_message, signed_by},
@@ -115,7 +115,7 @@ impl Enrollment {
     fn decide(
         &self,
         applicant: &Applicant,
-        verdict: anyhow::Result<Result<(), Refusal>>,
+        verdict: anyhow::Result<Result<(), JoinRefusal>>,
         what: &str,
     ) -> Result<JoinResponse, Status> {
         match verdict {

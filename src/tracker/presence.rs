@@ -33,7 +33,7 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// What a peer says of itself when it registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Standing {
+pub struct PresenceStanding {
     /// The first look at one of its folders is not over.
     pub is_scanning: bool,
     /// It lives as long as a command, so nobody waits for it.
@@ -62,7 +62,7 @@ struct Presence {
 }
 
 struct Here {
-    standing: Standing,
+    standing: PresenceStanding,
     /// Registrations on their way.
     n_arriving: u32,
     /// The look during which the last one ended.
@@ -109,7 +109,7 @@ impl Presence {
     }
 
     /// A registration of this peer is about to be taken over.
-    fn arrive(&mut self, peer: PeerId, standing: Standing) {
+    fn arrive(&mut self, peer: PeerId, standing: PresenceStanding) {
         let here = self.here.entry(peer).or_insert(Here {
             standing,
             n_arriving: 0,
@@ -119,7 +119,7 @@ impl Presence {
     }
 
     /// It was, or was not.
-    fn arrived(&mut self, peer: PeerId, accepted: Option<Standing>) {
+    fn arrived(&mut self, peer: PeerId, accepted: Option<PresenceStanding>) {
         let Some(here) = self.here.get_mut(&peer) else {
             return;
         };
@@ -240,7 +240,7 @@ pub struct PresenceKeeper {
 pub struct Arrival<'a> {
     keeper: &'a PresenceKeeper,
     peer: PeerId,
-    standing: Standing,
+    standing: PresenceStanding,
     is_accepted: bool,
 }
 
@@ -311,7 +311,7 @@ impl PresenceKeeper {
 
     /// To be called before a registration is handed to the store: when this returns, the file names the peer. If it
     /// cannot be written that is logged, and the peer is let in all the same.
-    pub async fn arrive(self: &Arc<Self>, peer: PeerId, standing: Standing) -> Arrival<'_> {
+    pub async fn arrive(self: &Arc<Self>, peer: PeerId, standing: PresenceStanding) -> Arrival<'_> {
         self.lock().arrive(peer, standing);
         let arrival = Arrival {
             keeper: self,
@@ -388,15 +388,15 @@ mod tests {
     use super::*;
 
     const LEASE: Duration = Duration::from_secs(30);
-    const STAYS: Standing = Standing {
+    const STAYS: PresenceStanding = PresenceStanding {
         is_scanning: false,
         is_short_lived: false,
     };
-    const SCANS: Standing = Standing {
+    const SCANS: PresenceStanding = PresenceStanding {
         is_scanning: true,
         ..STAYS
     };
-    const VISITS: Standing = Standing {
+    const VISITS: PresenceStanding = PresenceStanding {
         is_short_lived: true,
         ..STAYS
     };
@@ -419,7 +419,7 @@ mod tests {
         presence.settle(&set(listed), &set(denied), now);
     }
 
-    fn register(presence: &mut Presence, n: u8, standing: Standing) {
+    fn register(presence: &mut Presence, n: u8, standing: PresenceStanding) {
         presence.arrive(peer(n), standing);
         presence.arrived(peer(n), Some(standing));
     }

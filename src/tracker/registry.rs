@@ -61,7 +61,7 @@ pub struct MemberRecord {
 
 /// Why a token is not honoured; for the log, never for the caller.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
+pub enum JoinRefusal {
     /// No such token.
     #[error("unknown token")]
     Unknown,
@@ -187,7 +187,7 @@ impl Registry {
         digest: [u8; 32],
         peer: PeerId,
         life: Duration,
-    ) -> Result<Result<(), Refusal>> {
+    ) -> Result<Result<(), JoinRefusal>> {
         let name = peer.to_string();
         self.write(|txn| {
             let mut tokens = txn.open_table(TOKENS)?;
@@ -196,21 +196,21 @@ impl Registry {
                 .map(|r| read::<TokenRecord>(r.value()))
                 .transpose()?
             else {
-                return Ok(Err(Refusal::Unknown));
+                return Ok(Err(JoinRefusal::Unknown));
             };
             if !same(record.digest.as_bytes(), base32(&digest).as_bytes()) {
-                return Ok(Err(Refusal::WrongSecret));
+                return Ok(Err(JoinRefusal::WrongSecret));
             }
             if record.expires_at <= now() {
-                return Ok(Err(Refusal::Expired));
+                return Ok(Err(JoinRefusal::Expired));
             }
             let mut members = txn.open_table(MEMBERS)?;
             if member(&members, &name)?.is_some_and(|member| member.revoked) {
-                return Ok(Err(Refusal::Revoked));
+                return Ok(Err(JoinRefusal::Revoked));
             }
             if !record.redeemed_by.contains(&name) {
                 if record.redeemed_by.len() >= record.uses as usize {
-                    return Ok(Err(Refusal::UsedUp));
+                    return Ok(Err(JoinRefusal::UsedUp));
                 }
                 record.redeemed_by.push(name.clone());
                 tokens.insert(id, serde_json::to_string(&record)?.as_str())?;
@@ -229,15 +229,15 @@ impl Registry {
     ///
     /// # Errors
     /// As [`Registry::redeem`].
-    pub fn renew(&self, peer: PeerId, life: Duration) -> Result<Result<(), Refusal>> {
+    pub fn renew(&self, peer: PeerId, life: Duration) -> Result<Result<(), JoinRefusal>> {
         let name = peer.to_string();
         self.write(|txn| {
             let mut members = txn.open_table(MEMBERS)?;
             let mut record = match member(&members, &name)? {
-                None => return Ok(Err(Refusal::NotAMember)),
-                Some(member) if member.revoked => return Ok(Err(Refusal::Revoked)),
+                None => return Ok(Err(JoinRefusal::NotAMember)),
+                Some(member) if member.revoked => return Ok(Err(JoinRefusal::Revoked)),
                 Some(member) if member.certified_until + RENEWABLE.as_secs() < now() => {
-                    return Ok(Err(Refusal::TooLate));
+                    return Ok(Err(JoinRefusal::TooLate));
                 }
                 Some(member) => member,
             };
@@ -489,16 +489,16 @@ mod tests {
                 .redeem(&base32(&ID), digest, peer(n), HOUR)
                 .unwrap()
         };
-        assert_eq!(redeem([8; 32], 1), Err(Refusal::WrongSecret));
+        assert_eq!(redeem([8; 32], 1), Err(JoinRefusal::WrongSecret));
         assert_eq!(
             (redeem([9; 32], 1), redeem([9; 32], 1), redeem([9; 32], 2)),
             (Ok(()), Ok(()), Ok(()))
         );
-        assert_eq!(redeem([9; 32], 3), Err(Refusal::UsedUp));
+        assert_eq!(redeem([9; 32], 3), Err(JoinRefusal::UsedUp));
         assert_eq!(redeem([9; 32], 2), Ok(()));
         assert_eq!(
             registry.redeem("nonsense", [9; 32], peer(1), HOUR).unwrap(),
-            Err(Refusal::Unknown)
+            Err(JoinRefusal::Unknown)
         );
         registry
             .add_token(&[2; 5], [9; 32], 1, Duration::ZERO)
@@ -507,7 +507,7 @@ mod tests {
             registry
                 .redeem(&base32(&[2; 5]), [9; 32], peer(1), HOUR)
                 .unwrap(),
-            Err(Refusal::Expired)
+            Err(JoinRefusal::Expired)
         );
     }
 
@@ -563,19 +563,19 @@ mod tests {
         assert!(list.epoch > first, "{} after {first}", list.epoch);
         assert_eq!(
             registry.renew(peer(1), HOUR).unwrap(),
-            Err(Refusal::Revoked)
+            Err(JoinRefusal::Revoked)
         );
         assert_eq!(
             registry
                 .redeem(&base32(&ID), [9; 32], peer(1), HOUR)
                 .unwrap(),
-            Err(Refusal::Revoked)
+            Err(JoinRefusal::Revoked)
         );
         assert!(registry.set_revoked(peer(1), false).unwrap());
         assert_eq!(registry.renew(peer(1), HOUR).unwrap(), Ok(()));
         assert_eq!(
             registry.renew(peer(2), HOUR).unwrap(),
-            Err(Refusal::NotAMember)
+            Err(JoinRefusal::NotAMember)
         );
     }
 

@@ -21,7 +21,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{
     activity::{Activity, ActivityReport},
     authority::Authority,
-    presence::{PresenceKeeper, Standing},
+    presence::{PresenceKeeper, PresenceStanding},
     store::{Heartbeat, Registered, Registration, SWEEP_INTERVAL, Store, StoreError},
 };
 use crate::{
@@ -129,7 +129,7 @@ impl TrackerServer {
         mut stream: Streaming<RegisterRequest>,
         peer: PeerId,
         caller: &Caller,
-    ) -> Result<(Registration, Standing), Status> {
+    ) -> Result<(Registration, PresenceStanding), Status> {
         let Some(Part::Header(header)) = next(&mut stream).await?.and_then(|message| message.part)
         else {
             return Err(Status::invalid_argument(
@@ -137,7 +137,7 @@ impl TrackerServer {
             ));
         };
         let announcement = self.announcement(peer, &header, caller)?;
-        let standing = Standing {
+        let standing = PresenceStanding {
             is_scanning: header.is_scanning,
             is_short_lived: header.is_short_lived,
         };

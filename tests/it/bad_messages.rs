@@ -40,7 +40,7 @@ fn endings(lie: Lie) -> &'static [i32] {
         | Lie::Silence
         | Lie::Trickle
         | Lie::ManifestNever
-        | Lie::ManifestTrickle => &[4],
+        | Lie::ManifestTrickle => &[4, 6],
         Lie::ManifestEnds
         | Lie::ManifestEmpty
         | Lie::ManifestOfOther

@@ -109,7 +109,7 @@ fn wrong_bytes_cost_one_piece() {
     assert!(said.last().unwrap()["bytes_wasted"].as_u64().unwrap() > 0);
     let notes = notes(&said, &liar.peer_id);
     assert!(
-        matches!(notes[..], [note] if note.contains("sent wrong bytes") && note.contains("not asked for")),
+        matches!(notes[..], [note] if note.contains("banned for a while: sent wrong bytes")),
         "{notes:?}"
     );
 }

@@ -142,7 +142,6 @@ fn a_file_that_changed_unseen_is_withdrawn_when_a_receiver_tells() {
     };
     story.change_unseen();
     story.get("sink").fails(6, &["film"]);
-    story.report("sink", 3, 1);
     let new = blake3::hash(&fs::read(story.shared.path().join("film")).unwrap());
     let new = new.to_hex().to_string();
     story.swarm.wait_ls("sink", PATIENCE, |rows| {

@@ -16,7 +16,9 @@ use std::{
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use super::{pace::Pace, picker::SourceKey, session::Session, source::CONNECTIONS, swarm::lock};
+use super::{
+    pace::Pace, picker::SourceKey, session::SourceSession, source::CONNECTIONS, swarm::lock,
+};
 
 /// Next to nothing is less than so many bytes in that time.
 const SILENCE: Duration = Duration::from_secs(2);
@@ -76,7 +78,7 @@ fn connection_of(source: SourceKey, connection: usize) -> SourceKey {
     SourceKey(source.0.saturating_add(connection))
 }
 
-impl Session {
+impl SourceSession {
     /// While next to nothing comes over a connection, what it was promised is there for those who have nothing else to fetch.
     /// Ends if the others leave it nothing: then it is let go.
     pub(super) async fn look_on(&self, connection: usize) {

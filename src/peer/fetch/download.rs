@@ -17,6 +17,7 @@ use std::{
 };
 
 use anyhow::Result;
+use futures_util::{StreamExt, future::ready, stream};
 use tokio::{
     sync::{Semaphore, mpsc},
     task::{JoinSet, spawn_blocking},
@@ -25,33 +26,33 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 mod idle;
+mod naming;
+mod opening;
 mod outcome;
 
-use self::{idle::IdleClock, outcome::Ending};
+use self::{idle::IdleClock, outcome::Unfinished};
 use super::{
     contents::{Aside, Contents, Position},
-    destination::{Disk, Existing, Finishing, Hashes, Opened, Target, Want, explain},
-    engine::{Engine, LOCAL},
+    destination::{Disk, Existing, Hashes, Opened, Target, Want},
+    engine::Engine,
     find::Finder,
     pace::Fixed,
     progress::{Happening, Progress},
-    reuse::LocalPiece,
     session::work_with,
-    stage_times::Stage,
-    storage::{Storage, StorageError},
+    storage::StorageError,
     swarm::{Here, OpenFile, Swarm},
     writer::panic_text,
 };
 use crate::{
     catalog::{FileKey, Row, SourceInfo},
-    content::{ContentId, MAX_SINGLE, Manifest},
-    have::HaveMap,
+    content::MAX_SINGLE,
     identity::PeerId,
+    net::descriptor_limit,
     peer::{
         limit::Limit,
         member::{membership::Membership, tracker_client::TrackerClient},
     },
-    proto::MAX_CONTENTS,
+    proto::{ListFilesRequest, MAX_CONTENTS},
     request::carried,
     safe_path::{SafeName, escape},
 };
@@ -77,6 +78,10 @@ const SOON: Duration = Duration::from_secs(1);
 const TICK: Duration = Duration::from_millis(100);
 /// Between two looks for something that should be synced, given up, or asked the tracker for.
 const SLOW_TICK: Duration = Duration::from_secs(1);
+/// Names that are looked up at the end, to tell what changed from what is gone; so many at once, each for so long.
+const MOST_LOOKED_UP: usize = 256;
+const LOOK_UPS: usize = 8;
+const LOOK_UP: Duration = Duration::from_secs(5);
 /// Happenings that are told in one go.
 const TOLD: usize = 256;
 
@@ -113,16 +118,12 @@ pub struct Get {
 /// Permits for open files under this process's limit of descriptors, with room left for connections and all else.
 #[must_use]
 pub fn open_files() -> Arc<Semaphore> {
-    const RESERVED: u64 = 256;
+    const RESERVED: usize = 256;
     /// A `.part`, its journal while that is written, and its folder.
-    const EACH: u64 = 3;
-    const MOST: u64 = 16_384;
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    let limit = limit.current.unwrap_or(u64::MAX);
-    let permits = (limit.saturating_sub(RESERVED) / EACH).clamp(OPEN_AT_LEAST as u64, MOST);
-    Arc::new(Semaphore::new(
-        usize::try_from(permits).unwrap_or(usize::MAX),
-    ))
+    const EACH: usize = 3;
+    const MOST: usize = 16_384;
+    let permits = descriptor_limit().saturating_sub(RESERVED) / EACH;
+    Arc::new(Semaphore::new(permits.clamp(OPEN_AT_LEAST, MOST)))
 }
 
 /// A content whose target is free.
@@ -183,7 +184,7 @@ struct Run {
     /// Nothing is opened before: there were no descriptors.
     open_from: Option<Instant>,
     clock: IdleClock,
-    ending: Ending,
+    ending: Unfinished,
     /// What later runs need not hash.
     hashes: Hashes,
 }
@@ -213,7 +214,7 @@ impl Run {
         let targets =
             spawn_blocking(move || looking.disk.look_at_all(&looking.wants, looking.existing))
                 .await?;
-        let (mut jobs, mut untold, mut ending) = (vec![], VecDeque::new(), Ending::default());
+        let (mut jobs, mut untold, mut ending) = (vec![], VecDeque::new(), Unfinished::default());
         // Of each want the position of its job.
         let mut positions = vec![None; get.wants.len()];
         let mut taken = HashSet::new();
@@ -311,6 +312,7 @@ impl Run {
     async fn work(&mut self) -> Result<()> {
         let mut ticks = interval(TICK);
         let happenings = self.happenings.clone();
+        self.ask_tracker(Instant::now());
         self.dial();
         loop {
             self.look()?;
@@ -387,193 +389,12 @@ impl Run {
         self.dial();
     }
 
-    /// Opens files, as many as there are permits for.
-    fn open_more(&mut self) {
-        let now = Instant::now();
-        if self.is_opening || self.open_from.is_some_and(|from| now < from) {
-            return;
-        }
-        let (files, permits) = {
-            let mut engine = self.swarm.engine();
-            if engine.contents.known().next().is_none() {
-                return;
-            }
-            engine.renumber();
-            let n_in_hand = engine.contents.n_in_hand();
-            let is_full = !engine.has_room() || engine.picker.remaining() >= OPEN_PIECES;
-            if n_in_hand > 0 && is_full {
-                return;
-            }
-            let permits = self.get.open_files.available_permits().min(GROUP_FILES);
-            let room = permits.max(OPEN_AT_LEAST.saturating_sub(n_in_hand));
-            let mut long_room = OPEN_LONG.saturating_sub(engine.contents.n_long());
-            let mut pieces_room = OPEN_PIECES.saturating_sub(engine.picker.remaining());
-            let mut chosen = vec![];
-            for (at, manifest) in engine.contents.known() {
-                let layout = manifest.layout();
-                let is_long = !layout.is_single();
-                let is_first = n_in_hand == 0 && chosen.is_empty();
-                if is_long && long_room == 0 {
-                    continue;
-                }
-                if chosen.len() == room || layout.n_pieces() > pieces_room && !is_first {
-                    break;
-                }
-                long_room -= usize::from(is_long);
-                pieces_room = pieces_room.saturating_sub(layout.n_pieces());
-                chosen.push(at);
-            }
-            let begin = |at| Some((at, engine.contents.begin_opening(at)?));
-            let files: Vec<(Position, Manifest)> = chosen.into_iter().filter_map(begin).collect();
-            (files, permits)
-        };
-        if files.is_empty() {
-            return;
-        }
-        self.is_opening = true;
-        let (disk, jobs) = (self.get.disk.clone(), self.jobs.clone());
-        let permits: Vec<_> = (0..files.len().min(permits))
-            .map_while(|_| self.get.open_files.clone().try_acquire_owned().ok())
-            .collect();
-        self.disk.spawn_blocking(move || {
-            let wanted: Vec<_> = files
-                .iter()
-                .map(|(at, manifest)| {
-                    let Job { want, target } = &jobs[*at];
-                    (want, target, manifest.clone())
-                })
-                .collect();
-            let mut permits = permits.into_iter();
-            let opened = disk.open(&wanted);
-            let opened = files.iter().zip(opened).map(|((at, _), opened)| {
-                let permit = permits.next();
-                (*at, opened.map(|opened| Opened { permit, ..opened }))
-            });
-            DiskDone::Opened(opened.collect())
-        });
-    }
-
-    fn opened(&mut self, files: Vec<(Position, OpenedFile)>) {
-        self.is_opening = false;
-        let (mut open, mut local) = (vec![], vec![]);
-        for (at, opened) in files {
-            let Job { want, target } = &self.jobs[at];
-            match opened {
-                Ok(Opened {
-                    storage,
-                    local: pieces,
-                    permit,
-                }) => {
-                    let have = storage.have();
-                    let bytes = bytes_of(&storage, &have);
-                    Progress::add(&self.progress.bytes_done, bytes);
-                    Progress::add(&self.progress.bytes_resumed, bytes);
-                    let partial = self.get.disk.offer_partial(&storage, want, target);
-                    let file = Arc::new(OpenFile {
-                        name: want.name.clone(),
-                        storage,
-                        partial,
-                        _permit: permit,
-                    });
-                    if !pieces.is_empty() {
-                        local.push((at, file.clone(), pieces));
-                    }
-                    open.push((at, file, have));
-                }
-                Err(error) => self.not_opened(at, error),
-            }
-        }
-        {
-            let mut engine = self.swarm.engine();
-            engine.open(open);
-            // Before anybody else may claim them.
-            for (at, _, pieces) in &local {
-                let pieces = pieces.iter().map(LocalPiece::index);
-                let numbers = pieces.filter_map(|piece| engine.contents.number(*at, piece));
-                let numbers: Vec<u32> = numbers.collect();
-                engine.picker.claim_local(LOCAL, numbers);
-            }
-        }
-        for (at, file, mut pieces) in local {
-            let other_half = pieces.split_off(pieces.len() / 2);
-            for pieces in [pieces, other_half] {
-                let (swarm, file) = (self.swarm.clone(), file.clone());
-                self.disk.spawn(async move {
-                    swarm.bring(at, file, pieces).await;
-                    DiskDone::Other
-                });
-            }
-        }
-        self.swarm.changed.notify_waiters();
-    }
-
-    fn not_opened(&mut self, at: Position, error: StorageError) {
-        if error.is_no_descriptor() {
-            self.swarm.engine().contents.step_back(at);
-            self.open_from = Some(Instant::now() + SLOW_TICK);
-            return;
-        }
-        let error = explain(error);
-        self.set_aside(at, outcome::why(&error), format!("{error}"));
-    }
-
     fn set_aside(&mut self, at: Position, why: Aside, text: String) {
         let copies: Vec<Position> = self.swarm.engine().contents.same(at).collect();
         for copy in copies {
             self.ending.texts.insert(copy, text.clone());
         }
         self.swarm.engine().set_aside(at, why);
-    }
-
-    /// Gives names to complete contents, a group at a time: what came while one group is synced is the next.
-    fn finish_more(&mut self) {
-        while self.n_finishing < FINISHING {
-            let group: Vec<(Position, Arc<OpenFile>)> = {
-                let mut engine = self.swarm.engine();
-                let taken = engine.contents.take_complete(GROUP_FILES);
-                let file = |at: Position| Some((at, engine.contents.opened(at)?.handle.clone()));
-                taken.into_iter().filter_map(file).collect()
-            };
-            if group.is_empty() {
-                return;
-            }
-            self.n_finishing += 1;
-            let (get, jobs, swarm) = (self.get.clone(), self.jobs.clone(), self.swarm.clone());
-            self.disk.spawn(finish(get, jobs, swarm, group));
-        }
-    }
-
-    fn named(&mut self, named: Vec<(Position, Arc<OpenFile>, Result<PathBuf>)>, hashes: Hashes) {
-        self.n_finishing -= 1;
-        self.hashes.extend(hashes);
-        if self.hashes.len() >= REMEMBERED {
-            self.remember();
-        }
-        for (at, file, path) in named {
-            match path {
-                Ok(path) => {
-                    self.swarm.engine().contents.named(at);
-                    Progress::add(&self.progress.files_done, 1);
-                    self.untold.push_back(Happening::FileDone {
-                        want: self.jobs[at].want.clone(),
-                        path,
-                        already_there: false,
-                    });
-                }
-                Err(error) => match error.downcast::<StorageError>() {
-                    Ok(error @ StorageError::Lost { .. }) => {
-                        self.swarm.engine().contents.step_back(at);
-                        self.swarm.disk_failed(at, &file, error);
-                    }
-                    Ok(error) => {
-                        let error = explain(error);
-                        self.set_aside(at, outcome::why(&error), format!("{error}"));
-                    }
-                    Err(error) => self.set_aside(at, outcome::why(&error), format!("{error}")),
-                },
-            }
-        }
-        self.swarm.changed.notify_waiters();
     }
 
     fn disk_done(&mut self, done: DiskDone) {
@@ -604,14 +425,7 @@ impl Run {
         if !self.clock.is_slow_tick(now, SLOW_TICK) {
             return;
         }
-        if self.clock.may_ask_tracker(now) {
-            let engine = self.swarm.engine();
-            let is_pending = |id: &ContentId| {
-                let of = engine.contents.position(id);
-                of.is_some_and(|of| engine.contents.same(of).any(|at| engine.contents.needs(at)))
-            };
-            self.finder.advance(is_pending);
-        }
+        self.ask_tracker(now);
         if !self.is_syncing {
             self.is_syncing = true;
             let swarm = self.swarm.clone();
@@ -626,6 +440,17 @@ impl Run {
             .look(&self.swarm, now, |at| escape(jobs[at].want.name.as_str()));
         if let Some(text) = note {
             self.untold.push_back(Happening::Note(None, text));
+        }
+    }
+
+    /// Follows at the tracker what is pending, once that may take long enough.
+    fn ask_tracker(&mut self, now: Instant) {
+        if self.clock.may_ask_tracker(now) {
+            let engine = self.swarm.engine();
+            self.finder.advance(|id| {
+                let of = engine.contents.position(id);
+                of.is_some_and(|of| engine.contents.same(of).any(|at| engine.contents.needs(at)))
+            });
         }
     }
 
@@ -662,12 +487,40 @@ impl Run {
         *progress.in_work.lock().expect(UNLOCKED) = in_work;
     }
 
+    /// Of what is gone, that which is listed with other bytes under its name: it changed.
+    async fn replaced(&self) -> HashSet<Position> {
+        let gone: Vec<Position> = {
+            let engine = self.swarm.engine();
+            let gone = engine
+                .contents
+                .aside()
+                .filter(|(_, why)| *why == Aside::Gone);
+            gone.map(|(at, _)| at).take(MOST_LOOKED_UP).collect()
+        };
+        let look_up = async |at: Position| {
+            let want = &self.jobs[at].want;
+            let query = ListFilesRequest {
+                name: want.name.to_string(),
+                ..Default::default()
+            };
+            let listing = timeout(LOOK_UP, self.get.tracker.list(query))
+                .await
+                .ok()?
+                .ok()?;
+            let has_changed = listing.rows.iter().any(|row| row.content_id != want.id);
+            has_changed.then_some(at)
+        };
+        let looked_up = stream::iter(gone).map(look_up).buffer_unordered(LOOK_UPS);
+        looked_up.filter_map(ready).collect().await
+    }
+
     /// Tells what is untold, and what could not be had.
     async fn end(mut self) -> Result<()> {
         self.publish();
         for (peer, text) in self.swarm.take_notes() {
             self.untold.push_back(Happening::Note(peer, text));
         }
+        let replaced = self.replaced().await;
         let sources = self.progress.sources();
         let fetched = sources.values().map(|stats| stats.bytes).sum();
         let n_done = self.progress.files_done.load(Ordering::Relaxed);
@@ -675,7 +528,12 @@ impl Run {
             let engine = self.swarm.engine();
             let jobs = &self.jobs;
             let ending = std::mem::take(&mut self.ending);
-            ending.settle(&engine, |at| jobs[at].want.clone(), (n_done, fetched))
+            ending.settle(
+                &engine,
+                &replaced,
+                |at| jobs[at].want.clone(),
+                (n_done, fetched),
+            )
         };
         let n_failed = failed.len() as u64;
         self.progress
@@ -688,57 +546,6 @@ impl Run {
         }
         error.map_or(Ok(()), Err)
     }
-}
-
-/// Makes these files durable and gives them their names. While the disk is full, what has no name waits for room.
-async fn finish(
-    get: Arc<Get>,
-    jobs: Arc<[Job]>,
-    swarm: Arc<Swarm>,
-    mut group: Vec<(Position, Arc<OpenFile>)>,
-) -> DiskDone {
-    let (mut named, mut hashes) = (vec![], vec![]);
-    loop {
-        let (get, jobs, files) = (get.clone(), jobs.clone(), group.clone());
-        let began = Instant::now();
-        let finished = spawn_blocking(move || {
-            let files = files.iter().map(|(at, file)| Finishing {
-                storage: &file.storage,
-                want: &jobs[*at].want,
-                target: &jobs[*at].target,
-            });
-            let files: Vec<_> = files.collect();
-            get.disk.finish(&files, get.existing)
-        });
-        let (paths, learnt) = match finished.await {
-            Ok(finished) => finished,
-            Err(error) => {
-                swarm.fail(internal(error));
-                return DiskDone::Other;
-            }
-        };
-        swarm.stage_times.add(Stage::Disk, began.elapsed());
-        hashes.extend(learnt);
-        let mut full = vec![];
-        for ((at, file), path) in group.into_iter().zip(paths) {
-            match path {
-                Err(error) if outcome::is_full(&error) => full.push((at, file)),
-                path => named.push((at, file, path)),
-            }
-        }
-        let Some((_, first)) = full.first() else {
-            return DiskDone::Named(named, hashes);
-        };
-        swarm.wait_for_room(first).await;
-        group = full;
-    }
-}
-
-/// Bytes of these pieces.
-fn bytes_of(storage: &Storage, have: &HaveMap) -> u64 {
-    let layout = storage.manifest().layout();
-    let pieces = have.iter().filter_map(|piece| layout.piece(piece));
-    pieces.map(|piece| u64::from(layout.len_of(piece))).sum()
 }
 
 /// A task of ours ended in a way that it must not.

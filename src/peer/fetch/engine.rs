@@ -7,6 +7,8 @@
 //! `Sources` says of the open contents while the source is connected, and nothing else; what belongs to an earlier numbering
 //! is told by its `epoch` and ignored.
 
+mod ranges;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::Range,
@@ -16,15 +18,15 @@ use std::{
 use super::{
     contents::{Aside, Contents, Learnt, Position},
     picker::{Offer, Picker, Received, SourceKey},
-    source::{CONNECTIONS, Wanted},
+    source::CONNECTIONS,
     source_stats::Standing,
     sources::{Ending, Holding, Refusal, Sources},
 };
 use crate::{
-    content::{Layout, Manifest, PieceIndex},
+    content::{Manifest, PieceIndex},
     have::HaveMap,
     identity::PeerId,
-    proto::{MAX_CLAIM, MAX_CONTENTS, MAX_RANGES},
+    proto::MAX_CONTENTS,
 };
 
 /// This machine, as a source.
@@ -448,7 +450,8 @@ impl<H> Engine<H> {
             return Penalty::Known;
         }
         self.strike(peer, of);
-        if !self.sources.is_wrong(peer, of) {
+        // One that has nothing else is of no use at all.
+        if !self.sources.is_wrong(peer, of) && self.is_of_use(peer) {
             return Penalty::Content;
         }
         let until = match self.sources.key(peer) {
@@ -546,55 +549,6 @@ impl<H> Engine<H> {
     pub fn is_anybody_of_use(&self) -> bool {
         self.sources
             .is_anybody_of_use(|at| needs(&self.contents, at))
-    }
-
-    /// These numbers as ranges of contents, each with the content's position; the last one says how many of the numbers fit
-    /// into one request.
-    pub fn ranges(&self, numbers: &[u32]) -> (Vec<Wanted>, Vec<Position>, usize) {
-        let (mut claim, mut positions): (Vec<Wanted>, Vec<Position>) = (vec![], vec![]);
-        let (mut bytes, mut taken) = (0, 0);
-        for number in numbers {
-            let Some((at, first)) = self.contents.locate(*number) else {
-                break;
-            };
-            let Some(layout) = self.layout(at) else { break };
-            bytes += u64::from(layout.len_of(first));
-            if taken > 0 && (bytes > MAX_CLAIM || claim.len() == MAX_RANGES) {
-                break;
-            }
-            taken += 1;
-            match (claim.last_mut(), positions.last()) {
-                (Some(last), Some(same))
-                    if *same == at && last.first.get() + last.count == first.get() =>
-                {
-                    last.count += 1;
-                }
-                _ => {
-                    let id = self.contents.id(at);
-                    claim.push(Wanted {
-                        id,
-                        layout,
-                        first,
-                        count: 1,
-                    });
-                    positions.push(at);
-                }
-            }
-        }
-        (claim, positions, taken)
-    }
-
-    /// Bytes of these pieces together.
-    pub fn bytes(&self, numbers: &[u32]) -> u32 {
-        let len = |number: &u32| {
-            let (at, piece) = self.contents.locate(*number)?;
-            Some(u64::from(self.layout(at)?.len_of(piece)))
-        };
-        u32::try_from(numbers.iter().filter_map(len).sum::<u64>()).unwrap_or(u32::MAX)
-    }
-
-    fn layout(&self, at: Position) -> Option<Layout> {
-        Some(self.contents.opened(at)?.layout)
     }
 }
 

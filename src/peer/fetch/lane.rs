@@ -18,7 +18,7 @@ use super::{
     contents::Position,
     engine::Engine,
     picker::Next,
-    session::{LOOK, Session, refusal},
+    session::{LOOK, SourceSession, refusal},
     source::{Asked, Event, Fetch, SourceError, Wanted},
     sources::Refusal,
     stage_times::Stage,
@@ -57,7 +57,7 @@ struct Claim {
     positions: Vec<Position>,
 }
 
-impl Session {
+impl SourceSession {
     pub(super) fn n_lanes(&self) -> usize {
         let connections = self.source.connections();
         connections * if connections > 1 { FAR_LANES } else { LANES }
@@ -534,7 +534,8 @@ impl Session {
                 continue;
             }
             engine.picker.release(held.key, &[number]);
-            if code == Code::Promised {
+            // A second time it is a refusal: who was told once knows.
+            if code == Code::Promised && !engine.picker.is_promised(number) {
                 // Of the others in the range nothing is known; they are given back with the claim.
                 engine.picker.promised([number], now);
                 break;

@@ -290,6 +290,11 @@ impl Picker {
         }
     }
 
+    /// Is it known that a complete source promised this piece to others?
+    pub fn is_promised(&self, piece: u32) -> bool {
+        self.board.is_promised(piece)
+    }
+
     /// A complete source promised these pieces to other receivers, or knows that they have them. It holds for all complete
     /// sources, until the piece is done; a repetition changes nothing.
     pub fn promised(&mut self, pieces: impl IntoIterator<Item = u32>, now: Instant) {

@@ -120,7 +120,7 @@ impl Drop for AtWork<'_> {
 }
 
 /// One source that is connected.
-pub(super) struct Session {
+pub(super) struct SourceSession {
     pub(super) swarm: Arc<Swarm>,
     pub(super) source: Source,
     /// Of its first connection, and of the source.
@@ -154,7 +154,7 @@ async fn session(swarm: &Arc<Swarm>, peer: PeerId) -> Result<Ending, SourceError
     let begun = opening.and_then(|opening| source.begin(&opening));
     let known = swarm.acquaintance(peer);
     let line = line(key, &known, begun.as_ref(), source.connections());
-    let session = Session {
+    let session = SourceSession {
         swarm: swarm.clone(),
         source,
         key,
@@ -181,7 +181,7 @@ fn line(key: SourceKey, known: &Acquaintance, begun: Option<&Begun>, n: usize) -
     Line::new(key, std::iter::once(first.clone()).chain(further))
 }
 
-impl Session {
+impl SourceSession {
     pub(super) fn peer(&self) -> PeerId {
         self.source.id
     }
@@ -481,7 +481,7 @@ impl Swarm {
 
 /// Manifests that a source is asked for; others may be asked when this is gone.
 struct Asking<'a> {
-    session: &'a Session,
+    session: &'a SourceSession,
     positions: Vec<Position>,
 }
 
@@ -507,7 +507,7 @@ type Watched = Result<Option<(HaveWatch, Option<(usize, News)>)>, SourceError>;
 
 impl Watching {
     /// Begins a stream, or waits for its next news.
-    async fn next(session: &Session, group: Vec<Position>, watch: Option<HaveWatch>) -> Self {
+    async fn next(session: &SourceSession, group: Vec<Position>, watch: Option<HaveWatch>) -> Self {
         let outcome = match watch {
             Some(watch) => Self::wait(watch).await,
             None => Self::begin(session, &group).await,
@@ -522,7 +522,7 @@ impl Watching {
         }
     }
 
-    async fn begin(session: &Session, group: &[Position]) -> Watched {
+    async fn begin(session: &SourceSession, group: &[Position]) -> Watched {
         let contents: Vec<(ContentId, Layout)> = {
             let engine = session.swarm.engine();
             let layout = |at: &Position| Some(engine.contents.opened(*at)?.layout);

@@ -15,6 +15,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+mod known;
+
+use self::known::{Known, Refused, State};
 use super::{
     contents::Position,
     picker::SourceKey,
@@ -81,93 +84,6 @@ pub enum Ending {
     Failed(String),
     /// It broke the rules, in a way that has to do with no one content.
     Lied(String),
-}
-
-/// What it stands for now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Candidate,
-    Connecting(Instant),
-    Active,
-    Resting(Instant),
-    Banned(Instant),
-    /// Asked no more.
-    Gone,
-}
-
-/// What was refused, until it is asked for again.
-#[derive(Debug, Default)]
-struct Refused {
-    /// Pieces; `None`: the whole content.
-    pieces: Vec<(Position, Option<u32>)>,
-    until: Option<Instant>,
-    /// How often it was asked again, and the bytes that had come from it by then.
-    n: u32,
-    bytes: u64,
-}
-
-#[derive(Debug)]
-struct Known {
-    key: SourceKey,
-    state: State,
-    /// "HOST:PORT", best first.
-    addresses: Vec<String>,
-    /// Contents that it has whole.
-    whole: BTreeSet<Position>,
-    /// Contents that it has or may have in part.
-    part: BTreeMap<Position, Option<HaveMap>>,
-    /// What it does not serve although it was said to, and why.
-    refusals: BTreeMap<Position, Refusal>,
-    refused: Refused,
-    /// Contents that it said had changed, since it last said that it has them.
-    changed: BTreeSet<Position>,
-    /// Contents of which it sent something wrong.
-    wrong: BTreeSet<Position>,
-    backoff: Backoff,
-    /// When it last was here.
-    last_here: Option<Instant>,
-    /// How many it told of.
-    n_hints: usize,
-    /// Its first news has come, or it tells none.
-    has_told: bool,
-    stats: SourceStats,
-}
-
-impl Known {
-    fn holding(&self, at: Position) -> Holding {
-        if self.wrong.contains(&at) || self.refusals.contains_key(&at) {
-            return Holding::Nothing;
-        }
-        match (self.whole.contains(&at), self.part.get(&at)) {
-            (true, _) => Holding::Whole,
-            (_, Some(Some(map))) => Holding::Pieces(map.clone()),
-            (_, Some(None)) => Holding::Unknown,
-            _ => Holding::Nothing,
-        }
-    }
-
-    fn may_have(&self, at: Position) -> bool {
-        (self.whole.contains(&at) || self.part.contains_key(&at))
-            && !self.wrong.contains(&at)
-            && !self.refusals.contains_key(&at)
-    }
-
-    fn is_of_use(&self, needs: impl Fn(Position) -> bool) -> bool {
-        let may = |at: &&Position| self.may_have(**at) && needs(**at);
-        self.whole.iter().find(may).is_some() || self.part.keys().find(may).is_some()
-    }
-
-    fn is_due(&self, now: Instant) -> bool {
-        match self.state {
-            State::Candidate => true,
-            State::Resting(until) | State::Banned(until) => until <= now,
-            _ => false,
-        }
-    }
-
-    const fn is_live(&self) -> bool {
-        matches!(self.state, State::Active | State::Connecting(_))
-    }
 }
 
 /// All of them.

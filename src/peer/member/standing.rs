@@ -6,7 +6,7 @@ use tonic::Status;
 
 use crate::{
     exit::{Exit, Failed},
-    net::{DialError, Refusal},
+    net::{DialError, DialRefusal},
 };
 
 pub use crate::proto::status_response::TrackerState;
@@ -52,13 +52,13 @@ const fn state_of(error: &DialError) -> TrackerState {
     match error {
         DialError::NoAddress | DialError::Unreachable(..) => TrackerState::Unreachable,
         DialError::Refused(_, refusal) => match refusal {
-            Refusal::OtherNetwork(_) => TrackerState::OtherNetwork,
-            Refusal::Clock(_) => TrackerState::Clock,
-            Refusal::NotAMember => TrackerState::NotAMember,
-            Refusal::Revoked | Refusal::SomebodyElse | Refusal::NotSprat(_) => {
+            DialRefusal::OtherNetwork(_) => TrackerState::OtherNetwork,
+            DialRefusal::Clock(_) => TrackerState::Clock,
+            DialRefusal::NotAMember => TrackerState::NotAMember,
+            DialRefusal::Revoked | DialRefusal::SomebodyElse | DialRefusal::NotSprat(_) => {
                 TrackerState::NoTracker
             }
-            Refusal::Broken(_) => TrackerState::Unreachable,
+            DialRefusal::Broken(_) => TrackerState::Unreachable,
         },
     }
 }
@@ -126,28 +126,28 @@ mod tests {
                 Exit::Tracker,
             ),
             (
-                refused(Refusal::NotSprat("it does not speak TLS")),
+                refused(DialRefusal::NotSprat("it does not speak TLS")),
                 TrackerState::NoTracker,
                 Exit::Tracker,
             ),
             (
                 // Words of other endings in the text change nothing.
-                refused(Refusal::Broken("clock, network, certificate".into())),
+                refused(DialRefusal::Broken("clock, network, certificate".into())),
                 TrackerState::Unreachable,
                 Exit::Tracker,
             ),
             (
-                refused(Refusal::OtherNetwork("of others")),
+                refused(DialRefusal::OtherNetwork("of others")),
                 TrackerState::OtherNetwork,
                 Exit::Auth,
             ),
             (
-                refused(Refusal::Clock("too late".into())),
+                refused(DialRefusal::Clock("too late".into())),
                 TrackerState::Clock,
                 Exit::Auth,
             ),
             (
-                refused(Refusal::NotAMember),
+                refused(DialRefusal::NotAMember),
                 TrackerState::NotAMember,
                 Exit::Auth,
             ),

@@ -18,7 +18,7 @@ use crate::{
     catalog::Row,
     content::ContentId,
     exit::{Exit, Failed},
-    net::{self, Connection, DialError, Refusal},
+    net::{self, Connection, DialError, DialRefusal},
     proto::{
         self, Completeness, FileRow, HeartbeatRequest, HeartbeatResponse, ListFilesRequest,
         ListFilesResponse, RegisterRequest, RegisterResponse, RowReader, WatchFilesRequest,
@@ -145,7 +145,7 @@ impl TrackerClient {
             let refusal = connection
                 .why_ended()
                 .await
-                .unwrap_or_else(|| Refusal::Broken("the connection broke".into()));
+                .unwrap_or_else(|| DialRefusal::Broken("the connection broke".into()));
             return standing::failed(DialError::Refused(tracker, refusal));
         }
         let exit = match status.code() {

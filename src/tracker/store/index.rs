@@ -29,7 +29,7 @@ use crate::{
 mod sources;
 mod survey;
 
-pub(super) use sources::Sources;
+pub(super) use sources::RowSources;
 
 /// Entries worked on while the lock is held once.
 pub(super) const SLICE: usize = 2048;
@@ -285,11 +285,11 @@ impl StoreIndex {
     }
 
     /// A row as a reader sees it.
-    pub(super) fn row(&self, key: &FileKey, sources: &mut Sources) -> Option<Row> {
+    pub(super) fn row(&self, key: &FileKey, sources: &mut RowSources) -> Option<Row> {
         self.row_of(key, self.contents.get(&key.content_id)?, sources)
     }
 
-    fn row_of(&self, key: &FileKey, content: &Content, sources: &mut Sources) -> Option<Row> {
+    fn row_of(&self, key: &FileKey, content: &Content, sources: &mut RowSources) -> Option<Row> {
         if !self.has_row(key) {
             return None;
         }

@@ -15,7 +15,7 @@ use tokio::{sync::broadcast, task::yield_now};
 use super::{
     Budget, Heartbeat, Held, MAX_DELTA, PAUSE, PageInMaking, Registered, Registration, Stats,
     Store, StoreError, Surveyed, check_bounds,
-    index::{Phase, SLICE, Slot, SlotIdx, Sources, StoreIndex, file_bytes, slot_bytes},
+    index::{Phase, RowSources, SLICE, Slot, SlotIdx, StoreIndex, file_bytes, slot_bytes},
 };
 use crate::{
     catalog::{Announcement, Change, FileKey, Matcher, Page, PeerRecord, Row},
@@ -392,7 +392,7 @@ impl Store for MemoryStore {
         contents: &[ContentId],
         caller_is_loopback: bool,
     ) -> Result<Vec<Row>, StoreError> {
-        let (mut rows, mut sources) = (Vec::new(), Sources::new(caller_is_loopback));
+        let (mut rows, mut sources) = (Vec::new(), RowSources::new(caller_is_loopback));
         for id in contents {
             {
                 let index = &self.lock().index;
@@ -412,7 +412,7 @@ impl Store for MemoryStore {
         keys: &[FileKey],
         caller_is_loopback: bool,
     ) -> Result<Vec<Row>, StoreError> {
-        let (mut rows, mut sources) = (Vec::new(), Sources::new(caller_is_loopback));
+        let (mut rows, mut sources) = (Vec::new(), RowSources::new(caller_is_loopback));
         for keys in keys.chunks(64) {
             {
                 let index = &self.lock().index;

@@ -44,7 +44,7 @@ mod conformance;
 mod index;
 mod memory;
 
-use index::Sources;
+use index::RowSources;
 pub use memory::MemoryStore;
 
 /// Most files one peer may announce.
@@ -364,7 +364,7 @@ fn check_bounds(n_files: usize, name_bytes: usize) -> Result<(), StoreError> {
 /// A page that fills up.
 struct PageInMaking {
     page: Page,
-    sources: Sources,
+    sources: RowSources,
     n_rows_left: usize,
     bytes_left: usize,
 }
@@ -374,7 +374,7 @@ impl PageInMaking {
         let (n_rows_left, bytes_left) = (limit.max(1), MAX_PAGE_BYTES);
         Self {
             page: Page::default(),
-            sources: Sources::new(caller_is_loopback),
+            sources: RowSources::new(caller_is_loopback),
             n_rows_left,
             bytes_left,
         }

@@ -2,7 +2,10 @@
 //!
 //! Invariant: every file that was wanted has its name, or is told of here with a reason.
 
-use std::{collections::HashMap, io};
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+};
 
 use crate::{
     exit::{Exit, Failed},
@@ -18,27 +21,32 @@ use crate::{
 
 /// What is known of files that could not be had.
 #[derive(Default)]
-pub(super) struct Ending {
+pub(super) struct Unfinished {
     failed: Vec<(Want, Aside, String)>,
     /// What this machine said of contents that it set aside.
     pub(super) texts: HashMap<Position, String>,
 }
 
-impl Ending {
+impl Unfinished {
     /// A file that was never begun.
     pub(super) fn failed(&mut self, want: Want, why: Aside, text: String) {
         self.failed.push((want, why, text));
     }
 
     /// All files that could not be had, and the error that the get ends with because of them. `n_done` files are here, and
-    /// `fetched` bytes came.
+    /// `fetched` bytes came. What is `replaced` is listed with other bytes by now.
     pub(super) fn settle<H>(
         mut self,
         engine: &Engine<H>,
+        replaced: &HashSet<Position>,
         want: impl Fn(Position) -> Want,
         (n_done, fetched): (u64, u64),
     ) -> (Vec<Happening>, Option<anyhow::Error>) {
         for (at, why) in engine.contents.aside() {
+            let why = match replaced.contains(&at) {
+                true => Aside::Changed,
+                false => why,
+            };
             let want = want(at);
             let text = self.texts.remove(&at);
             let text = text.unwrap_or_else(|| {

@@ -199,6 +199,10 @@ impl Board {
         self.claims.hurry(key, now);
     }
 
+    pub(super) fn is_promised(&self, piece: u32) -> bool {
+        self.promises.since(piece).is_some()
+    }
+
     /// A complete source promised the piece to another receiver. The first promise counts.
     pub(super) fn promise(&mut self, piece: u32, now: Instant) {
         if piece >= self.n_pieces || self.is_done(piece) || self.promises.since(piece).is_some() {

@@ -8,13 +8,13 @@ use super::Slot;
 use crate::catalog::SourceInfo;
 
 /// What was made so far.
-pub(in super::super) struct Sources {
+pub(in super::super) struct RowSources {
     caller_is_loopback: bool,
     /// By the serial of the slot, and whether it holds a part.
     known: HashMap<(u64, bool), Arc<SourceInfo>>,
 }
 
-impl Sources {
+impl RowSources {
     pub(in super::super) fn new(caller_is_loopback: bool) -> Self {
         Self {
             caller_is_loopback,
