@@ -228,7 +228,15 @@ const LOOKS_FOR_WORDS: &[&str] = &[
 ];
 
 /// Types of the download engine that are too long until it is taken apart.
-const LONG_TYPES: &[&str] = &["Picker", "Storage", "Swarm"];
+const LONG_TYPES: &[&str] = &[
+    "Contents",
+    "Engine",
+    "Picker",
+    "Run",
+    "SourceSession",
+    "Sources",
+    "Storage",
+];
 /// Public names that mean another thing in the download engine, until it has been gone through.
 const DOUBLED_NAMES: &[&str] = &["Have", "Subject"];
 

@@ -256,20 +256,7 @@ impl Run {
         let now = Instant::now();
         let wants = jobs.iter().map(|job| (job.want.id, job.want.size));
         let mut engine = Engine::new(Contents::new(wants), rand::random(), now);
-        for (at, job) in jobs.iter().enumerate() {
-            if engine.contents.is_wanted(at)
-                && let Some(manifest) = get.disk.library.manifest(&job.want.id)
-            {
-                engine.learn(at, manifest);
-            }
-        }
-        let me = get.membership.id();
-        for (holder, wants) in get.holders.iter().filter(|(holder, _)| holder.peer != me) {
-            for at in wants.iter().filter_map(|want| *positions.get(*want)?) {
-                let of = engine.contents.original(at);
-                engine.listed(holder.peer, &holder.addresses, of, !holder.partial);
-            }
-        }
+        told_already(&get, &jobs, &positions, &mut engine);
         let is_soon = jobs.iter().enumerate().all(|(at, job)| {
             let of = engine.contents.original(at);
             job.want.size <= MAX_SINGLE.into() && engine.sources.is_hoped_for(of)
@@ -545,6 +532,29 @@ impl Run {
             let _ = self.happenings.send(happening).await;
         }
         error.map_or(Ok(()), Err)
+    }
+}
+
+/// What is known before anybody is asked: manifests of this peer's library, and the holders that the caller named.
+fn told_already(
+    get: &Get,
+    jobs: &[Job],
+    positions: &[Option<Position>],
+    engine: &mut Engine<Arc<OpenFile>>,
+) {
+    for (at, job) in jobs.iter().enumerate() {
+        if engine.contents.is_wanted(at)
+            && let Some(manifest) = get.disk.library.manifest(&job.want.id)
+        {
+            engine.learn(at, manifest);
+        }
+    }
+    let me = get.membership.id();
+    for (holder, wants) in get.holders.iter().filter(|(holder, _)| holder.peer != me) {
+        for at in wants.iter().filter_map(|want| *positions.get(*want)?) {
+            let of = engine.contents.original(at);
+            engine.listed(holder.peer, &holder.addresses, of, !holder.partial);
+        }
     }
 }
 

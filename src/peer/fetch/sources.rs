@@ -17,7 +17,7 @@ use std::{
 
 mod known;
 
-use self::known::{Known, Refused, State};
+use self::known::{KnownSource, Refused, State};
 use super::{
     contents::Position,
     picker::SourceKey,
@@ -89,7 +89,7 @@ pub enum Ending {
 /// All of them.
 #[derive(Debug, Default)]
 pub struct Sources {
-    known: HashMap<PeerId, Known>,
+    known: HashMap<PeerId, KnownSource>,
     keys: HashMap<SourceKey, PeerId>,
 }
 
@@ -101,7 +101,7 @@ impl Sources {
 
     /// What each did that was tried, for people.
     pub fn stats(&self) -> impl Iterator<Item = (PeerId, &SourceStats)> {
-        let was_tried = |known: &Known| {
+        let was_tried = |known: &KnownSource| {
             known.state != State::Candidate
                 || known.last_here.is_some()
                 || !known.stats.trouble.is_empty()
@@ -177,8 +177,9 @@ impl Sources {
 
     /// Sources that are connected.
     pub fn active(&self) -> impl Iterator<Item = PeerId> + '_ {
-        let active =
-            |(peer, known): (&PeerId, &Known)| (known.state == State::Active).then_some(*peer);
+        let active = |(peer, known): (&PeerId, &KnownSource)| {
+            (known.state == State::Active).then_some(*peer)
+        };
         self.known.iter().filter_map(active)
     }
 
@@ -246,7 +247,7 @@ impl Sources {
         self.listed(peer, &own, at, false)
     }
 
-    fn entry(&mut self, peer: PeerId) -> Option<&mut Known> {
+    fn entry(&mut self, peer: PeerId) -> Option<&mut KnownSource> {
         if !self.known.contains_key(&peer) {
             if self.known.len() >= MAX_CANDIDATES {
                 return None;
@@ -255,7 +256,7 @@ impl Sources {
             let n = u32::try_from(self.known.len()).unwrap_or(u32::MAX);
             let key = SourceKey(n.saturating_mul(CONNECTIONS).saturating_add(1));
             self.keys.insert(key, peer);
-            let known = Known {
+            let known = KnownSource {
                 key,
                 state: State::Candidate,
                 addresses: vec![],
@@ -310,7 +311,7 @@ impl Sources {
         &mut self,
         peer: PeerId,
         at: Position,
-        change: impl FnOnce(&mut Known) -> bool,
+        change: impl FnOnce(&mut KnownSource) -> bool,
     ) -> bool {
         let Some(known) = self.known.get_mut(&peer) else {
             return false;
@@ -384,7 +385,7 @@ impl Sources {
 
     /// Is a piece, or all of it, refused for now and to be asked for again?
     pub fn will_be_asked(&self, at: Position) -> bool {
-        let asks = |known: &Known| {
+        let asks = |known: &KnownSource| {
             known.refused.until.is_some() && known.refused.pieces.iter().any(|(of, _)| *of == at)
         };
         self.known.values().any(asks)
@@ -435,7 +436,7 @@ impl Sources {
             .iter()
             .filter(|(_, known)| known.is_due(now) && known.is_of_use(&needs));
         // Whoever was never tried comes before those that failed.
-        let rank = |known: &Known| (known.backoff.n_failures(), known.last_here.is_none());
+        let rank = |known: &KnownSource| (known.backoff.n_failures(), known.last_here.is_none());
         let best = due.min_by_key(|(_, known)| (rank(known), shuffled(random, known.key)))?;
         let peer = *best.0;
         let known = self.known.get_mut(&peer)?;
@@ -529,7 +530,7 @@ impl Sources {
 
     /// When somebody who held this content was last here.
     pub fn last_here(&self, at: Position) -> Option<Instant> {
-        let held = |known: &&Known| known.whole.contains(&at) || known.part.contains_key(&at);
+        let held = |known: &&KnownSource| known.whole.contains(&at) || known.part.contains_key(&at);
         self.known
             .values()
             .filter(held)
@@ -539,13 +540,13 @@ impl Sources {
 
     /// Is there anybody who may have this content and may be asked for it, now or later?
     pub fn is_hoped_for(&self, at: Position) -> bool {
-        let may = |known: &Known| known.state != State::Gone && known.may_have(at);
+        let may = |known: &KnownSource| known.state != State::Gone && known.may_have(at);
         self.known.values().any(may)
     }
 
     /// Why nobody serves this content who had it: the strongest of the reasons that are known.
     pub fn why_not(&self, at: Position) -> Option<Refusal> {
-        let why = |known: &Known| {
+        let why = |known: &KnownSource| {
             let had = known.whole.contains(&at) || known.part.contains_key(&at);
             let is_out = matches!(known.state, State::Gone | State::Banned(_));
             match known.wrong.contains(&at) || is_out && had {
@@ -559,7 +560,7 @@ impl Sources {
 
     /// What last went wrong with somebody who holds this content.
     pub fn trouble(&self, at: Position) -> Option<(PeerId, &str)> {
-        let held = |known: &Known| known.whole.contains(&at) || known.part.contains_key(&at);
+        let held = |known: &KnownSource| known.whole.contains(&at) || known.part.contains_key(&at);
         let mut known = self.known.iter();
         let (peer, known) = known.find(|(_, k)| held(k) && !k.stats.trouble.is_empty())?;
         Some((*peer, &known.stats.trouble))

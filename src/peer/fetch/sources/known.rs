@@ -38,7 +38,7 @@ pub(super) struct Refused {
 }
 
 #[derive(Debug)]
-pub(super) struct Known {
+pub(super) struct KnownSource {
     pub(super) key: SourceKey,
     pub(super) state: State,
     /// "HOST:PORT", best first.
@@ -64,7 +64,7 @@ pub(super) struct Known {
     pub(super) stats: SourceStats,
 }
 
-impl Known {
+impl KnownSource {
     pub(super) fn holding(&self, at: Position) -> Holding {
         if self.wrong.contains(&at) || self.refusals.contains_key(&at) {
             return Holding::Nothing;
