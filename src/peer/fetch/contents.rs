@@ -139,6 +139,8 @@ pub struct Contents<H> {
     in_hand: BTreeSet<Position>,
     /// Open contents of several pieces that are wanted here first and not whole.
     long: BTreeSet<Position>,
+    /// Those that are in hand and set aside.
+    idle: BTreeSet<Position>,
     aside: BTreeSet<Position>,
     /// First numbers with their contents, ascending. Contents of no pieces have none.
     numbers: Vec<(u32, Position)>,
@@ -161,6 +163,7 @@ impl<H> Contents<H> {
             needed: BTreeSet::new(),
             in_hand: BTreeSet::new(),
             long: BTreeSet::new(),
+            idle: BTreeSet::new(),
             aside: BTreeSet::new(),
             numbers: vec![],
             n_pieces: 0,
@@ -257,6 +260,11 @@ impl<H> Contents<H> {
         self.in_hand.len()
     }
 
+    /// How many of them are worked on, and not set aside.
+    pub fn n_busy(&self) -> usize {
+        self.in_hand.len() - self.idle.len()
+    }
+
     /// Those that are neither named nor set aside.
     pub fn pending(&self) -> impl Iterator<Item = Position> + '_ {
         self.pending.iter().copied()
@@ -267,6 +275,15 @@ impl<H> Contents<H> {
         self.aside
             .iter()
             .filter_map(|at| Some((*at, self.all[*at].aside?)))
+    }
+
+    /// Those that do not have their names, with the reasons.
+    pub fn unnamed(&self) -> impl Iterator<Item = (Position, Aside)> + '_ {
+        let unnamed = |(at, content): (Position, &Content<H>)| {
+            let is_named = matches!(content.state, State::Named);
+            (!is_named).then_some((at, content.aside.unwrap_or(Aside::Unreachable)))
+        };
+        self.all.iter().enumerate().filter_map(unnamed)
     }
 
     /// Is nothing to be done any more?
@@ -412,18 +429,19 @@ impl<H> Contents<H> {
             open.left = open.left.saturating_sub(1);
             if open.left == 0 {
                 (open.is_proven, open.is_disputed) = (true, false);
-                self.all[at].aside = None;
                 self.place(at);
+                self.take_up(at);
             }
         }
     }
 
     /// The disk lost pieces that had come; how often that happened to this content.
     pub fn lose(&mut self, at: Position, n: u32) -> u32 {
-        let Some(open) = self.opened_mut(at) else {
+        // One that is being named is found out not to be whole.
+        let (State::Open(open) | State::Finishing(open)) = &mut self.all[at].state else {
             return 0;
         };
-        (open.left, open.n_lost) = (open.left + n, open.n_lost + 1);
+        (open.left, open.n_lost) = (open.left + n, open.n_lost + u32::from(n > 0));
         let n_lost = open.n_lost;
         self.place(at);
         n_lost
@@ -466,6 +484,8 @@ impl<H> Contents<H> {
         let copies = self.all[at].copies.clone();
         for copy in &copies {
             if matches!(self.all[*copy].state, State::Copy) {
+                let is_ours = self.all[*copy].aside.is_some_and(Aside::is_of_this_disk);
+                self.all[*copy].aside = self.all[*copy].aside.filter(|_| is_ours);
                 self.all[*copy].size = self.all[at].size;
                 self.all[*copy].state = self.all[*copy].begin();
                 self.place(*copy);
@@ -474,34 +494,44 @@ impl<H> Contents<H> {
         copies
     }
 
-    /// Sets a content aside, and its copies. What was open or being opened is let go; a whole one is not set aside by what
-    /// sources do.
+    /// Sets a content aside. For what is wrong on this disk that concerns this name alone, and what was open of it is let go;
+    /// other names of the same bytes begin without it. For want of a source it concerns all names that need one, and each
+    /// stays where it was; what is whole needs none.
     pub fn set_aside(&mut self, at: Position, why: Aside) {
-        if !self.pending.contains(&at) {
+        if why.is_of_this_disk() {
+            if self.pending.contains(&at) {
+                self.all[at].aside = Some(why);
+                self.all[at].state = self.all[at].begin();
+                self.place(at);
+                self.release_copies(at);
+            }
             return;
         }
-        let content = &mut self.all[at];
-        content.aside = Some(why);
-        if why.is_of_this_disk() {
-            content.state = content.begin();
-        }
-        self.place(at);
-        for copy in self.all[at].copies.clone() {
-            self.set_aside(copy, why);
+        for same in self.same(at).collect::<Vec<_>>() {
+            // One that waits for the first name shares its fate.
+            let waits = matches!(self.all[same].state, State::Copy) && self.all[at].aside.is_none();
+            if self.needs(same) && !waits {
+                self.all[same].aside = Some(why);
+                self.place(same);
+            }
         }
     }
 
-    /// A source has this content again: it goes on where it was. True if it was set aside for want of a source.
+    /// A source has this content again: it goes on where it was, under each name. True if it was set aside for want of a
+    /// source.
     pub fn take_up(&mut self, at: Position) -> bool {
-        if self.all[at].aside.is_none_or(Aside::is_of_this_disk) {
-            return false;
+        let mut is_taken_up = false;
+        for same in self.same(at).collect::<Vec<_>>() {
+            if self.all[same]
+                .aside
+                .is_some_and(|why| !why.is_of_this_disk())
+            {
+                self.all[same].aside = None;
+                self.place(same);
+                is_taken_up = true;
+            }
         }
-        self.all[at].aside = None;
-        self.place(at);
-        for copy in self.all[at].copies.clone() {
-            self.take_up(copy);
-        }
-        true
+        is_taken_up
     }
 
     /// Numbers pieces from 0 again. Only while nothing is open.
@@ -522,6 +552,7 @@ impl<H> Contents<H> {
             _ => (false, false, false),
         };
         let is_original = content.original.is_none();
+        let is_held = is_finishing || matches!(content.state, State::Open(_) | State::Opening(_));
         let states = [
             (
                 &mut self.wanted,
@@ -542,7 +573,11 @@ impl<H> Contents<H> {
                 &mut self.in_hand,
                 is_finishing || matches!(content.state, State::Open(_) | State::Opening(_)),
             ),
-            (&mut self.long, is_long && is_original && !is_complete),
+            (
+                &mut self.long,
+                is_long && is_original && !is_complete && !is_aside,
+            ),
+            (&mut self.idle, is_aside && is_held),
             (&mut self.aside, is_aside),
         ];
         for (set, is_in) in states {

@@ -151,6 +151,10 @@ impl Get {
         let _ = timeout(ENDING, self.ending.wait()).await;
         let mut run = Run::begin(Arc::new(self), progress, happenings).await?;
         run.work().await?;
+        // What was under way may have taken up again what was set aside.
+        while run.settle().await {
+            run.work().await?;
+        }
         run.end().await
     }
 }
@@ -184,7 +188,7 @@ struct Run {
     /// Nothing is opened before: there were no descriptors.
     open_from: Option<Instant>,
     clock: IdleClock,
-    ending: Unfinished,
+    unfinished: Unfinished,
     /// What later runs need not hash.
     hashes: Hashes,
 }
@@ -214,7 +218,8 @@ impl Run {
         let targets =
             spawn_blocking(move || looking.disk.look_at_all(&looking.wants, looking.existing))
                 .await?;
-        let (mut jobs, mut untold, mut ending) = (vec![], VecDeque::new(), Unfinished::default());
+        let (mut jobs, mut untold) = (vec![], VecDeque::new());
+        let mut unfinished = Unfinished::default();
         // Of each want the position of its job.
         let mut positions = vec![None; get.wants.len()];
         let mut taken = HashSet::new();
@@ -229,7 +234,7 @@ impl Run {
                         "two of the files would become {}: get them one by one",
                         escape(target.as_str())
                     );
-                    ending.failed(want, Aside::Exists, text);
+                    unfinished.failed(want, Aside::Exists, text);
                 }
                 Ok(Target::Identical(path)) => {
                     Progress::add(&progress.bytes_done, want.size);
@@ -250,7 +255,7 @@ impl Run {
                     let text = format!("{path} exists and differs: left alone");
                     untold.push_back(Happening::Note(None, text));
                 }
-                Err(error) => ending.failed(want, outcome::why(&error), format!("{error}")),
+                Err(error) => unfinished.failed(want, outcome::why(&error), format!("{error}")),
             }
         }
         let now = Instant::now();
@@ -290,7 +295,7 @@ impl Run {
             is_syncing: false,
             open_from: None,
             clock: IdleClock::new(patience, ask_tracker_from, now),
-            ending,
+            unfinished,
             hashes: vec![],
         })
     }
@@ -327,13 +332,22 @@ impl Run {
         }
     }
 
+    /// Ends the work with sources. True if something is to be done after all.
+    async fn settle(&mut self) -> bool {
+        self.sessions.shutdown().await;
+        !self.swarm.engine().contents.are_over()
+    }
+
     /// Starts whatever can be started.
     fn look(&mut self) -> Result<()> {
         if let Some(error) = self.swarm.take_failure() {
             return Err(error);
         }
-        for (peer, text) in self.swarm.take_notes() {
-            self.untold.push_back(Happening::Note(peer, text));
+        // They wait where they are bounded while nobody hears them.
+        if self.untold.len() < TOLD {
+            let notes = self.swarm.take_notes().into_iter();
+            let notes = notes.map(|(peer, text)| Happening::Note(peer, text));
+            self.untold.extend(notes);
         }
         self.finish_more();
         self.open_more();
@@ -377,10 +391,7 @@ impl Run {
     }
 
     fn set_aside(&mut self, at: Position, why: Aside, text: String) {
-        let copies: Vec<Position> = self.swarm.engine().contents.same(at).collect();
-        for copy in copies {
-            self.ending.texts.insert(copy, text.clone());
-        }
+        self.unfinished.texts.insert(at, text);
         self.swarm.engine().set_aside(at, why);
     }
 
@@ -426,8 +437,10 @@ impl Run {
             .clock
             .look(&self.swarm, now, |at| escape(jobs[at].want.name.as_str()));
         if let Some(text) = note {
-            self.untold.push_back(Happening::Note(None, text));
+            self.swarm.note(None, text);
         }
+        // What was given up now holds up nobody.
+        self.swarm.changed.notify_waiters();
     }
 
     /// Follows at the tracker what is pending, once that may take long enough.
@@ -514,8 +527,8 @@ impl Run {
         let (failed, error) = {
             let engine = self.swarm.engine();
             let jobs = &self.jobs;
-            let ending = std::mem::take(&mut self.ending);
-            ending.settle(
+            let unfinished = std::mem::take(&mut self.unfinished);
+            unfinished.settle(
                 &engine,
                 &replaced,
                 |at| jobs[at].want.clone(),

@@ -465,7 +465,7 @@ impl<H> Engine<H> {
     pub fn next_manifests(&mut self, peer: PeerId, now: Instant) -> Vec<Position> {
         let mut chosen = vec![];
         for at in self.contents.wanted() {
-            if !self.sources.may_have(peer, at) {
+            if !self.sources.may_have(peer, self.contents.original(at)) {
                 continue;
             }
             let asked = self.asked.get(&at).map_or(&[][..], Vec::as_slice);
@@ -521,14 +521,20 @@ impl<H> Engine<H> {
         self.forlorn.retain(|at, _| needed.contains(at));
         let is_late = patience
             .is_some_and(|patience| now.saturating_duration_since(self.last_use) >= patience);
+        let asked_again = self.sources.asked_again();
         for at in needed {
-            let is_hoped_for = self.sources.is_hoped_for(at) || self.sources.will_be_asked(at);
-            let why = self.sources.why_not(at);
             if is_late {
+                let why = self.sources.why_not(at);
                 self.set_aside(at, why.map_or(Aside::Unreachable, Aside::from));
                 continue;
             }
-            let Some(why) = why.filter(|_| !is_hoped_for) else {
+            let is_hoped_for = asked_again.contains(&at) || self.sources.is_hoped_for(at);
+            let why = if is_hoped_for {
+                None
+            } else {
+                self.sources.why_not(at)
+            };
+            let Some(why) = why else {
                 self.forlorn.remove(&at);
                 continue;
             };
@@ -541,6 +547,12 @@ impl<H> Engine<H> {
 
     /// Sets a content aside; nobody fetches its pieces any more.
     pub fn set_aside(&mut self, at: Position, why: Aside) {
+        if why.is_of_this_disk()
+            && let Some(open) = self.contents.opened(at)
+        {
+            open.numbers()
+                .for_each(|piece| self.picker.mark_done(piece));
+        }
         self.contents.set_aside(at, why);
         self.forlorn.remove(&at);
     }

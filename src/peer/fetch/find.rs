@@ -3,7 +3,11 @@
 //! Invariant: what the tracker says only decides whom to ask. At most [`MAX_STREAMS`] streams are open, each for as long as
 //! something that it follows is pending.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 use tokio::sync::mpsc;
@@ -20,8 +24,17 @@ use crate::{
 /// Streams to the tracker at once.
 const MAX_STREAMS: usize = 4;
 const QUEUE: usize = 1024;
+/// How long contents are followed while others wait for the stream.
+const TURN: Duration = Duration::from_secs(10);
 /// Between two questions to a tracker that does not answer.
 const PAUSE: Duration = Duration::from_secs(1);
+
+/// Contents that are followed over one stream.
+struct Following {
+    contents: Vec<ContentId>,
+    since: Instant,
+    _task: AbortOnDropHandle<()>,
+}
 
 /// Follows the tracker's rows of some contents for as long as it lives.
 pub struct Finder {
@@ -30,7 +43,7 @@ pub struct Finder {
     sender: mpsc::Sender<Row>,
     /// Contents that are not followed yet.
     later: VecDeque<Vec<ContentId>>,
-    streams: Vec<(Vec<ContentId>, AbortOnDropHandle<()>)>,
+    streams: Vec<Following>,
 }
 
 impl Finder {
@@ -51,7 +64,21 @@ impl Finder {
     /// Ends what follows nothing that is pending, and begins with others in its place.
     pub fn advance(&mut self, is_pending: impl Fn(&ContentId) -> bool) {
         self.streams
-            .retain(|(contents, _)| contents.iter().any(&is_pending));
+            .retain(|following| following.contents.iter().any(&is_pending));
+        // Those that wait get a turn, so that nothing stays unasked for.
+        let has_waiting = self
+            .later
+            .iter()
+            .any(|contents| contents.iter().any(&is_pending));
+        if has_waiting
+            && self.streams.len() == MAX_STREAMS
+            && let Some(oldest) = self
+                .streams
+                .iter()
+                .position(|one| one.since.elapsed() >= TURN)
+        {
+            self.later.push_back(self.streams.remove(oldest).contents);
+        }
         while self.streams.len() < MAX_STREAMS
             && let Some(mut contents) = self.later.pop_front()
         {
@@ -60,8 +87,11 @@ impl Finder {
                 continue;
             }
             let following = follow(self.tracker.clone(), contents.clone(), self.sender.clone());
-            let following = AbortOnDropHandle::new(tokio::spawn(carried(following)));
-            self.streams.push((contents, following));
+            self.streams.push(Following {
+                contents,
+                since: Instant::now(),
+                _task: AbortOnDropHandle::new(tokio::spawn(carried(following))),
+            });
         }
     }
 

@@ -28,6 +28,8 @@ use super::{
 };
 use crate::{content::PieceIndex, proto::content_error::Code, request::carried};
 
+/// After a claim of nothing.
+const PAUSE: Duration = Duration::from_millis(20);
 /// Claims under way per connection: while one ends, the next is on its way.
 const LANES: usize = 2;
 /// Over a long line the next one is a round trip on its way, in which two may end: with two lanes each connection idles now
@@ -194,6 +196,8 @@ impl SourceSession {
             true => picker.next(key, pieces, expected, now),
             false => picker.next_beside(self.key, key, (pieces, expected), now),
         };
+        // Who has promised a piece to others keeps its first copy for them.
+        let is_first = matches!(&next, Next::Claim(pieces) if !pieces.iter().any(|piece| engine.picker.is_promised(*piece)));
         drop(engine);
         let held = ClaimGuard {
             swarm: &self.swarm,
@@ -201,7 +205,6 @@ impl SourceSession {
             epoch,
             pieces: Mutex::new(next.pieces().to_vec()),
         };
-        let is_first = matches!(next, Next::Claim(_));
         (next, is_first, held)
     }
 
@@ -347,6 +350,8 @@ impl SourceSession {
     ) -> Result<(), SourceError> {
         let claim = self.claim(held);
         if claim.wanted.is_empty() {
+            // What was claimed is let go meanwhile.
+            sleep(PAUSE).await;
             return Ok(());
         }
         let fetch = self

@@ -39,10 +39,8 @@ use crate::{
 
 /// The longest that something stands still before it looks again.
 pub(super) const LOOK: Duration = Duration::from_secs(1);
-/// Between two looks for manifests to ask for, when others were asked for all of them ...
+/// Between two looks for manifests to ask for, when others were asked for all of them.
 const ASK_AGAIN: Duration = Duration::from_millis(250);
-/// ... and the shortest pause after one that found none.
-const PAUSE: Duration = Duration::from_millis(20);
 /// News streams to one source; one more, and all of them become one.
 const MAX_WATCHES: usize = 8;
 /// A source of which nothing came for so long makes room for others.
@@ -226,10 +224,12 @@ impl SourceSession {
         loop {
             let changed = self.swarm.changed.notified();
             if !self.describe_some().await? {
+                // Each look goes through all that are wanted.
                 let is_wanted = self.swarm.engine().contents.wanted().next().is_some();
-                let pause = if is_wanted { ASK_AGAIN } else { LOOK };
-                let _ = timeout(pause, changed).await;
-                sleep(PAUSE).await;
+                match is_wanted {
+                    true => sleep(ASK_AGAIN).await,
+                    false => _ = timeout(LOOK, changed).await,
+                }
             }
         }
     }
@@ -328,7 +328,8 @@ impl SourceSession {
     async fn watch(&self, begun: Option<HaveWatch>) -> Result<Part, SourceError> {
         let mut watched = HashSet::new();
         let mut streams = FuturesUnordered::new();
-        let mut is_pausing = false;
+        // After trouble no stream is begun before.
+        let mut pause: Option<Instant> = None;
         if let Some(watch) = begun
             && let [(id, layout)] = *watch.contents()
             && let Some(at) = self.opened_as(id, layout).await
@@ -344,7 +345,7 @@ impl SourceSession {
                 (streams, watched) = (FuturesUnordered::new(), HashSet::new());
                 new = self.unwatched(&watched);
             }
-            if !new.is_empty() && !is_pausing {
+            if !new.is_empty() && pause.is_none() {
                 watched.extend(new.iter().copied());
                 streams.push(Watching::next(self, new, None).boxed());
             }
@@ -354,7 +355,7 @@ impl SourceSession {
             let step = tokio::select! {
                 Some(step) = streams.next() => step,
                 () = changed => continue,
-                () = sleep(LOOK), if is_pausing => { is_pausing = false; continue }
+                () = sleep_until(pause), if pause.is_some() => { pause = None; continue }
             };
             let Watching { group, outcome } = step;
             match outcome {
@@ -372,7 +373,7 @@ impl SourceSession {
                 Err(error) => {
                     tracing::debug!(peer = %self.peer(), "news of what it holds: {error}");
                     group.iter().for_each(|at| _ = watched.remove(at));
-                    is_pausing = true;
+                    pause = Some(Instant::now() + LOOK);
                     self.told();
                 }
             }
@@ -383,7 +384,8 @@ impl SourceSession {
     pub(super) async fn opened_as(&self, id: ContentId, layout: Layout) -> Option<Position> {
         let at = self.swarm.engine().contents.position(&id)?;
         let is_settled = |engine: &super::engine::Engine<_>| {
-            engine.contents.opened(at).is_some() || !engine.contents.needs(at)
+            let may_be = engine.contents.needs(at) && engine.sources.may_have(self.peer(), at);
+            engine.contents.opened(at).is_some() || !may_be
         };
         self.swarm.until(self.peer(), is_settled).await;
         let engine = self.swarm.engine();
@@ -476,6 +478,12 @@ impl Swarm {
             here: (self.here.addresses.clone(), self.here.port),
             is_far: true,
         })
+    }
+}
+
+async fn sleep_until(when: Option<Instant>) {
+    if let Some(when) = when {
+        tokio::time::sleep_until(when.into()).await;
     }
 }
 

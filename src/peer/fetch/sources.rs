@@ -91,6 +91,8 @@ pub enum Ending {
 pub struct Sources {
     known: HashMap<PeerId, KnownSource>,
     keys: HashMap<SourceKey, PeerId>,
+    /// Keys that were given.
+    n_keys: u32,
 }
 
 impl Sources {
@@ -191,12 +193,24 @@ impl Sources {
         at: Position,
         whole: bool,
     ) -> bool {
+        self.told_of(peer, addresses, (at, whole), false)
+    }
+
+    /// `is_hint`: another source says so.
+    fn told_of(
+        &mut self,
+        peer: PeerId,
+        addresses: &[String],
+        (at, whole): (Position, bool),
+        is_hint: bool,
+    ) -> bool {
         if addresses.is_empty() {
             return false;
         }
-        let Some(known) = self.entry(peer) else {
+        let Some(known) = self.entry(peer, is_hint) else {
             return false;
         };
+        known.is_hint &= is_hint;
         let mut is_news = known.addresses != addresses;
         if is_news {
             addresses.clone_into(&mut known.addresses);
@@ -240,20 +254,21 @@ impl Sources {
                 return false;
             }
             teller.n_hints += 1;
-            return self.listed(peer, addresses, at, false);
+            return self.told_of(peer, addresses, (at, false), true);
         }
         // Where somebody known is, others do not say.
         let own = self.addresses(peer).to_vec();
-        self.listed(peer, &own, at, false)
+        self.told_of(peer, &own, (at, false), true)
     }
 
-    fn entry(&mut self, peer: PeerId) -> Option<&mut KnownSource> {
+    fn entry(&mut self, peer: PeerId, is_hint: bool) -> Option<&mut KnownSource> {
         if !self.known.contains_key(&peer) {
-            if self.known.len() >= MAX_CANDIDATES {
+            if self.known.len() >= MAX_CANDIDATES && (is_hint || !self.forget_a_hint()) {
                 return None;
             }
             // The first key is that of this machine; those that follow one are for further connections.
-            let n = u32::try_from(self.known.len()).unwrap_or(u32::MAX);
+            let n = self.n_keys;
+            self.n_keys += 1;
             let key = SourceKey(n.saturating_mul(CONNECTIONS).saturating_add(1));
             self.keys.insert(key, peer);
             let known = KnownSource {
@@ -269,12 +284,26 @@ impl Sources {
                 backoff: Backoff::new(FIRST_REST, LONGEST_REST),
                 last_here: None,
                 n_hints: 0,
+                is_hint,
                 has_told: false,
                 stats: SourceStats::default(),
             };
             self.known.insert(peer, known);
         }
         self.known.get_mut(&peer)
+    }
+
+    /// Makes room for somebody whom the tracker lists: hearsay that came to nothing goes first. True if there is room.
+    fn forget_a_hint(&mut self) -> bool {
+        let is_idle =
+            |known: &KnownSource| known.is_hint && known.last_here.is_none() && !known.is_live();
+        let idle = self.known.iter().find(|(_, known)| is_idle(known));
+        let Some((peer, key)) = idle.map(|(peer, known)| (*peer, known.key)) else {
+            return false;
+        };
+        self.known.remove(&peer);
+        self.keys.remove(&key);
+        true
     }
 
     /// The source holds all of a content, by its own word. True if that is news.
@@ -383,12 +412,14 @@ impl Sources {
         due
     }
 
-    /// Is a piece, or all of it, refused for now and to be asked for again?
-    pub fn will_be_asked(&self, at: Position) -> bool {
-        let asks = |known: &KnownSource| {
-            known.refused.until.is_some() && known.refused.pieces.iter().any(|(of, _)| *of == at)
-        };
-        self.known.values().any(asks)
+    /// Contents that are refused for now, in part or whole, and will be asked for again.
+    pub fn asked_again(&self) -> BTreeSet<Position> {
+        let waiting = self
+            .known
+            .values()
+            .filter(|known| known.refused.until.is_some());
+        let pieces = waiting.flat_map(|known| &known.refused.pieces);
+        pieces.map(|(at, _)| *at).collect()
     }
 
     /// The source sent something wrong of this content, which it is not asked for again. True if that is the second content,

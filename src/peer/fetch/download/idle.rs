@@ -68,7 +68,7 @@ impl IdleClock {
             self.useful = (engine.last_use, arrived);
         }
         let most = ON_THE_WAY + 4 * u64::from(engine.contents.mean_piece_len());
-        let may_become_a_piece = arrived - self.useful.1 <= most;
+        let may_become_a_piece = arrived.saturating_sub(self.useful.1) <= most;
         if swarm.is_waiting_for_room() {
             engine.last_use = now;
         } else if is_flowing && may_become_a_piece && engine.is_anybody_of_use() {

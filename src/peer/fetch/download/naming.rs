@@ -64,7 +64,7 @@ impl Run {
                     });
                 }
                 Err(error) => match error.downcast::<StorageError>() {
-                    Ok(error @ StorageError::Lost { .. }) => {
+                    Ok(error @ (StorageError::Lost { .. } | StorageError::Incomplete { .. })) => {
                         self.swarm.engine().contents.step_back(at);
                         self.swarm.disk_failed(at, &file, error);
                     }

@@ -35,7 +35,7 @@ impl Run {
                 return;
             }
             engine.renumber();
-            let n_in_hand = engine.contents.n_in_hand();
+            let n_in_hand = engine.contents.n_busy();
             let is_full = !engine.has_room() || engine.picker.remaining() >= OPEN_PIECES;
             if n_in_hand > 0 && is_full {
                 return;

@@ -42,7 +42,7 @@ impl Unfinished {
         want: impl Fn(Position) -> Want,
         (n_done, fetched): (u64, u64),
     ) -> (Vec<Happening>, Option<anyhow::Error>) {
-        for (at, why) in engine.contents.aside() {
+        for (at, why) in engine.contents.unnamed() {
             let why = match replaced.contains(&at) {
                 true => Aside::Changed,
                 false => why,

@@ -59,6 +59,8 @@ pub(super) struct KnownSource {
     pub(super) last_here: Option<Instant>,
     /// How many it told of.
     pub(super) n_hints: usize,
+    /// Only other sources told of it.
+    pub(super) is_hint: bool,
     /// Its first news has come, or it tells none.
     pub(super) has_told: bool,
     pub(super) stats: SourceStats,
