@@ -265,11 +265,6 @@ impl<H> Contents<H> {
         self.in_hand.len() - self.idle.len()
     }
 
-    /// Those that are neither named nor set aside.
-    pub fn pending(&self) -> impl Iterator<Item = Position> + '_ {
-        self.pending.iter().copied()
-    }
-
     /// Those that are set aside, with the reasons.
     pub fn aside(&self) -> impl Iterator<Item = (Position, Aside)> + '_ {
         self.aside

@@ -17,6 +17,7 @@ use std::{
 
 mod known;
 
+pub use self::known::{Holding, Refusal};
 use self::known::{KnownSource, Refused, State};
 use super::{
     contents::Position,
@@ -47,32 +48,6 @@ const MAX_AGAIN: u32 = 3;
 /// Contents of which a source may have sent something wrong before it is asked no more.
 const MAX_LIES: u32 = 3;
 
-/// What a source holds of a content.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Holding {
-    /// Nothing is known, or nothing is there.
-    Nothing,
-    /// It fetches the content itself; which pieces it has is not known.
-    Unknown,
-    /// These pieces.
-    Pieces(HaveMap),
-    /// All of it.
-    Whole,
-}
-
-/// Why a source did not serve something it was said to have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Refusal {
-    /// The file changed there.
-    Changed,
-    /// It has it not, or no longer.
-    Gone,
-    /// It cannot read it.
-    Unreadable,
-    /// It sent something wrong.
-    Wrong,
-}
-
 /// How a piece of work with a source ended.
 #[derive(Clone, Debug)]
 pub enum Ending {
@@ -96,11 +71,6 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// Everybody who is known.
-    pub fn peers(&self) -> impl Iterator<Item = PeerId> + '_ {
-        self.known.keys().copied()
-    }
-
     /// What each did that was tried, for people.
     pub fn stats(&self) -> impl Iterator<Item = (PeerId, &SourceStats)> {
         let was_tried = |known: &KnownSource| {

@@ -7,12 +7,37 @@ use std::{
     time::Instant,
 };
 
-use super::{Holding, Refusal};
 use crate::{
     backoff::Backoff,
     have::HaveMap,
     peer::fetch::{contents::Position, picker::SourceKey, source_stats::SourceStats},
 };
+
+/// What a source holds of a content.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Holding {
+    /// Nothing is known, or nothing is there.
+    Nothing,
+    /// It fetches the content itself; which pieces it has is not known.
+    Unknown,
+    /// These pieces.
+    Pieces(HaveMap),
+    /// All of it.
+    Whole,
+}
+
+/// Why a source did not serve something it was said to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Refusal {
+    /// The file changed there.
+    Changed,
+    /// It has it not, or no longer.
+    Gone,
+    /// It cannot read it.
+    Unreadable,
+    /// It sent something wrong.
+    Wrong,
+}
 
 /// What it stands for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
