@@ -80,6 +80,7 @@ impl SourceSession {
         if let Some(asked) = asked {
             self.take_asked(lane, asked, connection()).await?;
         }
+        self.until_open().await;
         // Over a long line the first of each connection asks at once, and only does not read on.
         match lane {
             0 => {}
@@ -258,6 +259,13 @@ impl SourceSession {
             ended = taking => ended,
             () = self.look_on(connection) => Ok(()),
         }
+    }
+
+    /// Waits until there is something to fetch: what lines and sources show before says nothing.
+    async fn until_open(&self) {
+        let is_open =
+            |engine: &Engine<_>| engine.contents.n_pieces() > 0 || engine.contents.need_nobody();
+        self.swarm.until(self.peer(), is_open).await;
     }
 
     /// Waits for the first good piece of the source, or until no source can bring anything.

@@ -349,7 +349,7 @@ impl SourceSession {
                 watched.extend(new.iter().copied());
                 streams.push(Watching::next(self, new, None).boxed());
             }
-            if streams.is_empty() {
+            if streams.is_empty() && self.swarm.engine().contents.n_pieces() > 0 {
                 self.told();
             }
             let step = tokio::select! {
