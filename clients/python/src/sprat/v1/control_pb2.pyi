@@ -53,11 +53,16 @@ class GetRequest(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     EXISTING_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
+    TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
+    NO_TIMEOUT_FIELD_NUMBER: _builtins.int
     output: _builtins.str
     """Relative to where the peer runs is not allowed: an absolute path. Ends in "/" if it is a folder; empty: the
     peer's downloads folder.
     """
     existing: Global___GetRequest.Existing.ValueType
+    timeout_seconds: _builtins.int
+    """How many seconds without anything useful from a source end it; 0: 120. `no_timeout` waits for ever."""
+    no_timeout: _builtins.bool
     @_builtins.property
     def wanted(self) -> _containers.RepeatedCompositeFieldContainer[Global___Wanted]:
         """What to get, resolved by the caller at the tracker."""
@@ -75,10 +80,12 @@ class GetRequest(_message.Message):
         output: _builtins.str = ...,
         existing: Global___GetRequest.Existing.ValueType = ...,
         sources: _abc.Iterable[_types_pb2.Source] | None = ...,
+        timeout_seconds: _builtins.int = ...,
+        no_timeout: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["existing", b"existing", "output", b"output", "sources", b"sources", "wanted", b"wanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["existing", b"existing", "no_timeout", b"no_timeout", "output", b"output", "sources", b"sources", "timeout_seconds", b"timeout_seconds", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -125,6 +132,7 @@ class GetEvent(_message.Message):
     NOTE_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    FILE_FAILED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___Started: ...
     @_builtins.property
@@ -137,6 +145,8 @@ class GetEvent(_message.Message):
     def done(self) -> Global___Done: ...
     @_builtins.property
     def failed(self) -> Global___Failed: ...
+    @_builtins.property
+    def file_failed(self) -> Global___FileFailed: ...
     def __init__(
         self,
         *,
@@ -146,12 +156,13 @@ class GetEvent(_message.Message):
         note: Global___Note | None = ...,
         done: Global___Done | None = ...,
         failed: Global___Failed | None = ...,
+        file_failed: Global___FileFailed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "event", b"event", "failed", b"failed", "file_done", b"file_done", "note", b"note", "progress", b"progress", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "event", b"event", "failed", b"failed", "file_done", b"file_done", "file_failed", b"file_failed", "note", b"note", "progress", b"progress", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "event", b"event", "failed", b"failed", "file_done", b"file_done", "note", b"note", "progress", b"progress", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "event", b"event", "failed", b"failed", "file_done", b"file_done", "file_failed", b"file_failed", "note", b"note", "progress", b"progress", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "file_done", "progress", "note", "done", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "file_done", "progress", "note", "done", "failed", "file_failed"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -211,6 +222,84 @@ class FileDone(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FileDone: _TypeAlias = FileDone  # noqa: Y015
+
+@_typing.final
+class FileFailed(_message.Message):
+    """A file that could not be had, told at the end; the others are fetched all the same."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Reason:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[FileFailed._Reason.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        REASON_UNSPECIFIED: FileFailed._Reason.ValueType  # 0
+        REASON_UNREACHABLE: FileFailed._Reason.ValueType  # 1
+        """Nobody who holds it was there in time."""
+        REASON_GONE: FileFailed._Reason.ValueType  # 2
+        """Those who had it have it no longer."""
+        REASON_CHANGED: FileFailed._Reason.ValueType  # 3
+        """It changed at its source."""
+        REASON_UNREADABLE: FileFailed._Reason.ValueType  # 4
+        """Its source cannot read it."""
+        REASON_BAD: FileFailed._Reason.ValueType  # 5
+        """Every source sent wrong bytes."""
+        REASON_DISK: FileFailed._Reason.ValueType  # 6
+        """This machine's disk does not take it."""
+        REASON_EXISTS: FileFailed._Reason.ValueType  # 7
+        """Something else is at its target."""
+        REASON_NAME: FileFailed._Reason.ValueType  # 8
+        """It cannot have this name here."""
+        REASON_DENIED: FileFailed._Reason.ValueType  # 9
+        """No right to write it here."""
+
+    class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper): ...
+    REASON_UNSPECIFIED: FileFailed.Reason.ValueType  # 0
+    REASON_UNREACHABLE: FileFailed.Reason.ValueType  # 1
+    """Nobody who holds it was there in time."""
+    REASON_GONE: FileFailed.Reason.ValueType  # 2
+    """Those who had it have it no longer."""
+    REASON_CHANGED: FileFailed.Reason.ValueType  # 3
+    """It changed at its source."""
+    REASON_UNREADABLE: FileFailed.Reason.ValueType  # 4
+    """Its source cannot read it."""
+    REASON_BAD: FileFailed.Reason.ValueType  # 5
+    """Every source sent wrong bytes."""
+    REASON_DISK: FileFailed.Reason.ValueType  # 6
+    """This machine's disk does not take it."""
+    REASON_EXISTS: FileFailed.Reason.ValueType  # 7
+    """Something else is at its target."""
+    REASON_NAME: FileFailed.Reason.ValueType  # 8
+    """It cannot have this name here."""
+    REASON_DENIED: FileFailed.Reason.ValueType  # 9
+    """No right to write it here."""
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CONTENT_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    content_id: _builtins.str
+    reason: Global___FileFailed.Reason.ValueType
+    text: _builtins.str
+    """The same for people."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        content_id: _builtins.str = ...,
+        reason: Global___FileFailed.Reason.ValueType = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_id", b"content_id", "name", b"name", "reason", b"reason", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FileFailed: _TypeAlias = FileFailed  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):
@@ -361,6 +450,7 @@ class Done(_message.Message):
     BYTES_WASTED_FIELD_NUMBER: _builtins.int
     FILES_SKIPPED_FIELD_NUMBER: _builtins.int
     BOTTLENECK_FIELD_NUMBER: _builtins.int
+    FILES_FAILED_FIELD_NUMBER: _builtins.int
     bytes_total: _builtins.int
     bytes_fetched: _builtins.int
     bytes_resumed: _builtins.int
@@ -376,6 +466,8 @@ class Done(_message.Message):
     """What held it up: "source_disk", "source_limit" (an upload limit there), "network" (or the source's CPU), "tls",
     "hashing", "disk" or "limit" (the download limit here); empty if nothing was fetched.
     """
+    files_failed: _builtins.int
+    """Files that could not be had; each was told as `FileFailed`."""
     @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___SourceProgress]: ...
     def __init__(
@@ -390,10 +482,11 @@ class Done(_message.Message):
         bytes_wasted: _builtins.int = ...,
         files_skipped: _builtins.int = ...,
         bottleneck: _builtins.str = ...,
+        files_failed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bottleneck", b"bottleneck", "bytes_fetched", b"bytes_fetched", "bytes_resumed", b"bytes_resumed", "bytes_total", b"bytes_total", "bytes_wasted", b"bytes_wasted", "duration_ms", b"duration_ms", "files", b"files", "files_skipped", b"files_skipped", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bottleneck", b"bottleneck", "bytes_fetched", b"bytes_fetched", "bytes_resumed", b"bytes_resumed", "bytes_total", b"bytes_total", "bytes_wasted", b"bytes_wasted", "duration_ms", b"duration_ms", "files", b"files", "files_failed", b"files_failed", "files_skipped", b"files_skipped", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
