@@ -11,7 +11,7 @@
 //!
 //! Each has a pace and claims of its own (`Picker::next_beside`): with those of the whole source, one whose window collapsed
 //! after a loss holds a long claim to the end. Over a line that one connection fills, further ones only race with one
-//! another: they wait while others have the line, and are let go when they get nothing (`swarm/connections.rs`).
+//! another: they wait while others have the line, and are let go when they get nothing (`fetch/connections.rs`).
 
 use std::{
     future::ready,
