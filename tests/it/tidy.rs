@@ -122,7 +122,8 @@ const ONLY_IN: &[(&str, &str)] = &[
     ("redb", "peer/sharing/index tracker/registry"),
     (
         "rustix",
-        "config metrics safe_path net peer/sharing peer/mod peer/fetch/storage tracker/certificate",
+        "config metrics safe_path net peer/sharing peer/mod peer/fetch/storage peer/fetch/download \
+         tracker/certificate",
     ),
     (
         "rustls",
