@@ -1,6 +1,6 @@
 //! Who holds what we want: the tracker's word, kept up to date.
 //!
-//! Invariant: what the tracker says only decides whom to ask. At most [`MAX_STREAMS`] streams are open, each for as long as
+//! Invariant: what the tracker says only decides whom to ask. At most `MAX_STREAMS` streams are open, each for as long as
 //! something that it follows is pending.
 
 use std::{

@@ -208,7 +208,7 @@ impl Source {
     /// there, once for each content.
     ///
     /// # Errors
-    /// If the source does not answer as it should, or takes longer in all than [`SLOWEST`] and its bytes allow. What a
+    /// If the source does not answer as it should, or takes longer in all than `SLOWEST` and its bytes allow. What a
     /// manifest has of wrong in it is an answer, and no error.
     pub async fn manifests(
         &self,

@@ -4,11 +4,11 @@
 //!
 //! - What is known of a source adds up. Only a full map replaces what was known, and only of its own content.
 //! - `Candidate → Connecting → Active → Resting(until) → ... → Banned(until)`: nobody is given up for being away; a rest gets longer
-//!   up to [`LONGEST_REST`]. Whoever lied about three contents is not asked again.
+//!   up to `LONGEST_REST`. Whoever lied about three contents is not asked again.
 //! - A wrong piece costs the source that content; the second content costs it a ban.
 //!
-//! Bounds: [`MAX_CANDIDATES`] sources, of which [`MAX_HINTS`] come from the hints of any one of them; [`MAX_LIVE`] at work, of
-//! which those that are being dialled for longer than [`HEDGE`] take no place, up to [`MAX_DIALLED`] in all.
+//! Bounds: `MAX_CANDIDATES` sources, of which `MAX_HINTS` come from the hints of any one of them; `MAX_LIVE` at work, of
+//! which those that are being dialled for longer than `HEDGE` take no place, up to `MAX_DIALLED` in all.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, btree_map::Entry},

@@ -2,7 +2,7 @@
 //! it, each in one go, by a pool of a thread for each core.
 //!
 //! Invariants: what is written counts at once, by the thread that wrote it, whoever still waits for it. A lane reads on only
-//! while less than [`IN_FLIGHT`] is being verified or written for it (or a single piece), so memory is bounded by lanes x
+//! while less than `IN_FLIGHT` is being verified or written for it (or a single piece), so memory is bounded by lanes x
 //! that, plus a piece each that is being put together. Of a source that is not proven it reads on only when nothing is, so
 //! one wrong piece is all that such a source can make us receive. A panic in the pool ends the get with an error.
 
