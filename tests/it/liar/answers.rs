@@ -297,7 +297,13 @@ impl Served {
             Some(Lie::RefusedOther) => boxed([refused(at + 99, Code::NotFound)]),
             Some(Lie::Have) => boxed(
                 honest
-                    .take(layout.piece_len() as usize / 2 / chunk_length)
+                    // Half a piece; nothing of the last one, which is shorter.
+                    .take(
+                        match start + u64::from(layout.piece_len()) <= layout.size() {
+                            true => layout.piece_len() as usize / 2 / chunk_length,
+                            false => 0,
+                        },
+                    )
                     .map(say),
             ),
             Some(Lie::Trickle) => {
