@@ -360,8 +360,12 @@ impl<H> Engine<H> {
         let Some(key) = self.sources.key(peer) else {
             return;
         };
-        for numbers in self.numbers(of) {
-            numbers.for_each(|piece| self.picker.remove_have(key, piece));
+        for number in self.numbers(of).into_iter().flatten() {
+            self.picker.remove_have(key, number);
+            for connection in 1..CONNECTIONS {
+                let key = SourceKey(key.0 + connection);
+                self.picker.release(key, &[number]);
+            }
         }
     }
 
@@ -446,10 +450,11 @@ impl<H> Engine<H> {
     /// The source sent something wrong of a content. That content is not asked of it any more; on the second, nothing is.
     pub fn is_wrong(&mut self, peer: PeerId, at: Position, why: &str, now: Instant) -> Penalty {
         let of = self.contents.original(at);
+        // Also of what was asked for since: nobody else gives it back.
+        self.strike(peer, of);
         if self.sources.was_wrong(peer, of) {
             return Penalty::Known;
         }
-        self.strike(peer, of);
         // One that has nothing else is of no use at all.
         if !self.sources.is_wrong(peer, of) && self.is_of_use(peer) {
             return Penalty::Content;
