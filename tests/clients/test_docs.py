@@ -46,7 +46,7 @@ EXPECTED_OF_THE_API: Expected = [
     (r"^admin IssueOperator", r'"certificate": ?"'),
     (r"^admin LogLevel .*debug", r'"level": ?"debug"'),
     (r"^control LogLevel .*warn", r'"level": ?"warn"'),
-    (r"^control Status", r'"trackerState": ?"online"'),
+    (r"^control Status", r'"trackerState": ?"TRACKER_STATE_ONLINE"'),
     (r"^control Share", r'"path": ?".*/more"'),
     (r"^control Get", r'"bytesTotal": ?"6"'),
     (r'^control Limit .*"upload":50000000', r'"upload": ?"50000000"'),
